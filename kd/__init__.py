@@ -1,0 +1,1 @@
+"""Compress an image classifier for a phone, by distillation through weighted assistants."""

@@ -1,0 +1,66 @@
+"""@component: the configuration of a thing is the thing.
+
+A component is a frozen, keyword-only dataclass.  Its fields are what a user may write in
+params.yaml, its ``__post_init__`` refuses values out of range, and its methods do the work.
+``kind`` names it: ``Method = KD | CrossEntropy`` is at once the type and the registry, and
+params.yaml says which member of the union it wants by ``kind: kd``.
+
+    @component
+    class Dropout:
+        \"\"\"Zero a share of the activations.\"\"\"
+
+        kind: Literal["dropout"] = "dropout"
+        share: float = 0.5
+        \"\"\"Probability that a unit is dropped, in [0, 1).\"\"\"
+
+        def __post_init__(self) -> None:
+            require(0 <= self.share < 1, "share", self.share, "in [0, 1)")
+"""
+
+import dataclasses
+import importlib
+from typing import Any, TypeVar, dataclass_transform
+
+C = TypeVar("C")
+
+
+class ConfigError(ValueError):
+    """What a user wrote cannot be used.  The message names the key or file, and the remedy."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def component(cls: type[C]) -> type[C]:
+    """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys and wrong types.
+
+    Keys and types are checked where text becomes objects (kd/params.py), which reads
+    `__pydantic_config__`; this module needs nothing but the standard library.
+    """
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    made.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return made
+
+
+def require(holds: bool, field: str, value: object, wanted: str) -> None:
+    """Refuse a field's value: raise ConfigError("`field` is `value`; it must be `wanted`")."""
+    if not holds:
+        raise ConfigError(f"{field} is {value!r}; it must be {wanted}")
+
+
+def load_object(path: str) -> Any:
+    """The object that `path`, written "package.module:Name", names in the user's own code.
+
+    Raises:
+        ConfigError: the path has another form, the module cannot be imported, or has no such name.
+    """
+    module_name, _, name = path.partition(":")
+    require(bool(module_name and name), "path", path, 'of the form "package.module:Name"')
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"path {path!r}: cannot import {module_name} ({error}); "
+            "run from the folder that holds it, or install it"
+        ) from error
+    if not hasattr(module, name):
+        raise ConfigError(f"path {path!r}: module {module_name} has no {name!r}")
+    return getattr(module, name)
