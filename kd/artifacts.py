@@ -1,0 +1,222 @@
+"""Where each stage keeps what it makes: folders, atomic writes, JSON records, tensors.
+
+Nothing here is a pickle: tensors are safetensors files, records are JSON, tables are CSV.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kd.component import ConfigError
+from kd.ensemble import digest_of_tensors
+from kd.train import Epoch
+
+ROOT = Path("artifacts")
+CHECKPOINTS = Path(".kd/checkpoints")
+"""Outside every stage's folder: DVC empties those before it runs a stage."""
+
+
+class ArtifactError(ConfigError):
+    """A file that an earlier stage should have made is missing, damaged or someone else's."""
+
+
+def folder(stage: str, name: str | None = None) -> Path:
+    """The folder of a stage: artifacts/<stage>[/<name>]; made where it is missing."""
+    path = ROOT / stage / name if name else ROOT / stage
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def run_record(stage: str, name: str | None = None) -> Path:
+    """Where a stage notes what is not reproducible: run id, times, host."""
+    path = ROOT / "runs" / stage
+    path = path / f"{name}.json" if name else path.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to, which becomes `path` when the block ends well.
+
+    A crash leaves either the old file or the new one, never a half.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record, keys in the order given, floats to their last bit."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        ArtifactError: the file is missing or no JSON object; the message names the stage to run.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: {remedy(path)}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): {remedy(path)}") from None
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{path} holds no record: {remedy(path)}")
+    return record
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows that share their keys as a table with a header."""
+    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_curves(path: Path, history: Sequence[Epoch]) -> None:
+    """Write the epochs that were validated as a table, one row each."""
+    write_csv(
+        path,
+        [
+            {
+                "epoch": epoch.number,
+                "step": epoch.step,
+                "lr": epoch.lr,
+                "train_loss": epoch.train_loss,
+                **{f"val_{name}": value for name, value in epoch.validation.items()},
+            }
+            for epoch in history
+            if epoch.validation
+        ],
+    )
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors as safetensors; shared storage is written once for each name."""
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(plain, str(temporary), dict(metadata or {}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Named tensors and metadata of a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing or damaged; the message names the stage to run.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise ArtifactError(f"{path} is missing: {remedy(path)}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is damaged ({error}): {remedy(path)}") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(record: object) -> str:
+    """SHA-256 of plain data, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def code_digest() -> str:
+    """SHA-256 over the sources of kd: the version of the code that a model was trained by."""
+    package = Path(__file__).parent
+    whole = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        whole.update(str(source.relative_to(package)).encode() + source.read_bytes())
+    return whole.hexdigest()
+
+
+def save_model(path: Path, model: nn.Module) -> str:
+    """Write a model's parameters and buffers, its own alone; the file's SHA-256."""
+    write_tensors(path, model.state_dict())
+    return sha256(path)
+
+
+def load_model(path: Path, model: nn.Module) -> nn.Module:
+    """Put a file's parameters and buffers into `model`, in evaluation mode.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or another model's.
+    """
+    tensors, _ = read_tensors(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtifactError(f"{path} is another model's ({error}): {remedy(path)}") from None
+    return model.eval()
+
+
+def remedy(path: Path) -> str:
+    """Which stage makes a file."""
+    try:
+        stage, *rest = path.relative_to(ROOT).parts
+    except ValueError:
+        return "delete it and run the stage again"
+    name = f"@{rest[0]}" if stage in ("assistants", "baselines", "exports") and rest else ""
+    return f"run `dvc repro {stage}{name}`"
+
+
+class DiskCheckpoint:
+    """fit()'s state on disk, valid for one set of inputs.
+
+    The state is one safetensors file whose metadata hold the epochs done and the checksum of
+    the tensors, so state and history cannot come apart.  A file that fails its checksum is as
+    good as none: training then starts afresh.
+    """
+
+    def __init__(self, stage: str, name: str | None, inputs: object) -> None:
+        """Args: the stage's name, and all that decides its result, as plain data."""
+        self.path = CHECKPOINTS / stage / (name or "") / f"{digest(inputs)[:32]}.safetensors"
+
+    def load(self) -> tuple[dict[str, Tensor], list[Epoch]] | None:
+        """The last state saved and the epochs it covers, or None for a fresh start."""
+        if not self.path.exists():
+            return None
+        try:
+            state, metadata = read_tensors(self.path)
+        except ArtifactError:
+            return None
+        if metadata.get("checksum") != digest_of_tensors(state):
+            return None
+        return state, [Epoch(**row) for row in json.loads(metadata["history"])]
+
+    def save(self, state: dict[str, Tensor], history: list[Epoch]) -> None:
+        """Replace the state by this one, atomically."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = json.dumps([asdict(epoch) for epoch in history])
+        write_tensors(self.path, state, {"history": rows, "checksum": digest_of_tensors(state)})
+
+    def remove(self) -> None:
+        """Forget the state, once the result is written."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""A trained model's folder: its weights, and the manifest that says where they come from."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from kd import artifacts
+from kd.artifacts import ArtifactError
+from kd.component import component
+from kd.models import Model, build_model
+
+FORMAT = 1
+
+
+@component
+class Origin:
+    """A trained network that taught another: its run name and the SHA-256 of its weights."""
+
+    name: str
+    sha256: str
+
+
+@component
+class Manifest:
+    """All that is needed to use a trained network, and all that it was made from."""
+
+    format: int = FORMAT
+    name: str
+    """Run name: teacher, assistants/large, student, baselines/uniform."""
+    role: str
+    """teacher, assistant or student."""
+    model: dict[str, Any]
+    """The model's component, as plain data."""
+    channels: int
+    image_size: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    """Per channel, of pixels in [0, 1]: what is taken from an image before the network sees it."""
+    std: tuple[float, ...]
+    """Per channel, of pixels in [0, 1]: what the rest is divided by."""
+    data_hash: str
+    teachers: tuple[Origin, ...]
+    """Who taught it, in the order of `weights_K`; empty where it learned from labels alone."""
+    weights_K: tuple[float, ...]
+    """How much each teacher counted."""
+    method: dict[str, Any] | None
+    """How it learned from them, as plain data."""
+    recipe: dict[str, Any]
+    seed: int
+    sha256: str = ""
+    """Of model.safetensors."""
+    code: str
+    """SHA-256 over the sources of kd that trained it."""
+    torch: str = torch.__version__
+    device: str
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def build(self) -> nn.Module:
+        """The network, untrained."""
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in self.model.items()}
+        kinds = {cls.kind: cls for cls in get_args(Model)}
+        return build_model(
+            kinds[fields["kind"]](**fields),
+            channels=self.channels,
+            image_size=self.image_size,
+            num_classes=self.num_classes,
+        )
+
+
+def save(folder: Path, module: nn.Module, manifest: Manifest) -> Manifest:
+    """Write a trained network and its manifest; the manifest with the weights' SHA-256."""
+    digest = artifacts.save_model(folder / "model.safetensors", module)
+    manifest = Manifest(**{**vars(manifest), "sha256": digest})
+    artifacts.write_json(folder / "manifest.json", asdict(manifest))
+    return manifest
+
+
+def load(folder: Path) -> tuple[nn.Module, Manifest]:
+    """A trained network in evaluation mode on the CPU, and its manifest.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the weights are not the manifest's.
+    """
+    manifest = read(folder)
+    weights = folder / "model.safetensors"
+    if not weights.exists() or artifacts.sha256(weights) != manifest.sha256:
+        raise ArtifactError(
+            f"{weights} is not the file that {folder / 'manifest.json'} describes: "
+            f"{artifacts.remedy(weights)}"
+        )
+    return artifacts.load_model(weights, manifest.build()), manifest
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest in a trained network's folder.
+
+    Raises:
+        ArtifactError: it is missing, damaged or of another format.
+    """
+    path = folder / "manifest.json"
+    record = artifacts.read_json(path)
+    if record.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{path} has format {record.get('format')!r}, this version reads {FORMAT}: "
+            f"{artifacts.remedy(path)}"
+        )
+    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+    teachers = tuple(Origin(**teacher) for teacher in record["teachers"])
+    return Manifest(**{**plain, "teachers": teachers})
+
+
+def check_lineage(members: Iterable[Manifest], present: Mapping[str, str], data_hash: str) -> None:
+    """Refuse members that were made from other data or by other teachers than those now here.
+
+    Args:
+        members: Who is about to teach.
+        present: SHA-256 of the weights that now stand under each run name.
+        data_hash: Of the data about to be learned from.
+
+    Raises:
+        ArtifactError: names the member and the stage to run.
+    """
+    for member in members:
+        if member.data_hash != data_hash:
+            raise ArtifactError(f"{member.name} was trained on other data: {_again(member)}")
+        for teacher in member.teachers:
+            if present.get(teacher.name, teacher.sha256) != teacher.sha256:
+                raise ArtifactError(
+                    f"{member.name} was taught by another {teacher.name} than the one now here: "
+                    f"{_again(member)}"
+                )
+
+
+def _again(member: Manifest) -> str:
+    return f"run `dvc repro {member.name.replace('/', '@')}`"

@@ -1,0 +1,273 @@
+"""params.yaml -> typed Params.  The only importer of yaml and pydantic.
+
+Whatever is wrong is found here, before data is read, and named by its path in the file
+("student.method.temperature"), with the nearest valid key where a key is unknown.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pydantic
+import yaml
+
+from kd.component import ConfigError, component, require
+from kd.data import Dataset, Splits
+from kd.exporters import Exporter
+from kd.methods import Method
+from kd.models import Model
+from kd.recipe import Recipe
+from kd.weightings import Weighting
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+"""Names become folders, DVC stages and MLflow runs: what all three of them take."""
+
+
+@component
+class DataParams:
+    """Which images, in which form, divided how."""
+
+    source: str = "kd/data"
+    """The path that DVC watches: the folder of one's own pictures; for public data, which never
+    change, the code that reads them."""
+    dataset: Dataset
+    image_size: int
+    """Height and width in pixels that every image is brought to."""
+    channels: Literal[1, 3]
+    """1: grey, 3: colour."""
+    splits: Splits = Splits()
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 4, "image_size", self.image_size, "at least 4 pixels")
+
+
+@component
+class TeacherParams:
+    """The large network, trained on labels."""
+
+    model: Model
+    recipe: Recipe
+
+
+@component
+class LearnerParams:
+    """An assistant, or the student: a network that learns from others."""
+
+    model: Model
+    method: Method
+    recipe: Recipe
+
+
+@component
+class BaselineParams:
+    """The student again, same model, method, budget and seed, but with other teachers."""
+
+    teachers: Literal["none", "teacher", "assistants"]
+    """none: labels alone; teacher: the teacher alone; assistants: all, weighted by `weighting`."""
+    weighting: Weighting | None = None
+    """How much each assistant counts; for `teachers: assistants` alone."""
+
+    def __post_init__(self) -> None:
+        weighted = self.teachers == "assistants"
+        require(
+            (self.weighting is not None) == weighted,
+            "weighting",
+            self.weighting,
+            "given with `teachers: assistants` and left out otherwise",
+        )
+
+
+@component
+class ReportParams:
+    """What the closing table measures beside accuracy."""
+
+    latency_runs: int = 200
+    """Timed runs of each model with one image on one thread, at least 10."""
+
+    def __post_init__(self) -> None:
+        require(self.latency_runs >= 10, "latency_runs", self.latency_runs, "at least 10")
+
+
+@component
+class Params:
+    """One experiment: the whole of params.yaml, its top-level keys the stages."""
+
+    seed: int = 0
+    """Decides every random choice; another seed is another repetition of the experiment."""
+    tracking: bool = True
+    """Log to MLflow; off trains without it."""
+    data: DataParams
+    teacher: TeacherParams
+    assistants: dict[str, LearnerParams]
+    """By name, at least one."""
+    weights: Weighting
+    student: LearnerParams
+    baselines: dict[str, BaselineParams]
+    exports: dict[str, Exporter]
+    report: ReportParams = ReportParams()
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "a whole number, at least 0")
+        require(bool(self.assistants), "assistants", {}, "at least one")
+        for section in ("assistants", "baselines", "exports"):
+            for name in getattr(self, section):
+                wanted = "a name of small letters, digits, - and _"
+                require(bool(NAME.fullmatch(name)), f"{section}.{name}", name, wanted)
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and check an experiment.
+
+    Raises:
+        ConfigError: no such file, not YAML, a key given twice, or a wrong key, type or value.
+    """
+    try:
+        raw = yaml.load(path.read_text(), _Loader)  # noqa: S506: a subclass of SafeLoader
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: run from the project's root") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no mapping of stages to settings")
+    try:
+        return parse(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse(raw: Mapping[str, Any]) -> Params:
+    """Check plain data and make Params of it; `recipe` gives every role's recipe its defaults."""
+    raw = dict(raw)
+    defaults = raw.pop("recipe", {})
+    build(Recipe, defaults, "recipe")  # so that an error in it is named once, where it stands
+    for section in ("teacher", "student"):
+        if isinstance(raw.get(section), dict):
+            raw[section] = with_recipe(raw[section], defaults)
+    if isinstance(raw.get("assistants"), dict):
+        raw["assistants"] = {
+            name: with_recipe(entry, defaults) if isinstance(entry, dict) else entry
+            for name, entry in raw["assistants"].items()
+        }
+    params: Params = build(Params, raw, "")
+    return params
+
+
+def with_recipe(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with its own recipe laid over the default one."""
+    return {**section, "recipe": overlay(defaults, section.get("recipe", {}))}
+
+
+def overlay(below: Any, above: Any) -> Any:
+    """`above` laid over `below`, key by key; another `kind` replaces the whole component."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    if above.get("kind", below.get("kind")) != below.get("kind"):
+        return above
+    return {**below, **{key: overlay(below.get(key), value) for key, value in above.items()}}
+
+
+def build(wanted: Any, raw: Any, path: str) -> Any:
+    """An object of type `wanted` from plain data; components and mappings of them by field.
+
+    Raises:
+        ConfigError: names the path of what is wrong.
+    """
+    if members := components_in(wanted):
+        optional = NoneType in get_args(wanted)
+        return None if raw is None and optional else build_component(members, raw, path)
+    if get_origin(wanted) is dict and components_in(entry := get_args(wanted)[1]):
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} is {raw!r}; it must map names to settings")
+        return {str(name): build(entry, value, join(path, name)) for name, value in raw.items()}
+    try:
+        adapter = pydantic.TypeAdapter(wanted)
+        return adapter.validate_python(tuples(raw), strict=True)
+    except pydantic.ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise ConfigError(f"{path} is {raw!r}: {reason[0].lower()}{reason[1:]}") from None
+
+
+def components_in(wanted: Any) -> list[Any]:
+    """The component classes that a type is, or is a union of."""
+    options = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    return [option for option in options if hasattr(option, "__pydantic_config__")]
+
+
+def build_component(members: list[Any], raw: Any, path: str) -> Any:
+    """The member of a union that `raw` names by `kind`, with `raw`'s fields."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path or 'it'} is {raw!r}; it must be a mapping of keys to values")
+    cls = choose(members, raw, path)
+    hints = get_type_hints(cls)
+    known = {field.name: field for field in fields(cls)}
+    for name in raw:
+        if name not in known:
+            raise ConfigError(f"{join(path, name)} is no known key{nearest(name, known)}")
+    missing = [
+        name
+        for name, field in known.items()
+        if name not in raw and field.default is MISSING and field.default_factory is MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{join(path, missing[0])} is missing")
+    values = {name: build(hints[name], value, join(path, name)) for name, value in raw.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(join(path, str(error))) from None
+
+
+def choose(members: list[Any], raw: Mapping[str, Any], path: str) -> Any:
+    """The component class that `raw` asks for."""
+    if len(members) == 1 and "kind" not in raw:
+        return members[0]
+    kinds = {get_args(get_type_hints(member)["kind"])[0]: member for member in members}
+    kind = raw.get("kind")
+    if kind not in kinds:
+        said = f"is {kind!r}" if "kind" in raw else "is missing"
+        raise ConfigError(f"{join(path, 'kind')} {said}{nearest(kind, kinds)}")
+    return kinds[kind]
+
+
+def join(path: str, name: str) -> str:
+    """The path of a key inside the section at `path`."""
+    return f"{path}.{name}" if path else str(name)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """What the user may have meant, or all that there is, as the end of a sentence."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def tuples(raw: Any) -> Any:
+    """Plain data with YAML's lists as tuples, the form in which frozen components hold them."""
+    if isinstance(raw, list):
+        return tuple(tuples(entry) for entry in raw)
+    return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                mark = key_node.start_mark
+                raise ConfigError(f"line {mark.line + 1}: the key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # YAML 1.1 takes 1e-3 for a word; YAML 1.2, and users, for a number
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"),
+    list("-+0123456789"),
+)
