@@ -1,0 +1,37 @@
+"""Images: where they come from, how they are split and stored, and how a model is shown them.
+
+record = prepare(Digits(), Splits(), image_size=16, channels=1, seed=0, folder=folder)
+images = Images.load(folder, ("train", "pool"), augment=Augment(shift=2))
+order_N = order_for(seed, epoch, len(images))
+views_N = images.augment.views_for(seed, epoch, len(images))
+batch = images.batch(order_N[:128], views_N[order_N[:128]])
+"""
+
+from kd.data.augment import Augment, order_for
+from kd.data.custom import CustomDataset
+from kd.data.digits import Digits
+from kd.data.image_folder import ImageFolder
+from kd.data.images import Images
+from kd.data.prepare import prepare
+from kd.data.raw import UNLABELLED, Raw
+from kd.data.splits import Splits
+from kd.data.torchvision_sets import Cifar10, Cifar100, FashionMnist
+
+Dataset = Digits | Cifar10 | Cifar100 | FashionMnist | ImageFolder | CustomDataset
+
+__all__ = [
+    "UNLABELLED",
+    "Augment",
+    "Cifar10",
+    "Cifar100",
+    "CustomDataset",
+    "Dataset",
+    "Digits",
+    "FashionMnist",
+    "ImageFolder",
+    "Images",
+    "Raw",
+    "Splits",
+    "order_for",
+    "prepare",
+]

@@ -1,0 +1,77 @@
+"""Views: every augmented image has a number.
+
+A view is a random crop of the zero-padded image, perhaps mirrored (the augmentation of He et al.
+2016, section 4.2).  Since views can be counted, teacher and student can be shown exactly the same
+one, and a teacher's answer to a view can be stored under its number.
+
+Shape suffixes: N samples, V any number of views.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from kd.component import component, require
+
+
+@component
+class Augment:
+    """All shifts by up to `shift` pixels in both directions, each plain or mirrored."""
+
+    shift: int = 0
+    """Largest shift in pixels; what comes in from outside is black (0 before normalisation)."""
+
+    flip: bool = False
+    """Whether images are also mirrored left to right."""
+
+    def __post_init__(self) -> None:
+        require(self.shift >= 0, "shift", self.shift, "0 or more")
+
+    @property
+    def num_views(self) -> int:
+        """Number of different views of one image."""
+        return (2 * self.shift + 1) ** 2 * (2 if self.flip else 1)
+
+    @property
+    def identity(self) -> int:
+        """Id of the view that leaves the image as it is."""
+        return (2 * self.shift + 1) ** 2 // 2
+
+    def decode(self, views_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each view id means.
+
+        Args:
+            views_V: ids in [0, num_views).
+
+        Returns:
+            dy_V and dx_V, integers in [-shift, shift], and flip_V, bool.  Pixel (y, x) of the view
+            is pixel (y + dy, x + dx) of the image; with flip the row is then mirrored.
+        """
+        side = 2 * self.shift + 1
+        offset_V = views_V % side**2
+        return offset_V // side - self.shift, offset_V % side - self.shift, views_V >= side**2
+
+    def views_for(self, seed: int, epoch: int, num: int) -> Tensor:
+        """The view that each of `num` samples shows in an epoch, int64 on the CPU.
+
+        A pure function of its arguments and of `shift` and `flip`, the same on every device, so
+        that training resumes exactly.
+        """
+        generator = _generator("views", seed, epoch)
+        return torch.randint(self.num_views, (num,), generator=generator)
+
+
+def order_for(seed: int, epoch: int, num: int) -> Tensor:
+    """The order in which an epoch visits `num` samples, int64 on the CPU; a pure function."""
+    return torch.randperm(num, generator=_generator("order", seed, epoch))
+
+
+def _generator(purpose: str, seed: int, epoch: int) -> torch.Generator:
+    """A CPU generator of its own for each purpose, seed and epoch.
+
+    Hashing keeps neighbours apart: seed 1 epoch 0 shares nothing with seed 0 epoch 1.
+    """
+    digest = hashlib.sha256(f"{purpose} {seed} {epoch}".encode()).digest()
+    # torch's CPU generator looks at 32 bits of its seed.
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4]))

@@ -1,0 +1,40 @@
+"""A data set of the user's own, named by import path."""
+
+from dataclasses import field
+from typing import Any, Literal
+
+from kd.component import ConfigError, component, load_object
+from kd.data.raw import Raw
+
+
+@component
+class CustomDataset:
+    """Any object of your own code whose `read()` returns a `kd.data.Raw`."""
+
+    path: str
+    """Where it is, as "package.module:Name"; called with `args` to make the object."""
+
+    kind: Literal["custom"] = "custom"
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the call."""
+
+    def read(self) -> Raw:
+        """Make the object and ask it to read."""
+        factory = load_object(self.path)
+        try:
+            dataset = factory(**self.args)
+        except TypeError as error:
+            raise ConfigError(
+                f"path {self.path!r} cannot be called with {self.args} ({error})"
+            ) from error
+        if not callable(getattr(dataset, "read", None)):
+            raise ConfigError(
+                f"path {self.path!r}: the {type(dataset).__name__} has no method read()"
+            )
+        raw = dataset.read()
+        if not isinstance(raw, Raw):
+            raise ConfigError(
+                f"path {self.path!r}: read() returned a {type(raw).__name__}; "
+                "it must return a kd.data.Raw"
+            )
+        return raw

@@ -1,0 +1,146 @@
+"""Prepared images on a device, augmented and normalised there in batches.
+
+Shape suffixes: N samples, B batch, H W image, channels last where the name ends in C.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kd.component import ConfigError
+from kd.data.augment import Augment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """One split, or several joined, with the views that batches may show."""
+
+    pixels_NHWC: Tensor
+    """uint8 on the device; on the CPU a single split is a memory map, read as it is needed."""
+
+    labels_N: Tensor
+    """int64 on the device; -1 where unlabelled."""
+
+    mean: tuple[float, ...]
+    """Mean of each channel over train and pool, in [0, 1] units."""
+
+    std: tuple[float, ...]
+    """Standard deviation likewise."""
+
+    augment: Augment = Augment()  # noqa: RUF009  (frozen)
+    """The views that `batch` knows by number."""
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        splits: str | Sequence[str],
+        *,
+        device: str = "cpu",
+        augment: Augment | None = None,
+    ) -> "Images":
+        """Open splits of prepared data.
+
+        Args:
+            folder: what `prepare` wrote.
+            splits: "train", "pool", "val" or "test", or several of them to be joined in order.
+            device: "cpu" or "cuda".
+            augment: the views that batches may show; None for the plain images alone.
+
+        Raises:
+            ConfigError: `folder` holds no prepared data, or it is damaged.
+        """
+        names = (splits,) if isinstance(splits, str) else tuple(splits)
+        try:
+            record = json.loads((folder / "data.json").read_text("utf-8"))
+            pixels = [_open(folder / name / "images.npy") for name in names]
+            labels = [_open(folder / name / "labels.npy") for name in names]
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{folder} holds no prepared data ({error}); run stage data"
+            ) from error
+        return cls(
+            pixels_NHWC=_join(pixels).to(device),
+            labels_N=_join(labels).to(device),
+            mean=tuple(record["mean"]),
+            std=tuple(record["std"]),
+            augment=augment or Augment(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, H, W): what a model sees of one image."""
+        _, height, width, channels = self.pixels_NHWC.shape
+        return channels, height, width
+
+    def with_augment(self, augment: Augment) -> "Images":
+        """The same images, sharing their memory, with other views."""
+        return dataclasses.replace(self, augment=augment)
+
+    def batch(self, indices_B: Tensor, views_B: Tensor | None = None) -> Tensor:
+        """The chosen images, each in its view, normalised.
+
+        Args:
+            indices_B: positions in these images, int64, on any device.
+            views_B: view id of each, as `augment` numbers them; None for the plain images.
+
+        Returns:
+            float32 (B, channels, H, W) on the device, in channels_last memory.
+        """
+        device = self.pixels_NHWC.device
+        pixels_BHWC = self.pixels_NHWC.index_select(0, indices_B.to(device))
+        if views_B is not None:
+            pixels_BHWC = self._crop(pixels_BHWC, views_B.to(device))
+        return self._normalise(pixels_BHWC)
+
+    def _crop(self, pixels_BHWC: Tensor, views_B: Tensor) -> Tensor:
+        """Pad the batch once and gather every pixel of every view in one step."""
+        shift = self.augment.shift
+        dy_B, dx_B, flip_B = self.augment.decode(views_B)
+        batch, height, width, channels = pixels_BHWC.shape
+        padded = F.pad(pixels_BHWC, (0, 0, shift, shift, shift, shift))
+        y_H = torch.arange(height, device=padded.device)
+        x_W = torch.arange(width, device=padded.device)
+        y_BH = y_H + (dy_B + shift)[:, None]
+        x_BW = torch.where(flip_B[:, None], width - 1 - x_W, x_W) + (dx_B + shift)[:, None]
+        image_B = torch.arange(batch, device=padded.device) * padded.shape[1]
+        position_BHW = (image_B[:, None] + y_BH)[:, :, None] * padded.shape[2] + x_BW[:, None, :]
+        # index_select took 0.9 ms for 128 x 32 x 32 x 3 on one core; advanced indexing 1.5 to 2.5.
+        gathered = padded.view(-1, channels).index_select(0, position_BHW.view(-1))
+        return gathered.view(batch, height, width, channels)
+
+    def _normalise(self, pixels_BHWC: Tensor) -> Tensor:
+        """(pixel / 255 - mean) / std, as (pixel - 255 mean) * (1 / (255 std)).
+
+        Each step rounds on its own, so every device gives the same bits.
+        """
+        batch, height, width, channels = pixels_BHWC.shape
+        mean = torch.tensor([255 * m for m in self.mean], device=pixels_BHWC.device)
+        scale = torch.tensor([1 / (255 * s) for s in self.std], device=pixels_BHWC.device)
+        # Whole rows at once: an inner loop over 3 channels would not vectorise.
+        rows = pixels_BHWC.reshape(batch, height, width * channels).to(torch.float32)
+        rows = rows.sub_(mean.repeat(width)).mul_(scale.repeat(width))
+        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _open(path: Path) -> Tensor:
+    """Map a .npy file into memory without reading it."""
+    import numpy as np
+
+    # "c": changes, which nobody makes, would stay private; torch warns of read-only memory ("r").
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """One tensor; a single part that is not empty stays the memory map it is."""
+    filled = [part for part in parts if len(part)] or parts[:1]
+    return filled[0] if len(filled) == 1 else torch.cat(filled)

@@ -1,0 +1,86 @@
+"""The raw form: what reading any data set gives, before resizing and splitting.
+
+Shape suffixes: N samples.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from kd.component import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+UNLABELLED = -1
+
+
+class ImageSequence(Protocol):
+    """Images by position, each uint8 (H, W) or (H, W, channels); an array is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> "NDArray[np.uint8]": ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """Images with their labels, as obtained from their source.
+
+    A data set of your own returns this from its `read()`.  Images wider than one array are
+    given as a sequence that decodes image i when it is asked for, so they never lie in memory
+    together; `files` then names the file behind each.
+    """
+
+    images: ImageSequence
+    """N images, uint8, each (H, W) or (H, W, channels): 1 grey, 3 colour or 4 with alpha."""
+
+    labels_N: "NDArray[np.int64]"
+    """Class of each image, counted from 0; -1 where nobody knows (it goes to the pool)."""
+
+    class_names: tuple[str, ...]
+    """Name of each class, in the order of the labels."""
+
+    is_test_N: "NDArray[np.bool_] | None" = None
+    """Whether each image is in the source's own test split; None where it has no such split."""
+
+    root: Path | None = None
+    """Folder that holds `files`."""
+
+    files: tuple[Path, ...] = ()
+    """File of each image, when `images` is not one array."""
+
+    def __post_init__(self) -> None:
+        import numpy as np
+
+        num = len(self.images)
+        labels_N = np.asarray(self.labels_N)
+        if num == 0:
+            raise ConfigError("the data set has no image")
+        if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
+            raise ConfigError(
+                f"class_names is {self.class_names!r}; it must hold two or more different names"
+            )
+        if labels_N.shape != (num,) or not np.issubdtype(labels_N.dtype, np.integer):
+            raise ConfigError(
+                f"labels_N has shape {labels_N.shape} and type {labels_N.dtype}; "
+                f"it must hold one integer for each of {num} images"
+            )
+        if labels_N.min() < UNLABELLED or labels_N.max() >= len(self.class_names):
+            raise ConfigError(
+                f"labels_N lies in {labels_N.min()}..{labels_N.max()}; it must lie in "
+                f"0..{len(self.class_names) - 1}, or be -1 where unknown"
+            )
+        if self.is_test_N is not None and self.is_test_N.shape != (num,):
+            raise ConfigError(f"is_test_N has shape {self.is_test_N.shape}; it must be ({num},)")
+        if self.files:
+            if self.root is None or len(self.files) != num:
+                raise ConfigError(
+                    f"files names {len(self.files)} files under {self.root}; "
+                    f"it must name one for each of {num} images, and root their folder"
+                )
+        elif not isinstance(self.images, np.ndarray) or self.images.dtype != np.uint8:
+            raise ConfigError(
+                "images must be one uint8 array, or a sequence whose files are named"
+            )

@@ -1,0 +1,158 @@
+"""Which image is for what: train, pool, val, test.
+
+Within its class, every image has a place in one line, decided by a hash of (seed, position in the
+source).  Test takes the head of the line, val the next, labels_per_class the next, the pool the
+rest.  So splits are stratified, disjoint, the same on every machine and with every library, and
+nested: 20 labels a class hold the 10 of a smaller experiment.
+
+Shape suffixes: N samples.
+"""
+
+import hashlib
+from typing import TYPE_CHECKING, Literal
+
+from kd.component import ConfigError, component, require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kd.data.raw import Raw
+
+NAMES = ("train", "pool", "val", "test")
+
+
+@component
+class Splits:
+    """How the images are shared out among training, validation and test."""
+
+    val: float | int = 0.1
+    """Validation: a share in (0, 1) of the images, an official test split aside, or a count."""
+
+    test: float | int | Literal["official"] = 0.1
+    """Test: a share or a count likewise, or the data set's own test split."""
+
+    labels_per_class: int | None = None
+    """Labelled training images a class keeps; the rest go unlabelled into the pool.  None: all
+    keep their labels, and the pool is empty."""
+
+    def __post_init__(self) -> None:
+        for name, amount in (("val", self.val), ("test", self.test)):
+            if amount == "official" and name == "test":
+                continue
+            is_share = isinstance(amount, float) and 0 < amount < 1
+            is_count = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
+            require(
+                is_share or is_count, name, amount, "a share in (0, 1) or a count of 1 or more"
+            )
+        require(
+            self.labels_per_class is None or self.labels_per_class >= 1,
+            "labels_per_class",
+            self.labels_per_class,
+            "1 or more, or null for all",
+        )
+
+    def assign(self, raw: "Raw", seed: int) -> "dict[str, NDArray[np.int64]]":
+        """Share out the images of `raw`.
+
+        Args:
+            raw: the data set; images labelled -1 go to the pool.
+            seed: decides the line within each class.
+
+        Returns:
+            For each of train, pool, val and test the positions in the source.  Their order is
+            again the hash's, so that the first rows of a split are a fair sample of it.
+
+        Raises:
+            ConfigError: more is asked for than there is, a class would have no training,
+                validation or test image, or `test` and the data set disagree on a test split.
+        """
+        import numpy as np
+
+        num = len(raw.labels_N)
+        is_test_N = self._official(raw)
+        rank_N = np.array([_hash(seed, row) for row in range(num)])
+        line_N = np.argsort(rank_N, kind="stable")
+        lines = [
+            [row for row in line_N[raw.labels_N[line_N] == label] if not is_test_N[row]]
+            for label in range(len(raw.class_names))
+        ]
+        sizes = [len(line) for line in lines]
+        tests = [0] * len(sizes) if self.test == "official" else _quota("test", self.test, sizes)
+        vals = _quota("val", self.val, sizes)
+        rows: dict[str, list[int]] = {
+            "train": [],
+            "val": [],
+            "test": list(np.flatnonzero(is_test_N)),
+        }
+        for name, line, num_test, num_val in zip(raw.class_names, lines, tests, vals, strict=True):
+            rest = line[num_test + num_val :]
+            if not rest or (self.labels_per_class or 0) > len(rest):
+                raise ConfigError(
+                    f"class {name!r} has {len(line)} images: {num_test} for test and {num_val} for "
+                    f"val leave {max(0, len(line) - num_test - num_val)} to train on, but "
+                    f"{self.labels_per_class or 1} needed; add images, or lower val, test or "
+                    "labels_per_class"
+                )
+            rows["test"] += line[:num_test]
+            rows["val"] += line[num_test : num_test + num_val]
+            rows["train"] += rest[: self.labels_per_class]
+        self._check_every_class(raw, rows)
+        taken = np.isin(np.arange(num), np.concatenate([rows[name] for name in rows]).astype(int))
+        rows["pool"] = list(np.flatnonzero(~taken))
+        return {
+            name: np.array(sorted(rows[name], key=lambda row: rank_N[row]), dtype=np.int64)
+            for name in NAMES
+        }
+
+    def _official(self, raw: "Raw") -> "NDArray[np.bool_]":
+        """Which images are in the official test split that this configuration uses."""
+        import numpy as np
+
+        if self.test == "official":
+            if raw.is_test_N is None:
+                raise ConfigError(
+                    "test is 'official', but this data set has no test split of its own; "
+                    "give a share or a count"
+                )
+            return raw.is_test_N
+        if raw.is_test_N is not None:
+            # A share would train on images that everybody else's results are measured on.
+            raise ConfigError(
+                f"test is {self.test!r}, but this data set has a test split of its own; "
+                "set test: official"
+            )
+        return np.zeros(len(raw.labels_N), dtype=np.bool_)
+
+    def _check_every_class(self, raw: "Raw", rows: dict[str, list[int]]) -> None:
+        for split in ("val", "test"):
+            present = {int(raw.labels_N[row]) for row in rows[split]}
+            if -1 in present:
+                raise ConfigError("the official test split has images without a label")
+            for label, name in enumerate(raw.class_names):
+                if label not in present:
+                    raise ConfigError(
+                        f"class {name!r} has no image in {split} "
+                        f"({len(rows[split])} images); add images, or raise {split}"
+                    )
+
+
+def _hash(seed: int, row: int) -> int:
+    """A number of 63 bits that depends on nothing but its arguments."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8]) >> 1
+
+
+def _quota(name: str, amount: float | int | str, sizes: list[int]) -> list[int]:
+    """Share out `amount` in proportion to the classes' sizes (largest remainders, exact total)."""
+    num = sum(sizes)
+    total = int(amount * num + 0.5) if isinstance(amount, float) else int(amount)
+    if total >= num:
+        raise ConfigError(
+            f"{name} is {amount!r}, which asks for {total} of {num} images; lower it"
+        )
+    quotas = [total * size // num for size in sizes]
+    # Remainders as integers: no rounding decides between two classes.
+    by_remainder = sorted(range(len(sizes)), key=lambda label: -(total * sizes[label] % num))
+    for label in by_remainder[: total - sum(quotas)]:
+        quotas[label] += 1
+    return quotas

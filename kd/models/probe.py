@@ -1,0 +1,107 @@
+"""Run a network once to learn about it, leaving no trace.
+
+Shape suffixes: B batch, C classes, H W image.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kd.component import ConfigError
+
+if TYPE_CHECKING:
+    from kd.models import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """The size of a network and of its work."""
+
+    parameters: int
+    """Trainable and frozen numbers, shared ones once; buffers not counted."""
+
+    multiply_adds: int
+    """Of convolutions and matrix products, for one image."""
+
+
+def build_model(model: "Model", *, channels: int, image_size: int, num_classes: int) -> nn.Module:
+    """Build a network and try it, in training and in evaluation mode.
+
+    Args:
+        model: the configuration.
+        channels: 1 (grey) or 3 (colour).
+        image_size: side of the square images, in pixels.
+        num_classes: number of logits.
+
+    Returns:
+        The network on the CPU, in training mode.  torch.manual_seed before decides its weights.
+
+    Raises:
+        ConfigError: it cannot be built, or does not turn such images into logits.
+    """
+    network = model.build(channels=channels, image_size=image_size, num_classes=num_classes)
+    shape = (2, channels, image_size, image_size)
+    for training in (True, False):
+        with untouched(network), torch.no_grad():
+            network.train(training)
+            try:
+                logits_BC = network(torch.zeros(shape))
+            except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+                raise ConfigError(
+                    f"{model} cannot take images of {channels} x {image_size} x "
+                    f"{image_size} (channels, height, width): {error}"
+                ) from error
+        found = (
+            tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+        )
+        if found != (2, num_classes):
+            mode = "training" if training else "evaluation"
+            raise ConfigError(
+                f"{model} returns {found} in {mode} mode; two images and {num_classes} "
+                f"classes need one tensor of logits of shape {(2, num_classes)}"
+            )
+    return network.train()
+
+
+def count(network: nn.Module, shape: tuple[int, int, int]) -> Counts:
+    """Count parameters, and measure the multiply-adds of one image.
+
+    Args:
+        network: on any device; comes out as it went in.
+        shape: (channels, H, W) of one image.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    like = next(network.parameters(), torch.empty(0))
+    image = torch.zeros((1, *shape), dtype=like.dtype, device=like.device)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    try:
+        with untouched(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network.eval()(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return Counts(
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        multiply_adds=counter.get_total_flops() // 2,  # torch counts two for a multiply-add
+    )
+
+
+@contextmanager
+def untouched(network: nn.Module) -> Iterator[None]:
+    """Put back modes, buffers (batch norm's statistics) and torch's random state afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for buffer, before in buffers:
+            with torch.no_grad():
+                buffer.copy_(before)

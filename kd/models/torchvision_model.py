@@ -1,0 +1,104 @@
+"""Any of torchvision's image classifiers, by name."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from kd.component import ConfigError, component
+
+# Their training mode returns the logits of auxiliary classifiers too, and a slow
+# initialisation is otherwise announced by a warning.
+_PLAIN = {"aux_logits": False, "init_weights": True}
+_DEFAULT_ARGS: dict[str, dict[str, Any]] = {"googlenet": _PLAIN, "inception_v3": _PLAIN}
+
+
+@component
+class TorchvisionModel:
+    """A classifier of torchvision.models, fitted to the images' channels and classes."""
+
+    name: str
+    """As torchvision calls it: "mobilenet_v3_small", "resnet18", ..."""
+
+    kind: Literal["torchvision"] = "torchvision"
+    weights: Literal["none", "default"] = "none"
+    """Start from random weights, or from torchvision's best for ImageNet (downloaded once)."""
+
+    args: dict[str, Any] = field(default_factory=dict)
+    """More keyword arguments for torchvision's builder."""
+
+    def build(self, *, channels: int, image_size: int, num_classes: int) -> nn.Module:
+        """Make the network; with weights, all but the class layer starts from ImageNet's.
+
+        Raises:
+            ConfigError: no such name, arguments that it does not take, or weights that are
+                not here and cannot be fetched.
+        """
+        from torchvision import models
+
+        known = models.list_models(module=models)
+        if self.name not in known:
+            near = difflib.get_close_matches(self.name, known, n=3, cutoff=0.4)
+            raise ConfigError(
+                f"name {self.name!r} is no torchvision classifier; "
+                f"nearest: {', '.join(near) or 'none, see torchvision.models'}"
+            )
+        args = {"num_classes": num_classes, **_DEFAULT_ARGS.get(self.name, {}), **self.args}
+        if self.name.startswith("vit_"):
+            args.setdefault("image_size", image_size)
+        try:
+            network: nn.Module = models.get_model(self.name, weights=None, **args)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self.name} cannot be built with {args} ({error}); see args"
+            ) from error
+        if self.weights == "default":
+            weights = _fetch(models.get_model_weights(self.name).DEFAULT)
+            _load_all_but_classifier(self.name, network, weights)
+        if channels == 1:
+            _make_grey(network)
+        return network
+
+
+def _fetch(weights: Any) -> Mapping[str, Tensor]:
+    """The pretrained tensors, from torch's cache or the network; only tensors are unpickled."""
+    try:
+        state: Mapping[str, Tensor] = weights.get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
+        raise ConfigError(
+            f"weights 'default': cannot fetch {weights.url} ({error}); fetch it on another "
+            f"machine and place it as {file}, or set weights: none"
+        ) from error
+    return state
+
+
+def _load_all_but_classifier(name: str, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy what fits; only the layer that depends on the number of classes may not."""
+    own = network.state_dict()
+    fits = {
+        key: weights[key]
+        for key, value in own.items()
+        if key in weights and weights[key].shape == value.shape
+    }
+    fresh = {key.rpartition(".")[0] for key in own.keys() - fits.keys()}
+    if len(fresh) > 1:
+        raise ConfigError(
+            f"weights 'default': they do not fit {name} with these args "
+            f"(in {', '.join(sorted(fresh))}); set weights: none or remove args"
+        )
+    network.load_state_dict(fits, strict=False)
+
+
+def _make_grey(network: nn.Module) -> None:
+    """Take one channel: a grey image gets the answer that its repetition in colour would get."""
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    first.in_channels = 1
+    first.weight = nn.Parameter(first.weight.detach().sum(1, keepdim=True))
