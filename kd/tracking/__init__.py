@@ -1,0 +1,340 @@
+"""What happened, for people to look at: every stage is a run in MLflow.
+
+    with tracking.run("assistants", "large", params=params, tags=tags, enabled=True) as run:
+        run.log_epoch(1, {"val_accuracy": 0.91})
+        run.log_final({"val_accuracy": 0.97, "params_m": 0.31})
+
+Importing MLflow takes longer than many a stage, so no stage does.  `run` speaks over a socket to
+one recorder process on this machine (kd/tracking/recorder.py), starts it where there is none, and
+goes on working; MLflow's own work happens beside the training.  A stage that dies, however it
+dies, closes its socket by dying, and the recorder ends the run: none is left RUNNING.
+
+This side needs nothing but the standard library.  MLflow is imported in kd/tracking/store.py.
+"""
+
+import itertools
+import logging
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd.component import ConfigError
+from kd.tracking import recorder
+from kd.tracking.wire import Line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+__all__ = ["NullRun", "Run", "TrackingError", "prepare_store", "run", "start", "tracking_uri"]
+
+log = logging.getLogger(__name__)
+
+REACHABLE_WITHIN = 3.0
+"""Seconds that a tracking server has to answer before a stage starts."""
+PATIENCE = 600.0
+"""Seconds to wait for the recorder, which may be uploading a model."""
+ENVIRONMENT_TAGS = {
+    "prefect.flow_run_id": "KD_FLOW_RUN_ID",
+    "prefect.task_run_id": "KD_TASK_RUN_ID",
+    "dvc.stage": "DVC_STAGE",
+    "dvc.exp_name": "DVC_EXP_NAME",
+}
+
+
+class TrackingError(ConfigError):
+    """MLflow cannot be used.  The message names the store, and the remedy."""
+
+    def __init__(self, uri: str, reason: object) -> None:
+        """Args: the store's URI, and what went wrong."""
+        super().__init__(
+            f"MLflow at {uri} cannot be used: {reason}. Start it, set MLFLOW_TRACKING_URI, "
+            "or train without it by `tracking: false` in params.yaml"
+        )
+
+
+class Run:
+    """One stage's run.  No call waits for MLflow but the first `log_epoch`, `id` and `url`."""
+
+    def __init__(self, line: Line, uri: str) -> None:
+        """Args: the line to the recorder, and the store that it writes to."""
+        self._line = line
+        self._uri = uri
+        self._started: dict[str, Any] | None = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="kd-tracking-")
+        self._count = itertools.count()
+        self.error: str | None = None
+        """Why the record is incomplete, where it is; a loss in mid-run stops no training."""
+
+    @property
+    def id(self) -> str | None:
+        """MLflow's run id."""
+        return self._begun().get("run_id")
+
+    @property
+    def url(self) -> str | None:
+        """Where MLflow's pages show the run; for a local file, where `make ui` will."""
+        return self._begun().get("url")
+
+    def log_epoch(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a point to each metric's curve.  Once an epoch, never once a step."""
+        self._begun()
+        self._tell("metrics", step=step, metrics=dict(metrics), time=time.time())
+
+    def log_final(self, metrics: Mapping[str, float]) -> None:
+        """Log the figures that runs are compared by, under names that every run shares."""
+        self._tell("metrics", step=0, metrics=dict(metrics), time=time.time())
+
+    def log_curve(self, points: Mapping[int, Mapping[str, float]]) -> None:
+        """Log whole curves at once: the metrics by step."""
+        self._tell("curve", points=list(points.items()), time=time.time())
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Add tags: long text, and what a search should find."""
+        self._tell("tags", tags=dict(tags))
+
+    def log_file(self, path: Path | str, folder: str = "") -> None:
+        """Keep a copy of a file, which must stay in place until the run ends."""
+        self._tell("file", path=str(Path(path).resolve()), folder=folder)
+
+    def log_figure(self, figure: "Figure", name: str) -> None:
+        """Keep a picture as figures/<name>.png."""
+        from kd import figures
+
+        path = Path(self._scratch.name) / str(next(self._count)) / f"{name}.png"
+        path.parent.mkdir()
+        figures.save(figure, path)
+        self.log_file(path, "figures")
+
+    def log_model(
+        self,
+        folder: Path | str,
+        *,
+        registered_name: str,
+        val_accuracy: float,
+        val_hash: str,
+        example: "NDArray[np.uint8]",
+    ) -> None:
+        """Log the student as a model that `mlflow.pyfunc.load_model` opens, and register it.
+
+        The new version gets the alias `challenger`.  It becomes `champion` when there is none, or
+        when its accuracy on the same validation images is higher than the champion's.  A student
+        that is registered already (by the SHA-256 of its weights) keeps its version.
+
+        Args:
+            folder: Holds model.safetensors and manifest.json.
+            registered_name: The one name in the registry that all students of a pipeline share.
+            val_accuracy: Share in [0, 1].
+            val_hash: SHA-256 of the validation split that it was measured on.
+            example: Two or more images (N, H, W, channels), shown with the model as its input.
+        """
+        self._tell(
+            "model",
+            folder=str(Path(folder).resolve()),
+            registered_name=registered_name,
+            val_accuracy=val_accuracy,
+            val_hash=val_hash,
+            example=example.tolist(),
+        )
+
+    def _begun(self) -> dict[str, Any]:
+        """What the recorder said when the run began; the first call waits for it.
+
+        Raises:
+            TrackingError: the run could not begin.
+        """
+        if self._started is None:
+            try:
+                self._started = self._line.receive(PATIENCE)
+            except OSError as error:
+                raise TrackingError(self._uri, recorder.last_words(error)) from error
+            if reason := self._started.get("error"):
+                raise TrackingError(self._uri, reason)
+        return self._started
+
+    def _tell(self, what: str, **fields: Any) -> None:
+        if self.error is None:
+            try:
+                self._line.send({"do": what, **fields})
+            except OSError as error:
+                self._lost(error)
+
+    def _lost(self, reason: object) -> None:
+        self.error = str(reason)
+        log.warning("MLflow at %s no longer records this stage: %s", self._uri, reason)
+
+    def _end(self, status: str, reason: str) -> None:
+        """Send the last word, and wait until all before it is written."""
+        try:
+            self._begun()
+            self._tell("end", status=status, reason=reason)
+            if self.error is None and (lost := self._line.receive(PATIENCE).get("error")):
+                self._lost(lost)
+        except OSError as error:
+            self._lost(error)
+        finally:
+            self._line.close()
+            self._scratch.cleanup()
+
+
+class NullRun(Run):
+    """The run of a stage that is not tracked: takes every call and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.error = None
+
+    def _begun(self) -> dict[str, Any]:
+        return {}
+
+    def _tell(self, what: str, **fields: Any) -> None:
+        pass
+
+    def log_figure(self, figure: "Figure", name: str) -> None:
+        """Draw nothing."""
+
+
+@contextmanager
+def run(
+    stage: str,
+    name: str | None = None,
+    *,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    enabled: bool = True,
+    parent: str | None = None,
+) -> Iterator[Run]:
+    """Record what is done inside the block as the run <stage>[/<name>].
+
+    Leaving by an exception ends the run FAILED (KILLED for an interrupt) with the reason as the
+    tag kd.end_reason; a process that is killed ends it KILLED.
+
+    Args:
+        stage: The stage's name; with `name`, the run's name, and the tags kd.stage and kd.name.
+        name: Which of the stage's several: the assistant, the baseline, the format.
+        params: Nested as in params.yaml; logged flat with dots, `recipe.optimizer.lr`.
+        tags: What else tells the run from others: kd.pipeline, kd.role, kd.data_hash.
+        enabled: False for a block that runs the same without MLflow.
+        parent: Id of the run to stand below; KD_PARENT_RUN, where the flow set it, otherwise.
+
+    Raises:
+        TrackingError: the store cannot be reached, or refuses the run.
+    """
+    if not enabled:
+        yield NullRun()
+        return
+    line, uri = start()
+    line.send(
+        {
+            "do": "start",
+            "stage": stage,
+            "name": name,
+            "params": _flat(params),
+            "tags": {**_environment_tags(), **tags},
+            "parent": parent or os.environ.get("KD_PARENT_RUN"),
+            "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME", "kd"),
+            "pid": os.getpid(),
+            "time": time.time(),
+        }
+    )
+    this = Run(line, uri)
+    try:
+        yield this
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+        this._end("KILLED" if killed else "FAILED", f"{type(error).__name__}: {error}"[:5000])
+        raise
+    this._end("FINISHED", "")
+
+
+def start() -> tuple[Line, str]:
+    """A line to this machine's recorder, and the store's URI; starts the recorder if need be.
+
+    Call it early (the recorder imports MLflow while the caller imports torch), and drop the line.
+
+    Raises:
+        TrackingError: MLflow is not installed, or its server does not answer.
+    """
+    uri = prepare_store()
+    try:
+        return recorder.connect(uri, repository()), uri
+    except OSError as error:
+        raise TrackingError(uri, error) from error
+
+
+def tracking_uri() -> str:
+    """Where runs go: MLFLOW_TRACKING_URI, or a SQLite file in this repository's .kd folder."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        return f"sqlite:///{repository() / '.kd' / 'mlflow.db'}"
+    if path := recorder.sqlite_path(uri):
+        return f"sqlite:///{repository() / path}"
+    return uri
+
+
+def prepare_store() -> str:
+    """See that the store can be reached, and that a SQLite store has its file; the store's URI.
+
+    The tables are made once, by the first recorder, under a lock.
+
+    Raises:
+        TrackingError: MLflow is not installed, the server does not answer within 3 s, or the
+            file cannot be written.
+    """
+    uri = tracking_uri()
+    if "mlflow" not in sys.modules and not _installed("mlflow"):
+        raise TrackingError(uri, "mlflow is not installed (pip install 'kd[pipeline]')")
+    try:
+        if uri.startswith(("http://", "https://")):
+            _knock(uri)
+        elif path := recorder.sqlite_path(uri):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    except OSError as error:
+        raise TrackingError(uri, getattr(error, "reason", None) or error) from error
+    return uri
+
+
+def repository() -> Path:
+    """The folder that holds the experiment: the nearest one upwards with a dvc.yaml or .git."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").exists() or (folder / ".git").exists():
+            return folder
+    return here
+
+
+def _knock(uri: str) -> None:
+    """Open a connection to a server and close it again; raise OSError if that fails."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    socket.create_connection((parts.hostname or "", port), REACHABLE_WITHIN).close()
+
+
+def _installed(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def _environment_tags() -> dict[str, str]:
+    return {tag: os.environ[key] for tag, key in ENVIRONMENT_TAGS.items() if os.environ.get(key)}
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested params as one level of text, keys joined by dots."""
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

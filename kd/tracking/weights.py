@@ -1,0 +1,106 @@
+"""The weights stage's run: every weight set as a run of its own, the search as curves and figures.
+
+Reads what the stage wrote to artifacts/weights, and nothing else.
+"""
+
+import csv
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from kd import figures
+from kd.tracking import Run, run
+
+# K members, N samples, C classes
+
+
+def log_weight_sets(
+    parent: Run, folder: Path, *, tags: Mapping[str, str], study: Path | None = None
+) -> None:
+    """Log the search to `parent`, and each of its weight sets as the run weights/<set> below it.
+
+    Args:
+        parent: The weights stage's own run.
+        folder: Holds weights.json, val_logits.safetensors, and where a search ran,
+            convergence.csv and path.csv.
+        tags: What the stage's run was tagged with; the sets' runs share them.
+        study: The Optuna study's file, kept with the run so that optuna-dashboard can open it.
+    """
+    record = json.loads((folder / "weights.json").read_text())
+    parent.log_final(_finals(record["sets"]["chosen"]) | _gains(record["gain"]))
+    parent.log_figure(figures.weights(record), "weights")
+    for name in ("weights.json", "convergence.csv", "path.csv"):
+        if (folder / name).exists():
+            parent.log_file(folder / name)
+    if (folder / "convergence.csv").exists():
+        _log_search(parent, record, folder)
+    if study is not None:
+        parent.log_file(study, "study")
+        parent.log_tags({"kd.optuna_dashboard": f"optuna-dashboard {shlex.quote(str(study))}"})
+    for name, found in record["sets"].items():
+        weighting = record["weighting"] if name == "chosen" else {"kind": name}
+        params = {"weighting": weighting, "num_val": record["num_val"]}
+        enabled = parent.id is not None
+        with run(
+            "weights", name, params=params, tags=tags, enabled=enabled, parent=parent.id
+        ) as each:
+            each.log_final(_finals(found))
+            each.log_figure(figures.weights({**record, "sets": {name: found}}), "weights")
+
+
+def _log_search(parent: Run, record: Mapping[str, object], folder: Path) -> None:
+    """The search by generation: convergence, the best weights' path, and for K = 3 the map."""
+    convergence = read_numbers(folder / "convergence.csv")
+    path = read_numbers(folder / "path.csv")
+    parent.log_curve(
+        {
+            int(row["generation"]): {f"search.{k}": row[k] for k in ("best", "median", "worst")}
+            for row in convergence
+        }
+    )
+    parent.log_curve(
+        {
+            int(row["generation"]): {f"weight.{k}": w for k, w in row.items() if k != "generation"}
+            for row in path
+        }
+    )
+    parent.log_figure(figures.convergence(convergence), "convergence")
+    parent.log_figure(figures.weights_path(path), "weights_path")
+    members = record["members"]
+    assert isinstance(members, list)
+    if len(members) == 3:
+        from safetensors.numpy import load_file
+
+        cached = load_file(folder / "val_logits.safetensors")
+        parent.log_figure(
+            figures.simplex_map(cached["logits_KNC"], cached["labels_N"], members, path),
+            "simplex",
+        )
+
+
+def read_numbers(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file whose cells are all numbers."""
+    with path.open(newline="") as file:
+        return [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def _finals(found: Mapping[str, object]) -> dict[str, float]:
+    """What a weight set is compared by, under the names that all runs share where they can."""
+    weights = found["weights"]
+    assert isinstance(weights, dict)
+    numbers = {
+        key: float(value)
+        for key, value in found.items()
+        if isinstance(value, int | float) and value is not None
+    }
+    return {**{f"weight.{name}": float(w) for name, w in weights.items()}, **numbers}
+
+
+def _gains(gain: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Held-out gains with their standard errors, flat: gain.over_uniform.nll."""
+    return {
+        f"gain.{over}.{key}": float(value)
+        for over, row in gain.items()
+        for key, value in row.items()
+    }
