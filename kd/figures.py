@@ -280,7 +280,9 @@ def sizes(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         y = [100 * row["test_accuracy"] for row in of_role]
         large = 160 if role == "student" else 55
         if of_role:
-            axes.scatter(x, y, large, colour, marker, label=role, zorder=3, edgecolors="white")
+            axes.scatter(
+                x, y, large, colour, marker=marker, label=role, zorder=3, edgecolors="white"
+            )
     axes.set(title="Accuracy against size", xlabel="size (MB)", ylabel="test accuracy (%)")
     axes.set_xscale("log")
     axes.margins(x=0.15)

@@ -305,7 +305,7 @@ def _process_tags(pid: int) -> dict[str, str]:
 
 
 def _lives(tags: Mapping[str, str]) -> bool:
-    """Whether the process that a run's tags name is there; clocks may have been set by a little."""
+    """Whether the process that a run's tags name is there (clocks may drift a little)."""
     try:
         born = psutil.Process(int(tags["kd.pid"])).create_time()
     except psutil.NoSuchProcess:

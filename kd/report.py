@@ -1,0 +1,427 @@
+"""What came out, from records alone: one table, what it means, figures, and CSVs for `dvc plots`.
+
+No number is typed by hand, and no network is run here: the report stage (kd/stages.py) opens the
+test split and hands in what it measured there as `Test`; everything else is read from the records
+that the stages left in artifacts/.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kd import figures
+from kd.component import ConfigError
+
+# N samples, C classes
+
+CLEAR = 2.0
+"""Standard errors that a difference must exceed before the report calls it one."""
+BINS = 15
+"""Of the reliability diagram."""
+FAMILIES = ("assistants", "baselines", "exports")
+"""Stages of which an experiment has several."""
+WEIGHTED, UNIFORM = "ensemble/weighted", "ensemble/uniform"
+"""The rows of the two ensembles; every other row is a run name, teacher or assistants/large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """A difference on the same test images, in which the images' own difficulty cancels."""
+
+    difference: float
+    """Mean over the images of (student right) - (other right), in [-1, 1]."""
+    standard_error: float
+    """Of that mean: the standard deviation over the images, divided by sqrt(N)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Test:
+    """What the report stage measured on the test split."""
+
+    scores: Mapping[str, Mapping[str, float]]
+    """By row: test_accuracy, test_nll, test_ece, test_worst_class_accuracy, test_agreement.
+
+    Rows are teacher, assistants/<name>, ensemble/uniform, ensemble/weighted, student and
+    baselines/<name>.  test_agreement (with the teacher) is missing for the teacher."""
+    student_minus: Mapping[str, Paired]
+    """By row, for every row but the student: how the student's accuracy differs from it."""
+    ensemble_minus_teacher: Paired
+    """How the weighted ensemble's accuracy differs from the teacher's."""
+    labels_N: Sequence[int]
+    """Class indices of the test images."""
+    predicted_N: Sequence[int]
+    """The student's."""
+    confidence_N: Sequence[float]
+    """The student's probability for its prediction, in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What the experiment consists of, in the order of params.yaml."""
+
+    assistants: Sequence[str]
+    baselines: Sequence[str]
+    exports: Sequence[str]
+    class_names: Sequence[str]
+
+
+def build(root: Path, names: Names, test: Test) -> dict[str, Any]:
+    """The report's record: the same for the same records and measurements.
+
+    Args:
+        root: The artifacts folder.
+        names: Which records to read.
+        test: What was measured on the test split.
+
+    Returns:
+        num_test, rows (the table), weights, exports, student_minus, ensemble_minus_teacher, and
+        findings (sentences).
+
+    Raises:
+        ConfigError: a record or a test score is missing; the message names it.
+    """
+    weights = _read(root / "weights/weights.json")
+    rows = [
+        _network(root, "teacher", "teacher", test),
+        *(_network(root, f"assistants/{name}", "assistant", test) for name in names.assistants),
+    ]
+    short = {name.rpartition("/")[2] for name in weights["members"]}
+    members = [row for row in rows if row["name"].rpartition("/")[2] in short]
+    rows += [
+        _ensemble(UNIFORM, weights["sets"]["uniform"], members, test),
+        _ensemble(WEIGHTED, weights["sets"]["chosen"], members, test),
+        _network(root, "student", "student", test),
+        *(_network(root, f"baselines/{name}", "baseline", test) for name in names.baselines),
+    ]
+    report: dict[str, Any] = {
+        "num_test": len(test.labels_N),
+        "rows": rows,
+        "weights": {key: weights[key] for key in ("members", "num_val", "sets", "gain")},
+        "exports": [_export(root, name) for name in names.exports],
+        "student_minus": {name: asdict(paired) for name, paired in test.student_minus.items()},
+        "ensemble_minus_teacher": asdict(test.ensemble_minus_teacher),
+    }
+    return {**report, "findings": findings(report)}
+
+
+def metrics(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The table as `dvc metrics` wants it: a number for each row and column."""
+    return {
+        row["name"]: {key: value for key, value in row.items() if isinstance(value, int | float)}
+        for row in report["rows"]
+    }
+
+
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """What the numbers mean, a sentence each; a difference within its error is called none."""
+    rows = {row["name"]: row for row in report["rows"]}
+    student, teacher = rows["student"], rows["teacher"]
+    return [
+        f"The student reaches {_percent(student['test_accuracy'])} on {report['num_test']} test "
+        f"images, the teacher {_percent(teacher['test_accuracy'])} with "
+        f"{teacher['parameters'] / student['parameters']:.1f} times as many parameters: "
+        f"{_verdict('the student', 'the teacher', report['student_minus']['teacher'])}.",
+        *_against_baselines(report),
+        _against_teacher(report),
+        _gain(report["weights"]["gain"]["over_uniform"], report["weights"]["num_val"]),
+    ]
+
+
+def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | None = None) -> str:
+    """The report for people.
+
+    Args:
+        report: What `build` returned.
+        latency_ms: By row, and by exports/<format>: median time for one image.  It differs from
+            run to run, so it is no part of the record.
+    """
+    latency = latency_ms or {}
+    return "\n\n".join(
+        [
+            "# Report",
+            _table(
+                ["", "validation", "test", "parameters", "size", "latency"],
+                [
+                    [
+                        row["name"],
+                        _percent(row["val_accuracy"]),
+                        _percent(row["test_accuracy"]),
+                        f"{row['parameters']:,}",
+                        _size(row["size_bytes"]),
+                        _milliseconds(latency.get(row["name"])),
+                    ]
+                    for row in report["rows"]
+                ],
+            ),
+            "Validation and test are accuracies; an ensemble's validation accuracy is held out: "
+            "its weights were found on other folds. Latency is the median for one image.",
+            *report["findings"],
+            "## Weights",
+            _weights_table(report["weights"]),
+            "Held out: found on four folds of the validation split, scored on the fifth.",
+            "## Exports",
+            _exports_table(report["exports"], latency),
+            "",
+        ]
+    )
+
+
+def write(
+    folder: Path,
+    report: Mapping[str, Any],
+    names: Names,
+    test: Test,
+    latency_ms: Mapping[str, float],
+) -> None:
+    """Write report.json, metrics.json, latency.json, report.md, CSVs and figures.
+
+    All but latency.json and report.md, which hold times, are the same for the same records.
+    """
+    pictures = folder / "figures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "report.json", report)
+    _write_json(folder / "metrics.json", metrics(report))
+    _write_json(folder / "latency.json", latency_ms)
+    (folder / "report.md").write_text(to_markdown(report, latency_ms))
+    named = [
+        {"actual": names.class_names[actual], "predicted": names.class_names[predicted]}
+        for actual, predicted in zip(test.labels_N, test.predicted_N, strict=True)
+    ]
+    bins = reliability_bins(test.confidence_N, test.labels_N, test.predicted_N)
+    _write_csv(folder / "confusion.csv", named)
+    _write_csv(folder / "reliability.csv", bins)
+    _write_csv(folder / "results.csv", report["rows"])
+    for name, figure in {
+        "confusion": figures.confusion(test.labels_N, test.predicted_N, names.class_names),
+        "reliability": figures.reliability(bins),
+        "sizes": figures.sizes(report["rows"]),
+        "weights": figures.weights(report["weights"]),
+    }.items():
+        figures.save(figure, pictures / f"{name}.png")
+
+
+def reliability_bins(
+    confidence_N: Sequence[float], labels_N: Sequence[int], predicted_N: Sequence[int]
+) -> list[dict[str, float]]:
+    """Mean confidence, accuracy and number of images in each of 15 equal bins of confidence.
+
+    An empty bin stands at its middle with accuracy 0 and count 0.
+    """
+    inside: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
+    for confidence, label, predicted in zip(confidence_N, labels_N, predicted_N, strict=True):
+        inside[min(int(confidence * BINS), BINS - 1)].append((confidence, label == predicted))
+    return [
+        {
+            "confidence": _mean((c for c, _ in pairs), (i + 0.5) / BINS),
+            "accuracy": _mean((float(right) for _, right in pairs), 0.0),
+            "count": len(pairs),
+        }
+        for i, pairs in enumerate(inside)
+    ]
+
+
+def _network(root: Path, name: str, role: str, test: Test) -> dict[str, Any]:
+    """The table's row of a trained network."""
+    path = root / name / "metrics.json"
+    record = _read(path)
+    wanted = ("val_accuracy", "val_nll", "parameters", "multiply_adds", "size_bytes")
+    return {
+        "name": name,
+        "role": role,
+        **{key: _get(record, key, path) for key in wanted},
+        **_scores(test, name),
+    }
+
+
+def _ensemble(
+    name: str, found: Mapping[str, Any], members: Sequence[Mapping[str, Any]], test: Test
+) -> dict[str, Any]:
+    """The table's row of an ensemble: as large as its members together, scored held out."""
+    return {
+        "name": name,
+        "role": "ensemble",
+        "val_accuracy": found["held_out_accuracy"],
+        "val_nll": found["held_out_nll"],
+        **{
+            key: sum(member[key] for member in members)
+            for key in ("parameters", "multiply_adds", "size_bytes")
+        },
+        **_scores(test, name),
+    }
+
+
+def _scores(test: Test, name: str) -> dict[str, float]:
+    if name not in test.scores:
+        raise ConfigError(f"no test scores for {name}; it has {', '.join(sorted(test.scores))}")
+    keys = ("test_accuracy", "test_nll", "test_ece", "test_worst_class_accuracy")
+    # The teacher agrees with itself; every row has every column, or the CSV would have holes.
+    scores = {"test_agreement": 1.0, **test.scores[name]}
+    return {key: scores[key] for key in (*keys, "test_agreement")}
+
+
+def _export(root: Path, name: str) -> dict[str, Any]:
+    """An export's file and how it compares with the student it was made from."""
+    path = root / "exports" / name / "parity.json"
+    record = _read(path)
+    wanted = ("max_abs", "top1_agreement", "val_accuracy", "eager_val_accuracy", "size_bytes")
+    return {"format": name, **{key: _get(record, key, path) for key in (*wanted, "num_images")}}
+
+
+def _against_baselines(report: Mapping[str, Any]) -> list[str]:
+    """The student against each network of its own size, told apart or not."""
+    paired = {
+        name.partition("/")[2].replace("_", " "): one
+        for name, one in report["student_minus"].items()
+        if name.startswith("baselines/")
+    }
+    if not paired:
+        return []
+    parts = [f"{name} {_points(one)}" for name, one in paired.items()]
+    verdicts = [
+        f"{phrase} {', '.join(group)}"
+        for sign, phrase in ((1, "is better than"), (-1, "is worse than"), (0, "equals"))
+        if (group := [name for name, one in paired.items() if _clear(one) == sign])
+    ]
+    return [
+        "Against the same network trained otherwise, on the same test images (student minus "
+        f"baseline, +- standard error): {', '.join(parts)}. So far as these images can tell "
+        f"({CLEAR:g} standard errors), the student {', and '.join(verdicts)}."
+    ]
+
+
+def _against_teacher(report: Mapping[str, Any]) -> str:
+    one = report["ensemble_minus_teacher"]
+    return (
+        f"The weighted ensemble of assistants differs from the teacher by {_points(one)} on the "
+        f"test images: {_verdict('the ensemble', 'the teacher', one)}."
+    )
+
+
+def _gain(gain: Mapping[str, float], num_val: int) -> str:
+    """The weights' worth, on rows they were not found on."""
+    lower_is_better = {"difference": gain["nll"], "standard_error": gain["nll_se"]}
+    word = {1: "a gain", -1: "a loss", 0: "no difference that these images could show"}
+    return (
+        f"Held out on {num_val} validation images, the weights change the uniform ensemble's NLL "
+        f"by {-gain['nll']:+.4f} +- {gain['nll_se']:.4f} and its accuracy by "
+        f"{100 * gain['accuracy']:+.2f} +- {100 * gain['accuracy_se']:.2f} points: in NLL, "
+        f"{word[_clear(lower_is_better)]}."
+    )
+
+
+def _verdict(one: str, other: str, paired: Mapping[str, float]) -> str:
+    """Who is better, or that these images cannot tell."""
+    sign = _clear(paired)
+    if sign == 0:
+        return f"these images cannot tell them apart ({_points(paired)})"
+    return f"{one} is {'better' if sign > 0 else 'worse'} than {other} by {_points(paired)}"
+
+
+def _clear(paired: Mapping[str, float]) -> int:
+    """The sign of a difference that exceeds CLEAR standard errors, 0 for any other."""
+    difference = paired["difference"]
+    if abs(difference) <= CLEAR * paired["standard_error"]:
+        return 0
+    return 1 if difference > 0 else -1
+
+
+def _weights_table(weights: Mapping[str, Any]) -> str:
+    members = weights["members"]
+    return _table(
+        ["", *members, "held-out NLL", "held-out accuracy", "evaluations"],
+        [
+            [
+                name.replace("_", " "),
+                *(f"{found['weights'][member]:.3f}" for member in members),
+                f"{found['held_out_nll']:.4f}",
+                _percent(found["held_out_accuracy"]),
+                f"{found.get('evaluations') or 0:,}",
+            ]
+            for name, found in weights["sets"].items()
+        ],
+    )
+
+
+def _exports_table(exports: Sequence[Mapping[str, Any]], latency: Mapping[str, float]) -> str:
+    return _table(
+        ["", "size", "largest difference of a logit", "top-1 agreement", "validation", "latency"],
+        [
+            [
+                one["format"],
+                _size(one["size_bytes"]),
+                f"{one['max_abs']:.1e}",
+                _percent(one["top1_agreement"]),
+                f"{_percent(one['val_accuracy'])} (eager {_percent(one['eager_val_accuracy'])})",
+                _milliseconds(latency.get(f"exports/{one['format']}")),
+            ]
+            for one in exports
+        ],
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up as plain text, numbers to the right."""
+    cells = [list(head), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in pairs) + " |"
+        for pairs in (list(enumerate(zip(row, widths, strict=True))) for row in cells)
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _points(paired: Mapping[str, float]) -> str:
+    return f"{100 * paired['difference']:+.2f} +- {100 * paired['standard_error']:.2f} points"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.2f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def _milliseconds(median: float | None) -> str:
+    return "" if median is None else f"{median:.2f} ms"
+
+
+def _mean(values: Iterable[float], otherwise: float) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else otherwise
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record; ConfigError with the stage to run if it is not there or no JSON object."""
+    folder = path.parent
+    stage = folder.name if folder.parent.name not in FAMILIES else "@".join(folder.parts[-2:])
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: run `dvc repro {stage}`") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): run `dvc repro {stage}`") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} holds no record: run `dvc repro {stage}`")
+    return record
+
+
+def _get(record: Mapping[str, Any], key: str, path: Path) -> Any:
+    if key not in record:
+        raise ConfigError(f"{path} has no {key!r}: run its stage again")
+    return record[key]
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
