@@ -1,0 +1,856 @@
+"""DESampler: differential evolution behind Optuna's sampler interface.
+
+The search's state is a pure function of (seed, storage).  Trial number n is slot n % NP of
+generation n // NP; a slot's occupant is its best finished trial; a generation is drawn whole from
+a counter generator keyed (seed, generation), and only trials numbered below g NP may enter
+generation g.  So nothing but trials is written to the storage, a new process rebuilds everything
+by replaying them, and sequential, batched and resumed searches are bit-identical.
+
+This is kd's only importer of optuna, and the one place that reads its private `_storage` and
+`_study_id`, as Optuna's own samplers do: the public way copies every trial.
+
+Shapes: P population, D dimensions of the search space.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from kd.weightings.evolution import (
+    Bounds,
+    Evolution,
+    Init,
+    Offspring,
+    Rules,
+    Strategy,
+    counter_rng,
+    default_population,
+    has_converged,
+)
+from kd.weightings.simplex import onto_simplex
+
+BatchObjective = Callable[[np.ndarray], np.ndarray]
+"""Rows (P, D) of parameter values -> P objective values; a category is its index."""
+
+SEED_ATTRIBUTE = "de_sampler:seed"
+REMEMBERED = 3  # generations whose rows are kept, for trials that finish late
+UNKNOWN_SPACE_POPULATION = 20
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole generation, for drivers that evaluate it at once."""
+
+    number: int
+    first_trial: int
+    """Number of the trial that belongs to row 0; row i belongs to trial `first_trial + i`."""
+    distributions: dict[str, BaseDistribution]
+    """The search space, in the order of the columns."""
+    params: np.ndarray
+    """Parameter values (P, D); a category is its index."""
+    rows: list[list[Any]]
+    """The same as Optuna has them: floats, ints and categories."""
+    offspring: Offspring
+    """The same as the population has them."""
+
+
+class DESampler(optuna.samplers.BaseSampler):
+    """Differential evolution for single-objective studies.
+
+    Any of float (log, step), int (log, step) and categorical parameters.  Parameters that are
+    not in the search space, or not in every trial, are drawn independently, one stratum of a
+    Latin hypercube per trial.  Pruned and failed trials leave their slot's occupant in place;
+    enqueued and added trials compete for theirs; trial constraints follow Deb's rules.
+    Processes that share a storage share one search, without waiting for each other.
+
+    Args:
+        search_space: distribution of every parameter.  Without it the parameters common to all
+            finished trials are used, from the second generation on; with `simplex` alone, those.
+        population_size: "auto" is 20 up to 5 dimensions, 40 up to 20, twice the dimensions
+            beyond, and 20 where the search space is not given.
+        strategy: "rand1", "best1", "current-to-best1", "jade" (current-to-pbest/1 with archive,
+            F and CR follow their successful means) or "shade" (the same with a memory).
+        F: scale of mutation; a pair is dithered per candidate.  Adaptive strategies find theirs.
+        CR: share of parameters taken from the mutant; where adaptive strategies start.
+        p: share of the best that adaptive strategies are drawn to.
+        memory_size: entries of SHADE's memory.
+        archive_rate: defeated parents kept, as a multiple of the population.
+        init: "lhs" or "random" initial population.
+        bounds: "midpoint" (half-way from parent to bound), "clip" or "reflect".
+        simplex: names of float parameters in [0, 1] that stay non-negative with sum 1: their
+            population members are the weight vectors themselves.
+        consider_pruned_trials: let pruned trials compete with their last reported value.
+        seed: of everything random.  None draws one, and stores it with the study.
+        independent_sampler: draws the parameters outside the search space instead.
+
+    Raises:
+        ValueError: an argument out of range, a simplex of other parameters, or, when sampling,
+            a multi-objective study.
+    """
+
+    def __init__(
+        self,
+        search_space: dict[str, BaseDistribution] | None = None,
+        *,
+        population_size: int | Literal["auto"] = "auto",
+        strategy: Strategy = "shade",
+        F: float | tuple[float, float] = (0.5, 1.0),
+        CR: float = 0.9,
+        p: float = 0.05,
+        memory_size: int = 6,
+        archive_rate: float = 1.0,
+        init: Init = "lhs",
+        bounds: Bounds = "midpoint",
+        simplex: Sequence[str] | None = None,
+        consider_pruned_trials: bool = False,
+        seed: int | None = None,
+        independent_sampler: optuna.samplers.BaseSampler | None = None,
+    ) -> None:
+        self._simplex = tuple(simplex or ())
+        if search_space is None and self._simplex:
+            search_space = {name: FloatDistribution(0.0, 1.0) for name in self._simplex}
+        self._space = None if search_space is None else _Space(search_space, self._simplex)
+        if population_size == "auto":
+            population_size = UNKNOWN_SPACE_POPULATION
+            if self._space is not None:
+                population_size = default_population(len(self._space))
+        self._rules = Rules(
+            population_size, strategy, F, CR, p, memory_size, archive_rate, init, bounds, seed or 0
+        )
+        self._seeded = seed is not None
+        self._consider_pruned_trials = consider_pruned_trials
+        self._independent_sampler = independent_sampler
+        self._search: _Search | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def population_size(self) -> int:
+        """Trials per generation."""
+        return self._rules.population_size
+
+    def generation(self, study: optuna.Study) -> Generation:
+        """The generation that the study's next trial belongs to.
+
+        Raises:
+            ValueError: the search space is not known yet.
+        """
+        upcoming = study._storage.get_n_trials(study._study_id)
+        return self._known(self._generation_of(study, upcoming))
+
+    def generation_of(self, study: optuna.Study, trial_number: int) -> Generation:
+        """The generation that a running trial belongs to.
+
+        Raises:
+            ValueError: the search space is not known, or the trial is generations old.
+        """
+        return self._known(self._generation_of(study, trial_number))
+
+    def population(self, study: optuna.Study) -> tuple[np.ndarray, np.ndarray]:
+        """The best row of every slot (P, D), and its value (P,); not finite in an empty slot.
+
+        Trials of a generation that is still under way are not in it yet.
+
+        Raises:
+            ValueError: the search space is not known yet.
+        """
+        with self._lock:
+            self.generation(study)
+            assert self._search is not None
+            return self._search.population()
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The search space of the trial's generation; empty while it is unknown."""
+        generation = self._generation_of(study, trial.number)
+        # A copy: PartialFixedSampler deletes from it.
+        return {} if generation is None else dict(generation.distributions)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The trial's row; what the row does not have is drawn independently."""
+        generation = self._generation_of(study, trial.number)
+        row: dict[str, Any] = {}
+        if generation is not None:
+            slot = trial.number - generation.first_trial
+            row = {
+                name: value
+                for (name, known), value in zip(
+                    generation.distributions.items(), generation.rows[slot], strict=True
+                )
+                if (wanted := search_space.get(name)) is known or wanted == known
+            }
+        for name in search_space.keys() - row.keys():
+            row[name] = self.sample_independent(study, trial, name, search_space[name])
+        return row
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """One parameter on its own: stratum `slot` of a Latin hypercube over the generation."""
+        self._search_of(study)
+        if self._independent_sampler is not None:
+            return self._independent_sampler.sample_independent(
+                study, trial, param_name, param_distribution
+            )
+        number, slot = divmod(trial.number, self.population_size)
+        rng = counter_rng(
+            self._search_of(study).rules.seed, number, zlib.crc32(param_name.encode())
+        )
+        size = self.population_size
+        unit = (rng.permutation(size)[slot] + rng.random(size)[slot]) / size
+        axis = _Axis.of(param_distribution)
+        return axis.shown(axis.decoded(np.array([unit])))[0]
+
+    def _known(self, generation: Generation | None) -> Generation:
+        if generation is None:
+            raise ValueError("the search space is not known: give DESampler a search_space")
+        return generation
+
+    def _generation_of(self, study: optuna.Study, trial_number: int) -> Generation | None:
+        with self._lock:
+            return self._search_of(study).generation(trial_number // self.population_size)
+
+    def _search_of(self, study: optuna.Study) -> "_Search":
+        """The study's search; a new one, to be filled by replay, if it is another study."""
+        with self._lock:
+            storage, study_id = study._storage, study._study_id
+            search = self._search
+            if search is None or search.storage is not storage or search.study_id != study_id:
+                self._raise_error_if_multi_objective(study)
+                rules = replace(self._rules, seed=self._seed(study))
+                sign = -1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1.0
+                search = self._search = _Search(
+                    storage, study_id, sign, rules, self._space, self._consider_pruned_trials
+                )
+            return search
+
+    def _seed(self, study: optuna.Study) -> int:
+        """The given seed, or the one that the study keeps: without it nothing could resume."""
+        if self._seeded:
+            return self._rules.seed
+        storage = study._storage
+        attributes = storage.get_study_system_attrs(study._study_id)
+        if SEED_ATTRIBUTE not in attributes:
+            drawn = int(np.random.SeedSequence().generate_state(1)[0])
+            storage.set_study_system_attr(study._study_id, SEED_ATTRIBUTE, drawn)
+            attributes = storage.get_study_system_attrs(study._study_id)
+        return int(attributes[SEED_ATTRIBUTE])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock and what the storage can tell again."""
+        return {**self.__dict__, "_lock": None, "_search": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with a new lock; the next trial replays the storage."""
+        self.__dict__.update(state, _lock=threading.RLock())
+
+
+class _Search:
+    """One study's population, kept up to date with its storage."""
+
+    def __init__(
+        self,
+        storage: optuna.storages.BaseStorage,
+        study_id: int,
+        sign: float,
+        rules: Rules,
+        space: "_Space | None",
+        consider_pruned_trials: bool,
+    ) -> None:
+        self.storage, self.study_id, self.rules = storage, study_id, rules
+        self._sign = sign  # -1 turns a maximum into a minimum
+        self._space, self._space_is_given = space, space is not None
+        self._evolution = space.evolution(rules) if space is not None and len(space) else None
+        self._states = {TrialState.COMPLETE}
+        if consider_pruned_trials:
+            self._states.add(TrialState.PRUNED)
+        self._seen = 0  # trials below were absorbed, or are among the unfinished
+        self._unfinished: list[int] = []
+        self._next = 0  # the generation to be drawn next
+        self._recent: dict[int, Generation] = {}
+
+    def generation(self, number: int) -> Generation | None:
+        """Generation `number`; None where it has no search space or is forgotten."""
+        if number >= self._next:
+            trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
+            while self._next <= number:
+                self._advance(trials)
+        return self._recent.get(number)
+
+    def population(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows as parameter values, and values with the study's own sign."""
+        assert self._space is not None
+        assert self._evolution is not None
+        values_P = self._sign * self._evolution.values_P
+        return self._space.decoded(self._evolution.rows_PD), values_P
+
+    def _advance(self, trials: list[FrozenTrial]) -> None:
+        """Absorb what may enter the next generation, and draw it."""
+        number, size = self._next, self.rules.population_size
+        self._absorb(self._finished(trials, number * size))
+        self._next += 1
+        self._recent.pop(number - REMEMBERED, None)
+        if self._space is None or self._evolution is None:
+            return
+        offspring = self._evolution.propose(number)
+        params_PD = self._space.decoded(offspring.rows_PD)
+        rows = self._space.shown(params_PD)
+        self._recent[number] = Generation(
+            number, number * size, self._space.distributions, params_PD, rows, offspring
+        )
+
+    def _finished(self, trials: list[FrozenTrial], limit: int) -> list[FrozenTrial]:
+        """Trials numbered below `limit` that finished since the last call, by number."""
+        limit = min(limit, len(trials))
+        numbers = [*self._unfinished, *range(self._seen, limit)]
+        self._seen = max(self._seen, limit)
+        self._unfinished = [n for n in numbers if not trials[n].state.is_finished()]
+        finished = (trials[n] for n in numbers)
+        return [t for t in finished if t.state in self._states and t.value is not None]
+
+    def _absorb(self, trials: list[FrozenTrial]) -> None:
+        if not self._space_is_given:
+            self._narrow(trials)
+        if self._space is None or self._evolution is None:
+            return
+        size = self.rules.population_size
+        by_generation: dict[int, list[FrozenTrial]] = {}
+        for trial in trials:
+            by_generation.setdefault(trial.number // size, []).append(trial)
+        for number, group in sorted(by_generation.items()):
+            self._challenge(number, group, self._space, self._evolution)
+
+    def _challenge(
+        self, number: int, trials: list[FrozenTrial], space: "_Space", evolution: Evolution
+    ) -> None:
+        """Let the finished trials of one generation challenge the occupants of their slots."""
+        size = self.rules.population_size
+        drawn = self._recent.get(number)
+        slots, rows, values, violations, F, CR = [], [], [], [], [], []
+        for trial in trials:
+            shown = space.row_of(trial)
+            if shown is None:
+                continue
+            slot = trial.number % size
+            as_drawn = drawn is not None and drawn.rows[slot] == shown
+            # A trial with parameters of its own (enqueued, added) earns the strategy no credit.
+            offspring = drawn.offspring if drawn is not None and as_drawn else None
+            slots.append(slot)
+            rows.append(space.encoded(shown) if offspring is None else offspring.rows_PD[slot])
+            F.append(math.nan if offspring is None else offspring.F_P[slot])
+            CR.append(math.nan if offspring is None else offspring.CR_P[slot])
+            values.append(self._sign * _value(trial))
+            violations.append(_violation(trial))
+        if slots:
+            evolution.absorb(
+                np.array(slots),
+                np.array(rows),
+                np.array(values),
+                np.array(violations),
+                np.array(F),
+                np.array(CR),
+                generation=self._next,
+            )
+
+    def _narrow(self, trials: list[FrozenTrial]) -> None:
+        """Keep to the parameters that every finished trial has, with the same distribution."""
+        for trial in trials:
+            theirs = trial.distributions
+            if self._space is None:
+                self._space = _Space(dict(sorted(theirs.items())), ())
+                self._evolution = self._space.evolution(self.rules) if len(self._space) else None
+                continue
+            ours = self._space.distributions
+            kept = [theirs.get(name) == distribution for name, distribution in ours.items()]
+            if all(kept):
+                continue
+            shared = {n: d for (n, d), keep in zip(ours.items(), kept, strict=True) if keep}
+            self._space = _Space(shared, ())
+            self._recent.clear()  # their rows have other columns
+            if self._evolution is not None:
+                self._evolution.keep_columns(np.array(kept))
+                self._evolution.visible = self._space.decoded
+                self._evolution = self._evolution if shared else None
+
+
+class _Space:
+    """The search space as columns of a matrix; parameters with one value are left out."""
+
+    def __init__(self, distributions: dict[str, BaseDistribution], simplex: tuple[str, ...]):
+        for name in simplex:
+            if distributions.get(name) != FloatDistribution(0.0, 1.0):
+                raise ValueError(
+                    f"simplex names {name!r}, whose distribution is {distributions.get(name)}; "
+                    "it must be FloatDistribution(0.0, 1.0)"
+                )
+        self.distributions = {n: d for n, d in distributions.items() if not d.single()}
+        self._axes = [_Axis.of(distribution) for distribution in self.distributions.values()]
+        self._simplex_D = np.array([name in simplex for name in self.distributions], dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self._axes)
+
+    def evolution(self, rules: Rules) -> Evolution:
+        """A population in this space, as yet without values."""
+        nominal_D = np.array([axis.choices is not None for axis in self._axes], dtype=bool)
+        return Evolution(rules, self._simplex_D, nominal_D, self.decoded)
+
+    def decoded(self, rows_PD: np.ndarray) -> np.ndarray:
+        """Points of the unit cube -> parameter values."""
+        if all(axis.is_unit for axis in self._axes):
+            return rows_PD
+        columns = [axis.decoded(rows_PD[:, d]) for d, axis in enumerate(self._axes)]
+        return np.stack(columns, axis=1)
+
+    def shown(self, params_PD: np.ndarray) -> list[list[Any]]:
+        """Parameter values -> rows as Optuna has them."""
+        columns = [axis.shown(params_PD[:, d]) for d, axis in enumerate(self._axes)]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def row_of(self, trial: FrozenTrial) -> list[Any] | None:
+        """The trial's parameters in this space; None if it lacks one or one is out of range."""
+        params = trial.params
+        try:
+            row = [params[name] for name in self.distributions]
+        except KeyError:
+            return None
+        inside = all(axis.contains(value) for axis, value in zip(self._axes, row, strict=True))
+        return row if inside else None
+
+    def encoded(self, row: list[Any]) -> np.ndarray:
+        """A row as Optuna has it -> a point of the unit cube."""
+        point_D = np.array([axis.encoded(v) for axis, v in zip(self._axes, row, strict=True)])
+        if self._simplex_D.any():
+            point_D[self._simplex_D] = onto_simplex(point_D[None, self._simplex_D])[0]
+        return point_D
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One parameter and its unit interval.
+
+    Grids (steps, integers, categories) give every value an equal share of the interval.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    is_float: bool = True
+    choices: tuple[Any, ...] | None = None
+
+    @staticmethod
+    def of(distribution: BaseDistribution) -> "_Axis":
+        """The axis of a distribution."""
+        match distribution:
+            case FloatDistribution(low=low, high=high, log=log, step=step):
+                return _Axis(low, high, log, step)
+            case IntDistribution(low=low, high=high, log=log, step=step):
+                return _Axis(low, high, log, None if log else step, is_float=False)
+            case CategoricalDistribution(choices=choices):
+                last = len(choices) - 1
+                return _Axis(0, last, step=1, is_float=False, choices=tuple(choices))
+        raise ValueError(f"DESampler knows no {type(distribution).__name__}")
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether values are the unit interval itself."""
+        return (self.low, self.high, self.log, self.step) == (0, 1, False, None)
+
+    def decoded(self, units_P: np.ndarray) -> np.ndarray:
+        """Unit interval -> values; categories as their index."""
+        if self.step is not None:
+            cells = self._cells()
+            stepped_P: np.ndarray = np.minimum(np.floor(units_P * cells), cells - 1) * self.step
+            return np.minimum(self.low + stepped_P, self.high)
+        low, high = self._ends()
+        values_P = low * (1 - units_P) + high * units_P
+        if self.log:
+            values_P = np.exp(values_P)
+        if not self.is_float:
+            values_P = np.round(values_P)
+        return np.clip(values_P, self.low, self.high)
+
+    def encoded(self, shown: Any) -> float:
+        """The unit that stands for a value; the middle of its share on a grid."""
+        value = float(shown if self.choices is None else self.choices.index(shown))
+        if self.step is not None:
+            return (round((value - self.low) / self.step) + 0.5) / self._cells()
+        low, high = self._ends()
+        return ((math.log(value) if self.log else value) - low) / (high - low)
+
+    def shown(self, values_P: np.ndarray) -> list[Any]:
+        """Values as Optuna has them."""
+        if self.choices is not None:
+            return [self.choices[int(index)] for index in values_P]
+        values: list[float] = values_P.tolist()
+        return values if self.is_float else [int(value) for value in values]
+
+    def contains(self, value: Any) -> bool:
+        """Whether a trial's value lies on this axis."""
+        if self.choices is not None:
+            return value in self.choices
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def _cells(self) -> int:
+        assert self.step is not None
+        return round((self.high - self.low) / self.step) + 1
+
+    def _ends(self) -> tuple[float, float]:
+        """Both ends on the axis' own scale; logarithmic integers get half a unit on each side."""
+        if not self.log:
+            return self.low, self.high
+        margin = 0.0 if self.is_float else 0.5
+        return math.log(self.low - margin), math.log(self.high + margin)
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value
+
+
+def _violation(trial: FrozenTrial) -> float:
+    """Sum of the positive parts of the trial's constraints: 0 when feasible."""
+    if not trial.system_attrs:
+        return 0.0
+    total = sum(max(0.0, value) for value in trial.constraints.values())
+    return total if total == total else math.inf
+
+
+class PrefetchObjective:
+    """Evaluates a whole generation at its first trial, under plain `study.optimize`.
+
+        study.optimize(PrefetchObjective(batch_objective), n_trials=2000)
+
+    Later trials of the generation look their value up.  A trial whose parameters are not its
+    row's (it was enqueued) is evaluated on its own.
+
+    Args:
+        batch_objective: rows (P, D) of parameter values, a category as its index -> P values.
+    """
+
+    def __init__(self, batch_objective: BatchObjective) -> None:
+        self._batch_objective = batch_objective
+        self._evaluated: tuple[Generation, list[float]] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, trial: Trial) -> float:
+        """The trial's value; nan, which fails the trial, where the objective says nan."""
+        sampler = _de_sampler(trial.study)
+        generation = sampler.generation_of(trial.study, trial.number)
+        row = [_suggest(trial, name, d) for name, d in generation.distributions.items()]
+        slot = trial.number - generation.first_trial
+        if row == generation.rows[slot]:
+            return self._values(generation)[slot]
+        indices = [
+            float(d.to_internal_repr(value))
+            for d, value in zip(generation.distributions.values(), row, strict=True)
+        ]
+        return float(self._batch_objective(np.array([indices]))[0])
+
+    def _values(self, generation: Generation) -> list[float]:
+        with self._lock:
+            if self._evaluated is None or self._evaluated[0] is not generation:
+                values = np.asarray(self._batch_objective(generation.params), dtype=float)
+                self._evaluated = generation, values.tolist()
+            return self._evaluated[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock and the generation at hand."""
+        return {**self.__dict__, "_lock": None, "_evaluated": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with a new lock."""
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def optimize_population(
+    study: optuna.Study,
+    batch_objective: BatchObjective,
+    n_generations: int,
+    persist: Literal["trials", "add_trials"] = "add_trials",
+) -> None:
+    """Evaluate whole generations at once, and store every candidate as a trial.
+
+    A generation that is under way (a resumed study) is finished first, and counts.
+
+    Args:
+        study: its sampler is a DESampler that knows its search space.
+        batch_objective: as for `PrefetchObjective`; nan fails the trial.
+        n_generations: how many to finish.
+        persist: "add_trials" writes each finished trial once, K + 2 times less than "trials",
+            which asks and tells, and so runs enqueued trials, heartbeats and callbacks of the
+            storage.  "add_trials" needs to be the study's only writer.
+    """
+    for _ in range(n_generations):
+        generation = _de_sampler(study).generation(study)
+        upcoming = study._storage.get_n_trials(study._study_id)
+        slots = range(upcoming - generation.first_trial, len(generation.rows))
+        if persist == "trials":
+            _ask_and_tell(study, batch_objective, generation, len(slots))
+        else:
+            _add_trials(study, batch_objective, generation, slots)
+
+
+def _ask_and_tell(
+    study: optuna.Study, batch_objective: BatchObjective, generation: Generation, count: int
+) -> None:
+    space = generation.distributions
+    trials = [study.ask(space) for _ in range(count)]
+    rows = [
+        [float(d.to_internal_repr(params[name])) for name, d in space.items()]
+        for params in (trial.params for trial in trials)
+    ]
+    for trial, value in zip(trials, batch_objective(np.array(rows)), strict=True):
+        if math.isnan(value):
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, float(value))
+
+
+def _add_trials(
+    study: optuna.Study,
+    batch_objective: BatchObjective,
+    generation: Generation,
+    slots: Sequence[int],
+) -> None:
+    space = generation.distributions
+    for slot, value in zip(slots, batch_objective(generation.params[slots[0] :]), strict=True):
+        failed = math.isnan(value)
+        study.add_trial(
+            optuna.create_trial(
+                params=dict(zip(space, generation.rows[slot], strict=True)),
+                distributions=space,
+                state=TrialState.FAIL if failed else TrialState.COMPLETE,
+                value=None if failed else float(value),
+            )
+        )
+
+
+def _de_sampler(study: optuna.Study) -> DESampler:
+    if not isinstance(study.sampler, DESampler):
+        raise ValueError(f"the study's sampler is {study.sampler}; it must be a DESampler")
+    return study.sampler
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    """Suggest by the public method that belongs to the distribution."""
+    match distribution:
+        case FloatDistribution(low=low, high=high, step=step, log=log):
+            return trial.suggest_float(name, low, high, step=step, log=log)
+        case IntDistribution(low=low, high=high, step=step, log=log):
+            return trial.suggest_int(name, low, high, step=step, log=log)
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(name, choices)
+    raise ValueError(f"DESampler knows no {type(distribution).__name__}")
+
+
+class DEConvergedCallback:
+    """Stops `study.optimize` when the population's values have come together.
+
+    Scipy's criterion, looked at when a generation ends: std <= atol + tol * |mean|.
+
+    Args:
+        tol: relative part.
+        atol: absolute part.
+    """
+
+    def __init__(self, tol: float = 0.01, atol: float = 0.0) -> None:
+        if tol < 0 or atol < 0:
+            raise ValueError(f"tol is {tol} and atol {atol}; neither may be negative")
+        self.tol, self.atol = tol, atol
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Stop the study if the generation that `trial` ends has converged."""
+        if (trial.number + 1) % _de_sampler(study).population_size == 0 and self.holds(study):
+            study.stop()
+
+    def holds(self, study: optuna.Study) -> bool:
+        """Whether the population has converged."""
+        _, values_P = _de_sampler(study).population(study)
+        return has_converged(values_P, self.tol, self.atol)
+
+
+class GenerationJournalBackend(BaseJournalBackend):
+    """A journal file written once per generation instead of once per operation.
+
+    Its file is a plain Optuna journal: `JournalFileBackend` and optuna-dashboard read it.  What a
+    killed process had not written yet is lost, and evaluated again on resuming, bit for bit.
+    One process may write at a time; a second one is refused.
+
+        with GenerationJournalBackend("study.log") as backend:
+            study = optuna.create_study(storage=optuna.storages.JournalStorage(backend), ...)
+
+    Args:
+        path: the journal file; made if it does not exist, continued if it does.
+        trials_per_commit: finished trials that are written together.
+
+    Raises:
+        RuntimeError: another process holds the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], trials_per_commit: int = 20) -> None:
+        if trials_per_commit < 1:
+            raise ValueError(f"trials_per_commit is {trials_per_commit}; it must be at least 1")
+        self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        _lock_or_refuse(self._file.fileno(), path)
+        self._cut_torn_line()
+        self._reader = JournalFileBackend(os.fspath(path))
+        self._num_written = sum(1 for _ in self._reader.read_logs(0))
+        self._trials_per_commit = trials_per_commit
+        self._pending: list[bytes] = []
+        self._finished = 0
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Logs from the file, then those not written yet."""
+        if log_number_from < self._num_written:
+            yield from self._reader.read_logs(log_number_from)
+        for line in self._pending[max(0, log_number_from - self._num_written) :]:
+            yield json.loads(line)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Take logs; write them when enough trials have finished."""
+        for log in logs:
+            self._pending.append(json.dumps(log, separators=(",", ":")).encode())
+            # Finished: told (SET_TRIAL_STATE_VALUES) or added whole (CREATE_TRIAL with a state).
+            state = log.get("state")
+            self._finished += state is not None and TrialState(state).is_finished()
+        if self._finished >= self._trials_per_commit:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write what is pending: one write, one fsync."""
+        if not self._pending:
+            return
+        self._file.write(b"".join(line + b"\n" for line in self._pending))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._num_written += len(self._pending)
+        self._pending.clear()
+        self._finished = 0
+
+    def close(self) -> None:
+        """Write what is pending and let go of the file."""
+        if not self._file.closed:
+            self.commit()
+            self._file.close()
+
+    def __enter__(self) -> "GenerationJournalBackend":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _cut_torn_line(self) -> None:
+        """Drop the half line that a killed process may have left at the end."""
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
+
+
+def _lock_or_refuse(descriptor: int, path: object) -> None:
+    """Hold the file until the process ends, however it ends; without flock, trust the caller."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RuntimeError(f"{path}: another process is writing this journal") from error
+
+
+def search_weights(
+    objective: BatchObjective,
+    columns: tuple[str, ...],
+    simplex: tuple[str, ...],
+    rules: Rules,
+    generations: int,
+    tolerance: float,
+    study_path: Path | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise `objective` in a study of float parameters in [0, 1].
+
+    Args:
+        objective: rows (P, D) -> values (P,).
+        columns: the D parameters, in the objective's order.
+        simplex: those that stay on the simplex.
+        rules: the sampler's.
+        generations: the most generations, those found in the study included.
+        tolerance: stop when the std of the population's values is below.
+        study_path: journal that keeps the study; None keeps it in memory.
+
+    Returns:
+        Every candidate (M, D) and its value (M,), nan where it failed.
+    """
+    space: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in columns}
+    sampler = DESampler(
+        space,
+        population_size=rules.population_size,
+        strategy=rules.strategy,
+        simplex=simplex,
+        seed=rules.seed,
+    )
+    with _quiet(), contextlib.ExitStack() as stack:
+        storage = None
+        if study_path is not None:
+            backend = GenerationJournalBackend(study_path, rules.population_size)
+            storage = optuna.storages.JournalStorage(stack.enter_context(backend))
+        study = optuna.create_study(
+            storage=storage,
+            sampler=sampler,
+            study_name=_fingerprint(objective, columns, rules),
+            load_if_exists=True,
+        )
+        converged = DEConvergedCallback(0.0, tolerance)
+        left = generations * rules.population_size - len(study.get_trials(deepcopy=False))
+        if left > 0 and not converged.holds(study):
+            study.optimize(PrefetchObjective(objective), n_trials=left, callbacks=[converged])
+        trials = study.get_trials(deepcopy=False)
+    tried_MD = np.array([[trial.params[name] for name in columns] for trial in trials])
+    values_M = np.array([math.nan if trial.value is None else trial.value for trial in trials])
+    return tried_MD, values_M
+
+
+def _fingerprint(objective: BatchObjective, columns: tuple[str, ...], rules: Rules) -> str:
+    """A study name that differs when problem or search do, so that none is resumed wrongly."""
+    probe_PD = onto_simplex(counter_rng(0).random((8, len(columns))))
+    told = objective(probe_PD).tolist()
+    digest = hashlib.sha256(repr((columns, rules, told)).encode()).hexdigest()
+    return f"weights-{digest[:12]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna without a log line per trial, which costs more than the trial."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

@@ -1,0 +1,203 @@
+"""Weights by differential evolution: any objective, smooth or not.
+
+Shapes: K members, N samples, C classes, M candidates, D = K, or K + 1 with a temperature.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from kd.component import component, require
+from kd.weightings.evolution import (
+    Evolution,
+    Rules,
+    Strategy,
+    default_population,
+    minimise,
+)
+from kd.weightings.expectation_maximization import ExpectationMaximization
+from kd.weightings.found import (
+    Found,
+    check_logits,
+    few_samples_warning,
+    nothing_to_search,
+    population_history,
+    uniform_found,
+)
+from kd.weightings.objectives import (
+    Measure,
+    Mixing,
+    MixtureNLL,
+    Objective,
+    objective_on,
+    temperature_of,
+)
+from kd.weightings.shrinkage import shrinkage_by_cross_validation
+from kd.weightings.simplex import toward_uniform
+
+TEMPERATURE = "temperature"
+GENERATIONS_PER_MEMBER = 50
+
+
+@component
+class DifferentialEvolution:
+    """Search the simplex with SHADE through an Optuna study, then shrink to uniform.
+
+    Validation accuracy of searched weights is optimistic by up to several points, hence the
+    guard: NLL by default, and weights moved to uniform as far as cross-validation asks.
+    """
+
+    kind: Literal["differential_evolution"] = "differential_evolution"
+    objective: Measure = "nll"
+    """What is minimised on the validation samples; accuracy means errors, ties by NLL."""
+    mixing: Mixing = "probabilities"
+    """Whether the ensemble averages probabilities or logits."""
+    fit_temperature: bool = False
+    """Search one temperature, in [1/8, 8], together with the weights."""
+    strategy: Strategy = "shade"
+    """How candidates are bred; shade adapts itself."""
+    population: int | None = None
+    """Candidates per generation; 20 up to 5 members, 40 up to 20, twice the members beyond."""
+    generations: int | None = None
+    """The most generations; 50 per member if not given."""
+    tolerance: float = 1e-9
+    """Stop when the standard deviation of the population's values is below this."""
+    shrink: bool = True
+    """Move the weights to uniform by the share that 5-fold cross-validation chooses."""
+    study: bool = True
+    """Search through an Optuna study; false takes the same steps, bit for bit, without one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot evolve."""
+        size, generations = self.population, self.generations
+        require(size is None or size >= 4, "population", size, "at least 4")
+        require(generations is None or generations >= 1, "generations", generations, "at least 1")
+        require(self.tolerance >= 0, "tolerance", self.tolerance, "at least 0")
+
+    def find(
+        self,
+        logits_KNC: np.ndarray,
+        labels_N: np.ndarray,
+        names: tuple[str, ...],
+        seed: int,
+        study_path: Path | None = None,
+    ) -> Found:
+        """Search, then shrink.
+
+        Args:
+            logits_KNC: every member's validation logits.
+            labels_N: true classes.
+            names: the members, in order.
+            seed: of the search and of the folds.
+            study_path: journal file that keeps the study, for optuna-dashboard; a search of the
+                same problem that was killed is resumed from it.
+
+        Raises:
+            ConfigError: input that no weights can be found on (see `check_logits`), or fewer
+                than 5 samples while `shrink` is on.
+        """
+        check_logits(logits_KNC, labels_N, names)
+        objective = self._objective(logits_KNC, labels_N)
+        if nothing_to_search(logits_KNC) and not self.fit_temperature:
+            return uniform_found(names, objective)
+        members = len(names)
+        tried_MD, values_M = self._search(objective, names, seed, study_path)
+        best_D = tried_MD[np.nanargmin(values_M)]
+        share = self._share(logits_KNC, labels_N, seed) if self.shrink else None
+        point_D = best_D.copy()
+        point_D[:members] = toward_uniform(best_D[:members], share or 0.0)
+        history = population_history(tried_MD[:, :members], values_M, self._size(members))
+        return Found(
+            names,
+            point_D[:members],
+            float(objective(point_D[None])[0]),
+            history,
+            evaluations=len(values_M),
+            gap=self._gap(objective, best_D),
+            searched_K=best_D[:members],
+            shrinkage=share,
+            temperature=temperature_of(best_D[-1]) if self.fit_temperature else None,
+            warnings=few_samples_warning(len(labels_N), members),
+        )
+
+    def _objective(self, logits_KNC: np.ndarray, labels_N: np.ndarray) -> Objective:
+        return objective_on(
+            logits_KNC, labels_N, self.objective, self.mixing, temperature=self.fit_temperature
+        )
+
+    def _size(self, members: int) -> int:
+        return self.population or default_population(members + self.fit_temperature)
+
+    def _rules(self, members: int, seed: int) -> Rules:
+        return Rules(self._size(members), self.strategy, seed=seed)
+
+    def _generations(self, members: int) -> int:
+        return self.generations or GENERATIONS_PER_MEMBER * members
+
+    def _search(
+        self, objective: Objective, names: tuple[str, ...], seed: int, study_path: Path | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Every candidate (M, D), and its value (M,)."""
+        if self.study:
+            return self._search_in_study(objective, names, seed, study_path)
+        return self._search_in_numpy(objective, len(names), seed)
+
+    def _search_in_numpy(
+        self, objective: Objective, members: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        simplex_D = np.array([True] * members + [False] * self.fit_temperature)
+        evolution = Evolution(self._rules(members, seed), simplex_D, np.zeros_like(simplex_D))
+        return minimise(objective, evolution, self._generations(members), absolute=self.tolerance)
+
+    def _search_in_study(
+        self, objective: Objective, names: tuple[str, ...], seed: int, study_path: Path | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        from kd.weightings import de_sampler  # imports optuna, which takes over a second
+
+        rules = self._rules(len(names), seed)
+        columns = (*names, TEMPERATURE) if self.fit_temperature else names
+        return de_sampler.search_weights(
+            objective,
+            columns,
+            names,
+            rules,
+            self._generations(len(names)),
+            self.tolerance,
+            study_path,
+        )
+
+    def _share(self, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int) -> float:
+        """How far cross-validation wants the weights moved to uniform."""
+        members = len(logits_KNC)
+        convex = self._is_convex_nll()
+
+        def fit(samples: np.ndarray) -> np.ndarray:
+            logits, labels = logits_KNC[:, samples], labels_N[samples]
+            if convex:  # the same optimum in a millisecond
+                return ExpectationMaximization(tolerance=1e-7).minimum(MixtureNLL(logits, labels))[
+                    0
+                ]
+            tried_MD, values_M = self._search_in_numpy(
+                self._objective(logits, labels), members, seed
+            )
+            best_D: np.ndarray = tried_MD[np.nanargmin(values_M)]
+            return best_D
+
+        def on(samples: np.ndarray) -> Objective:
+            return self._objective(logits_KNC[:, samples], labels_N[samples])
+
+        return shrinkage_by_cross_validation(fit, on, labels_N, members, seed)
+
+    def _is_convex_nll(self) -> bool:
+        """Whether the objective is the one that EM solves."""
+        fixed = not self.fit_temperature
+        return self.objective == "nll" and self.mixing == "probabilities" and fixed
+
+    def _gap(self, objective: Objective, best_D: np.ndarray) -> float | None:
+        """How far the search ended above the optimum that EM certifies, at most."""
+        if not (self._is_convex_nll() and isinstance(objective, MixtureNLL)):
+            return None
+        optimum_K, gap, _ = ExpectationMaximization().minimum(objective)
+        value, least = objective(np.stack([best_D, optimum_K]))
+        return max(0.0, float(value - least)) + gap

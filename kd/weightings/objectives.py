@@ -1,0 +1,323 @@
+"""What a weight vector is worth on cached validation logits: exact, and fast.
+
+Every objective takes P candidates at once and returns P values, smaller is better.  The algebra
+does the work: the mixture's NLL needs only the true-class column, its Brier score is a quadratic
+form in the weights, and its accuracy needs only the rivals that can ever win.
+
+Shapes: P candidates, K members, N samples, C classes, R rivals.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+
+Measure = Literal["nll", "accuracy", "brier"]
+Mixing = Literal["probabilities", "logits"]
+Objective = Callable[[np.ndarray], np.ndarray]
+
+TIE_BREAK = 0.9  # of one error: NLL orders candidates that are equally often wrong
+LOG_TEMPERATURE = np.log(8.0)  # joint temperatures lie in [1/8, 8], on a logarithmic scale
+CHUNK = 1000  # samples whose P x CHUNK block of float64 stays in the L2 cache
+
+
+def log_probs(logits_KNC: np.ndarray) -> np.ndarray:
+    """Log softmax over the classes, in float64."""
+    logs: np.ndarray = logits_KNC.astype(np.float64)
+    logs -= logs.max(axis=-1, keepdims=True)
+    logs -= np.log(np.exp(logs).sum(axis=-1, keepdims=True))
+    return logs
+
+
+def mixed_log_probs(
+    weights_K: np.ndarray, logits_KNC: np.ndarray, mixing: Mixing, temperature: float = 1.0
+) -> np.ndarray:
+    """Log-probabilities of one weighted ensemble: (N, C).
+
+    `probabilities` mixes softmax(z_k / T); `logits` is softmax(sum_k w_k z_k / T), another
+    estimator: the normalised geometric mean.
+    """
+    if mixing == "logits":
+        return log_probs(np.tensordot(weights_K, logits_KNC, axes=1) / temperature)
+    logs_KNC = log_probs(logits_KNC / temperature)
+    top_NC = logs_KNC.max(axis=0)
+    mixed_NC = np.tensordot(weights_K, np.exp(logs_KNC - top_NC), axes=1)
+    return np.log(np.maximum(mixed_NC, np.finfo(float).tiny)) + top_NC
+
+
+def objective_on(
+    logits_KNC: np.ndarray,
+    labels_N: np.ndarray,
+    measure: Measure = "nll",
+    mixing: Mixing = "probabilities",
+    *,
+    temperature: bool = False,
+) -> Objective:
+    """The objective that `measure` and `mixing` name, on these validation logits.
+
+    Args:
+        logits_KNC: every member's logits, finite.
+        labels_N: true classes.
+        measure: "nll", "brier", or "accuracy": the error rate, ties broken by NLL.
+        mixing: average "probabilities" or "logits".
+        temperature: candidates carry one more column u in [0, 1], which stands for the
+            temperature T = 8 ** (2 u - 1) that divides all logits.
+    """
+    if temperature:
+        return _AtTemperature(logits_KNC, labels_N, measure, mixing)
+    nll = (MixtureNLL if mixing == "probabilities" else GeometricNLL)(logits_KNC, labels_N)
+    if measure == "nll":
+        return nll
+    if measure == "brier":
+        brier = MixtureBrier if mixing == "probabilities" else GeometricBrier
+        return brier(logits_KNC, labels_N)
+    scores_KNC = np.exp(log_probs(logits_KNC)) if mixing == "probabilities" else logits_KNC
+    return TieBrokenErrors(ErrorRate(scores_KNC, labels_N), nll, len(logits_KNC), len(labels_N))
+
+
+class MixtureNLL:
+    """Mean over samples of -log sum_k w_k p_k(label): only the true-class column counts."""
+
+    def __init__(
+        self,
+        logits_KNC: np.ndarray,
+        labels_N: np.ndarray,
+        dtype: type[np.floating] = np.float64,
+    ) -> None:
+        """Cache p_k(label), each sample scaled by its best member so that nothing underflows.
+
+        Args:
+            logits_KNC: every member's logits.
+            labels_N: true classes.
+            dtype: float32 halves the time and is good to about 1e-7; a search down to 1e-6 and
+                below needs float64.
+        """
+        true_KN = log_probs(logits_KNC)[:, np.arange(len(labels_N)), labels_N]
+        top_N = true_KN.max(axis=0)
+        self.offset = float(-top_N.mean())
+        self.likelihoods_KN = np.exp(true_KN - top_N).astype(dtype)
+
+    def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
+        """Values of the candidates, whose rows are on the simplex."""
+        likelihoods_KN = self.likelihoods_KN
+        tiny = np.finfo(likelihoods_KN.dtype).tiny
+        weights_PK = weights_PK.astype(likelihoods_KN.dtype)
+        total_P = np.zeros(len(weights_PK))
+        for part in _chunks(likelihoods_KN.shape[1]):
+            mixed_PN = weights_PK @ likelihoods_KN[:, part]
+            total_P -= np.log(np.maximum(mixed_PN, tiny)).sum(axis=1, dtype=np.float64)
+        mean_P: np.ndarray = total_P / likelihoods_KN.shape[1]
+        return mean_P + self.offset
+
+
+class MixtureBrier:
+    """Mean squared distance of mixture and one-hot label, as w' M w.
+
+    With residuals r_k = p_k - onehot and weights that sum to 1, the mixture's residual is
+    sum_k w_k r_k, so M_kj = mean_n <r_k, r_j> is all that is needed of the samples.
+    """
+
+    def __init__(self, logits_KNC: np.ndarray, labels_N: np.ndarray) -> None:
+        """Build M."""
+        residuals_KNC = np.exp(log_probs(logits_KNC))
+        residuals_KNC[:, np.arange(len(labels_N)), labels_N] -= 1
+        flat = residuals_KNC.reshape(len(residuals_KNC), -1)
+        self.moments_KK = flat @ flat.T / len(labels_N)
+
+    def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
+        """Values of the candidates, whose rows are on the simplex."""
+        value_P: np.ndarray = np.einsum("pk,kj,pj->p", weights_PK, self.moments_KK, weights_PK)
+        return value_P
+
+
+class GeometricNLL:
+    """Mean over samples of -log softmax(sum_k w_k z_k)[label]."""
+
+    def __init__(self, logits_KNC: np.ndarray, labels_N: np.ndarray) -> None:
+        """Cache the logits relative to the label's: (K, C, N), so classes are added in turn."""
+        true_KN1 = logits_KNC[:, np.arange(len(labels_N)), labels_N][:, :, None]
+        relative_KNC = logits_KNC.astype(np.float64) - true_KN1
+        self.relative_CKN = np.ascontiguousarray(relative_KNC.transpose(2, 0, 1))
+
+    def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
+        """Values of the candidates."""
+        total_P = np.zeros(len(weights_PK))
+        for part in _chunks(self.relative_CKN.shape[2]):
+            mixed_CPN = weights_PK @ self.relative_CKN[:, :, part]
+            top_PN = mixed_CPN.max(axis=0)
+            total_P += (top_PN + np.log(np.exp(mixed_CPN - top_PN).sum(axis=0))).sum(axis=1)
+        mean_P: np.ndarray = total_P / self.relative_CKN.shape[2]
+        return mean_P
+
+
+class GeometricBrier:
+    """Mean squared distance of softmax(sum_k w_k z_k) and one-hot label."""
+
+    def __init__(self, logits_KNC: np.ndarray, labels_N: np.ndarray) -> None:
+        """Keep what each candidate must read in full."""
+        self.logits_KNC, self.labels_N = logits_KNC, labels_N
+
+    def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
+        """Values of the candidates."""
+        return np.array(
+            [_score(w_K, self.logits_KNC, self.labels_N, "brier", "logits") for w_K in weights_PK]
+        )
+
+
+class ErrorRate:
+    """Share of samples whose label does not win, with every rival that cannot matter removed.
+
+    Exact on the simplex, for scores that mix linearly (probabilities, or logits averaged as
+    logits).  A rival that trails the label in every member can never win; one that trails
+    another rival in every member is beaten whenever that one is.  Ties go to the lower class
+    index, as in argmax.
+    """
+
+    def __init__(self, scores_KNC: np.ndarray, labels_N: np.ndarray) -> None:
+        """Keep, per sample, the margins label - rival of the rivals that can win.
+
+        Samples are sorted by how many rivals they keep, so that rival number r of all samples
+        that have so many is one contiguous block.
+        """
+        self.num_samples = len(labels_N)
+        parts = [
+            _rivals(scores_KNC[:, part].astype(np.float64), labels_N[part], part.start)
+            for part in _chunks(self.num_samples)
+        ]
+        sample_M, margins_MK, ties_M = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        counts_N = np.bincount(sample_M, minlength=self.num_samples)
+        place_N = np.empty(self.num_samples, dtype=np.int64)
+        place_N[np.argsort(-counts_N, kind="stable")] = np.arange(self.num_samples)
+        rank_M = np.arange(len(sample_M)) - (np.cumsum(counts_N) - counts_N)[sample_M]
+        # margin < least positive float is margin <= 0: a rival of lower index wins ties.
+        least_M = np.where(ties_M, np.nextafter(0.0, 1.0), 0.0)
+        self.layers: list[tuple[np.ndarray, np.ndarray]] = []
+        for rank in range(int(counts_N.max())):
+            chosen = np.flatnonzero(rank_M == rank)
+            chosen = chosen[np.argsort(place_N[sample_M[chosen]])]
+            self.layers.append((np.ascontiguousarray(margins_MK[chosen].T), least_M[chosen]))
+
+    def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
+        """Error rates of the candidates, whose rows are on the simplex."""
+        wrong_P = np.zeros(len(weights_PK))
+        for part in _chunks(self.layers[0][0].shape[1] if self.layers else 0):
+            wrong_PN = np.zeros((len(weights_PK), part.stop - part.start), dtype=bool)
+            for margins_KN, least_N in self.layers:
+                block_KN = margins_KN[:, part]
+                if not block_KN.shape[1]:
+                    break
+                wrong_PN[:, : block_KN.shape[1]] |= weights_PK @ block_KN < least_N[part]
+            wrong_P += wrong_PN.sum(axis=1)
+        return wrong_P / self.num_samples
+
+
+class TieBrokenErrors:
+    """Error rate + 0.9 min(NLL / NLL of uniform weights, 1) / N.
+
+    The second term is less than one error, so it only orders candidates that are equally often
+    wrong, and gives plateaus a slope.
+    """
+
+    def __init__(self, errors: Objective, nll: Objective, num_members: int, num_samples: int):
+        """Measure the NLL of uniform weights once."""
+        self.errors, self.nll = errors, nll
+        self.uniform_nll = float(nll(np.full((1, num_members), 1 / num_members))[0])
+        self.share = TIE_BREAK / num_samples
+
+    def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
+        """Values of the candidates, whose rows are on the simplex."""
+        if self.uniform_nll <= 0:  # already certain of every label
+            return self.errors(weights_PK)
+        relative_P = np.minimum(self.nll(weights_PK) / self.uniform_nll, 1.0)
+        return self.errors(weights_PK) + self.share * relative_P
+
+
+class _AtTemperature:
+    """Any measure, one candidate at a time, with a temperature as its last column."""
+
+    def __init__(
+        self, logits_KNC: np.ndarray, labels_N: np.ndarray, measure: Measure, mixing: Mixing
+    ) -> None:
+        self.given = (logits_KNC.astype(np.float64), labels_N, measure, mixing)
+        self.uniform_nll = 0.0
+        if measure == "accuracy":
+            uniform_K = np.full(len(logits_KNC), 1 / len(logits_KNC))
+            self.uniform_nll = _score(uniform_K, self.given[0], labels_N, "nll", mixing)
+
+    def __call__(self, points_PD: np.ndarray) -> np.ndarray:
+        return np.array([self._value(point_D[:-1], point_D[-1]) for point_D in points_PD])
+
+    def _value(self, weights_K: np.ndarray, unit: float) -> float:
+        logits_KNC, labels_N, measure, mixing = self.given
+        at = (weights_K, logits_KNC / temperature_of(unit), labels_N)
+        if measure != "accuracy":
+            return _score(*at, measure, mixing)
+        errors = _score(*at, "accuracy", mixing)
+        relative = min(_score(*at, "nll", mixing) / max(self.uniform_nll, 1e-300), 1.0)
+        return errors + TIE_BREAK / len(labels_N) * relative
+
+
+def temperature_of(unit: float) -> float:
+    """The temperature that a column's value in [0, 1] stands for."""
+    return float(np.exp((2 * unit - 1) * LOG_TEMPERATURE))
+
+
+def sample_scores(log_probs_NC: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each sample's NLL and whether it is right: (N,) and (N,) bool."""
+    nll_N = -log_probs_NC[np.arange(len(labels_N)), labels_N]
+    return nll_N, log_probs_NC.argmax(axis=1) == labels_N
+
+
+def _score(
+    weights_K: np.ndarray,
+    logits_KNC: np.ndarray,
+    labels_N: np.ndarray,
+    measure: Measure,
+    mixing: Mixing,
+) -> float:
+    """One candidate read in full: the plain way that the fast objectives must equal."""
+    mixed_NC = mixed_log_probs(weights_K, logits_KNC, mixing)
+    if measure == "brier":
+        residuals_NC = np.exp(mixed_NC)
+        residuals_NC[np.arange(len(labels_N)), labels_N] -= 1
+        return float((residuals_NC**2).sum(axis=1).mean())
+    nll_N, right_N = sample_scores(mixed_NC, labels_N)
+    return float(nll_N.mean() if measure == "nll" else 1 - right_N.mean())
+
+
+def _rivals(
+    scores_KNC: np.ndarray, labels_N: np.ndarray, start: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The M (sample, rival) pairs that can decide a sample, in the samples' order.
+
+    Returns:
+        Sample index plus `start` (M,), margins label - rival per member (M, K), and whether
+        the rival wins ties (M,).
+    """
+    samples = np.arange(len(labels_N))
+    margins_KNC = scores_KNC[:, samples, labels_N][:, :, None] - scores_KNC
+    ties_NC = np.arange(scores_KNC.shape[2]) < labels_N[:, None]
+    can_win_NC = np.where(ties_NC, margins_KNC <= 0, margins_KNC < 0).any(axis=0)
+    can_win_NC[samples, labels_N] = False
+    most = int(can_win_NC.sum(axis=1).max())
+    rivals_NR = np.argsort(~can_win_NC, axis=1, kind="stable")[:, :most]
+    kept_NR = np.take_along_axis(can_win_NC, rivals_NR, axis=1)
+    ties_NR = np.take_along_axis(ties_NC, rivals_NR, axis=1)
+    margins_KNR = np.take_along_axis(margins_KNC, rivals_NR[None], axis=2)
+    # [n, a, b]: whenever rival a wins, so does b, in any mixture.
+    implied_NRR = ~ties_NR[:, :, None] | ties_NR[:, None, :]
+    for margins_NR in margins_KNR:
+        implied_NRR &= margins_NR[:, None, :] <= margins_NR[:, :, None]
+    implied_NRR &= kept_NR[:, None, :]
+    equal_NRR = implied_NRR & implied_NRR.transpose(0, 2, 1)
+    later_RR = np.arange(most)[:, None] > np.arange(most)
+    kept_NR &= ~(implied_NRR & (~equal_NRR | later_RR)).any(axis=2)
+    sample_M, rival_M = np.nonzero(kept_NR)
+    return sample_M + start, margins_KNR[:, sample_M, rival_M].T, ties_NR[sample_M, rival_M]
+
+
+def _chunks(size: int) -> Iterator[slice]:
+    for start in range(0, size, CHUNK):
+        yield slice(start, min(start + CHUNK, size))
