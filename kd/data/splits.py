@@ -89,8 +89,8 @@ class Splits:
             rest = line[num_test + num_val :]
             if not rest or (self.labels_per_class or 0) > len(rest):
                 raise ConfigError(
-                    f"class {name!r} has {len(line)} images: {num_test} for test and {num_val} for "
-                    f"val leave {max(0, len(line) - num_test - num_val)} to train on, but "
+                    f"class {name!r} has {len(line)} images: {num_test} for test and {num_val} "
+                    f"for val leave {max(0, len(line) - num_test - num_val)} to train on, but "
                     f"{self.labels_per_class or 1} needed; add images, or lower val, test or "
                     "labels_per_class"
                 )

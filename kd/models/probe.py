@@ -74,14 +74,20 @@ def count(network: nn.Module, shape: tuple[int, int, int]) -> Counts:
         network: on any device; comes out as it went in.
         shape: (channels, H, W) of one image.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     like = next(network.parameters(), torch.empty(0))
     image = torch.zeros((1, *shape), dtype=like.dtype, device=like.device)
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter sees into no fused attention
     try:
-        with untouched(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with (
+            untouched(network),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             network.eval()(image)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

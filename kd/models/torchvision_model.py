@@ -1,6 +1,7 @@
 """Any of torchvision's image classifiers, by name."""
 
 import difflib
+import pickle
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -71,10 +72,10 @@ def _fetch(weights: Any) -> Mapping[str, Tensor]:
         state: Mapping[str, Tensor] = weights.get_state_dict(
             progress=False, check_hash=True, map_location="cpu", weights_only=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
         raise ConfigError(
-            f"weights 'default': cannot fetch {weights.url} ({error}); fetch it on another "
+            f"weights 'default': cannot load {weights.url} ({error}); fetch it on another "
             f"machine and place it as {file}, or set weights: none"
         ) from error
     return state

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+
+from kd.component import ConfigError
+from kd.data import ImageFolder
+from tests.data.toys import make_pictures
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_pictures(tmp_path / "pictures", {"bee": 2, "Ant": 3})
+
+
+def test_folders_name_the_classes_and_pictures_come_in_a_fixed_order(root: Path) -> None:
+    (root / "bee" / "garden").mkdir()
+    (root / "bee" / "1.jpg").rename(root / "bee" / "garden" / "1.JPG")
+    (root / ".DS_Store").touch()
+    (root / "bee" / ".hidden").touch()
+    (root / "bee" / "Thumbs.db").touch()
+    (root / "README.txt").touch()
+    raw = ImageFolder(root=str(root)).read()
+    assert raw.class_names == ("Ant", "bee")
+    assert raw.labels_N.tolist() == [0, 0, 0, 1, 1]
+    assert [path.relative_to(root).as_posix() for path in raw.files][3:] == [
+        "bee/0.jpg", "bee/garden/1.JPG",
+    ]  # fmt: skip
+    assert raw.images[2].shape == (12, 14, 4)
+
+
+def test_a_class_without_picture_is_named(root: Path) -> None:
+    (root / "cat").mkdir()
+    with pytest.raises(ConfigError, match="class 'cat' has no picture"):
+        ImageFolder(root=str(root)).read()
+
+
+def test_a_picture_outside_every_class_is_named(root: Path) -> None:
+    (root / "bee" / "1.jpg").rename(root / "lost.jpg")
+    with pytest.raises(ConfigError, match=r"lost\.jpg lies beside the class folders"):
+        ImageFolder(root=str(root)).read()
+
+
+def test_a_file_of_an_unknown_type_is_named_instead_of_dropped(root: Path) -> None:
+    (root / "bee" / "phone.heic").touch()
+    with pytest.raises(ConfigError, match=r"phone\.heic is no picture of a known type"):
+        ImageFolder(root=str(root)).read()
+
+
+def test_a_missing_root_or_a_single_class_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        ImageFolder(root=str(root / "nowhere")).read()
+    (root / "bee").rename(root.parent / "bee")
+    with pytest.raises(ConfigError, match="holds 1 class folders"):
+        ImageFolder(root=str(root)).read()

@@ -1,0 +1,146 @@
+"""Batches against plain loops, over every view.
+
+Shape suffixes: N samples, H W image, C channels last.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kd.component import ConfigError
+from kd.data import Augment, CustomDataset, Images, Splits, order_for, prepare
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+
+
+def _images(height: int, width: int, channels: int, augment: Augment) -> Images:
+    generator = torch.Generator().manual_seed(0)
+    shape = (5, height, width, channels)
+    return Images(
+        pixels_NHWC=torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
+        labels_N=torch.arange(5) % 2,
+        mean=(0.3, 0.45, 0.6)[:channels],
+        std=(0.2, 0.25, 0.3)[:channels],
+        augment=augment,
+    )
+
+
+def _slow_view(image_HWC: np.ndarray, dy: int, dx: int, flip: bool) -> np.ndarray:
+    """One view by plain loops: shift with black coming in, then mirror."""
+    height, width, _ = image_HWC.shape
+    view = np.zeros_like(image_HWC)
+    for y in range(height):
+        for x in range(width):
+            if 0 <= y + dy < height and 0 <= x + dx < width:
+                view[y, width - 1 - x if flip else x] = image_HWC[y + dy, x + dx]
+    return view
+
+
+def _slow_normalise(view_HWC: np.ndarray, images: Images) -> Tensor:
+    """In float32 scalars, each step rounded: what `batch` promises bit by bit."""
+    mean = [np.float32(255 * m) for m in images.mean]
+    scale = [np.float32(1 / (255 * s)) for s in images.std]
+    height, width, channels = view_HWC.shape
+    normal = np.empty((channels, height, width), np.float32)
+    for c in range(channels):
+        for y in range(height):
+            for x in range(width):
+                normal[c, y, x] = (np.float32(view_HWC[y, x, c]) - mean[c]) * scale[c]
+    return torch.from_numpy(normal)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "augment"),
+    [
+        (6, 6, 1, Augment(shift=2, flip=True)),
+        (5, 4, 3, Augment(shift=1, flip=True)),
+        (4, 4, 3, Augment(flip=True)),
+        (3, 3, 1, Augment(shift=4)),  # further than the image is wide: all black
+        (3, 3, 3, Augment()),
+    ],
+)
+def test_every_view_of_every_image_equals_the_slow_one(
+    height: int, width: int, channels: int, augment: Augment, device: str
+) -> None:
+    images = _images(height, width, channels, augment)
+    there = dataclasses.replace(images, pixels_NHWC=images.pixels_NHWC.to(device))
+    views_V = torch.arange(augment.num_views)
+    for row in range(len(images)):
+        batch = there.batch(torch.full_like(views_V, row), views_V)
+        for view, (dy, dx, flip) in enumerate(zip(*augment.decode(views_V), strict=True)):
+            slow = _slow_view(images.pixels_NHWC[row].numpy(), int(dy), int(dx), bool(flip))
+            assert torch.equal(batch[view].cpu(), _slow_normalise(slow, images))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_are_normalised_channels_last_and_in_the_order_asked(channels: int) -> None:
+    images = _images(6, 6, channels, Augment(shift=2))
+    rows_B = torch.tensor([3, 0, 3, 4])
+    batch = images.batch(rows_B)
+    assert batch.dtype == torch.float32
+    assert batch.shape == (4, channels, 6, 6)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    exact = images.pixels_NHWC[rows_B].double() / 255 - torch.tensor(images.mean).double()
+    exact /= torch.tensor(images.std).double()
+    torch.testing.assert_close(batch.double(), exact.permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
+    identity = torch.full_like(rows_B, images.augment.identity)
+    assert torch.equal(images.batch(rows_B, identity), batch)
+    assert images.image_shape == (channels, 6, 6)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    prepare(
+        CustomDataset(path="tests.data.toys:Stripes"),
+        Splits(val=0.2, test=0.2, labels_per_class=5),
+        image_size=8, channels=1, seed=0, folder=tmp_path / "data",
+    )  # fmt: skip
+    return tmp_path / "data"
+
+
+def test_one_split_is_mapped_not_read(prepared: Path) -> None:
+    images = Images.load(prepared, "pool")
+    path = prepared / "pool" / "images.npy"
+    with path.open("r+b") as file:  # a map sees what its file becomes
+        file.seek(-1, 2)
+        file.write(bytes([77]))
+    assert images.pixels_NHWC[-1, -1, -1, -1] == 77
+    images.pixels_NHWC[0] = 5  # and its own changes never reach the file
+    assert not (np.load(path)[0] == 5).all()
+
+
+def test_train_and_pool_are_joined_in_order(prepared: Path) -> None:
+    joined = Images.load(prepared, ("train", "pool"), augment=Augment(flip=True))
+    train, pool = Images.load(prepared, "train"), Images.load(prepared, "pool")
+    assert len(joined) == len(train) + len(pool) == 36
+    assert torch.equal(joined.pixels_NHWC, torch.cat([train.pixels_NHWC, pool.pixels_NHWC]))
+    assert (joined.labels_N >= 0).sum() == len(train) == 10
+    assert (joined.mean, joined.std) == (train.mean, train.std)
+    assert joined.augment.num_views == 2
+    assert joined.with_augment(Augment()).pixels_NHWC is joined.pixels_NHWC
+
+
+def test_an_epoch_shows_every_image_once(prepared: Path) -> None:
+    images = Images.load(prepared, ("train", "pool"), augment=Augment(shift=1, flip=True))
+    views_N = images.augment.views_for(0, 0, len(images))
+    order_N = order_for(0, 0, len(images))
+    shown = torch.cat([images.batch(rows, views_N[rows]) for rows in order_N.split(7)])
+    alone = torch.cat([images.batch(row[None], views_N[row][None]) for row in order_N])
+    assert torch.equal(shown, alone)
+
+
+def test_data_that_is_not_there_or_damaged_is_refused(prepared: Path) -> None:
+    with pytest.raises(ConfigError, match="run stage data"):
+        Images.load(prepared / "nowhere", "train")
+    path = prepared / "val" / "images.npy"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ConfigError, match="holds no prepared data"):
+        Images.load(prepared, "val")

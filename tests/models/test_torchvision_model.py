@@ -1,0 +1,97 @@
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torchvision import models
+
+from kd.component import ConfigError
+from kd.models import TorchvisionModel, build_model
+
+NAME = "squeezenet1_1"
+PRETRAINED = TorchvisionModel(name=NAME, weights="default")
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of torch that holds a checkpoint in the place of the published one."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = models.get_model_weights(NAME).DEFAULT.url
+    path = tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(9)
+    torch.save(models.get_model(NAME).state_dict(), path)
+    return path
+
+
+def test_an_unknown_name_gets_the_nearest_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'resnet19' is no .*nearest: resnet18"):
+        TorchvisionModel(name="resnet19").build(channels=3, image_size=32, num_classes=2)
+
+
+def test_arguments_that_the_builder_does_not_take_are_refused() -> None:
+    model = TorchvisionModel(name=NAME, args={"depth": 3})
+    with pytest.raises(ConfigError, match="cannot be built with"):
+        model.build(channels=3, image_size=32, num_classes=2)
+
+
+def test_pretrained_weights_fill_all_but_the_class_layer(cached: Path) -> None:
+    published = torch.load(cached, weights_only=True)
+    own = build_model(PRETRAINED, channels=3, image_size=64, num_classes=7).state_dict()
+    for key, value in own.items():
+        if key.startswith("classifier.1."):
+            assert value.shape[0] == 7
+        else:
+            assert torch.equal(value, published[key])
+
+
+def test_a_grey_image_gets_the_answer_of_its_repetition_in_colour(cached: Path) -> None:
+    networks = []
+    for channels in (1, 3):
+        torch.manual_seed(0)
+        networks.append(
+            build_model(PRETRAINED, channels=channels, image_size=64, num_classes=7).eval()
+        )
+    images = torch.randn(2, 1, 64, 64)
+    grey, colour = networks[0](images), networks[1](images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(grey, colour, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_do_not_fit_beyond_the_class_layer_are_refused(cached: Path) -> None:
+    torch.save(models.get_model("squeezenet1_0").state_dict(), cached)
+    with pytest.raises(ConfigError, match="do not fit squeezenet1_1"):
+        PRETRAINED.build(channels=3, image_size=64, num_classes=7)
+
+
+def test_weights_that_cannot_be_fetched_say_where_to_place_them(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise URLError("name or service not known")
+
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    cached.unlink()
+    with pytest.raises(ConfigError, match=f"place it as {cached}"):
+        PRETRAINED.build(channels=3, image_size=64, num_classes=7)
+
+
+def test_a_corrupt_file_of_weights_is_named(cached: Path) -> None:
+    cached.write_bytes(b"no checkpoint")
+    with pytest.raises(ConfigError, match=f"place it as {cached}"):
+        PRETRAINED.build(channels=3, image_size=64, num_classes=7)
+
+
+@pytest.mark.slow
+def test_a_model_with_auxiliary_logits_returns_one_tensor_in_training() -> None:
+    model = TorchvisionModel(name="googlenet", args={"init_weights": False})
+    build_model(model, channels=3, image_size=32, num_classes=2)
+
+
+def test_a_vision_transformer_takes_the_size_of_the_images() -> None:
+    network = TorchvisionModel(name="vit_b_32").build(channels=3, image_size=64, num_classes=2)
+    assert network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_images_too_small_for_the_network_are_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot take images of 3 x 16 x 16"):
+        build_model(TorchvisionModel(name="alexnet"), channels=3, image_size=16, num_classes=2)
