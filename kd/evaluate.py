@@ -1,0 +1,196 @@
+"""How good a classifier is: figures from logits and labels, nothing printed, nothing stored.
+
+Every function takes *logits*, and log-probabilities serve as well (an ensemble's, say):
+log-softmax leaves log-probabilities as they are.  Probabilities do not: take their logarithm.
+The predicted class is that of the largest logit, of the lowest index where several are equal.
+Figures are computed in float64 whatever the logits' type, and shares lie in [0, 1].
+
+Shapes: N samples, B samples of one batch, C classes.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one set of logits is worth on one set of labelled samples."""
+
+    accuracy: float
+    """Share of samples whose predicted class is their label."""
+    nll: float
+    """Mean negative log-likelihood of the label, in nats."""
+    ece: float
+    """Expected calibration error over 15 bins; see `expected_calibration_error`."""
+    worst_class_accuracy: float
+    """The lowest accuracy of any class that has samples."""
+    worst_class: int
+    """The class that `worst_class_accuracy` is of; the lowest index where several share it."""
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The samples whose confidence lies in (lower, upper]: one bar of a reliability diagram."""
+
+    lower: float
+    upper: float
+    count: int
+    confidence: float
+    """Mean probability of the predicted class."""
+    accuracy: float
+
+
+class Images(Protocol):
+    """What `predict` needs of kd.data's images."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices_B: Tensor, views_B: None, /) -> Tensor:
+        """The pictures at `indices_B` as the model takes them: (B, channels, H, W) float32."""
+        ...
+
+
+def scores(logits_NC: Tensor, labels_N: Tensor) -> Scores:
+    """Accuracy, likelihood, calibration and the worst class of `logits_NC`.
+
+    Args:
+        logits_NC: Logits or log-probabilities.
+        labels_N: Class indices in [0, C), on the same device.
+
+    Raises:
+        ValueError: no samples, shapes that do not fit, or a label outside [0, C).
+    """
+    _check(logits_NC, labels_N)
+    log_probs_NC = logits_NC.double().log_softmax(1)
+    worst_class, worst_class_accuracy = _worst_class(confusion(logits_NC, labels_N))
+    return Scores(
+        accuracy=correct(logits_NC, labels_N).double().mean().item(),
+        nll=-log_probs_NC.gather(1, labels_N[:, None]).mean().item(),
+        ece=expected_calibration_error(reliability(logits_NC, labels_N)),
+        worst_class_accuracy=worst_class_accuracy,
+        worst_class=worst_class,
+    )
+
+
+def correct(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """Which samples are predicted rightly: (N,) of bool."""
+    return logits_NC.argmax(1) == labels_N
+
+
+def agreement(logits_NC: Tensor, other_NC: Tensor) -> float:
+    """Share of samples for which both predict the same class."""
+    if logits_NC.shape != other_NC.shape or not len(logits_NC):
+        raise ValueError(f"no agreement of {_shape(logits_NC)} with {_shape(other_NC)}")
+    return (logits_NC.argmax(1) == other_NC.argmax(1)).double().mean().item()
+
+
+def confusion(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """How many samples of each class (row) are predicted as each class (column): (C, C) int64."""
+    _check(logits_NC, labels_N)
+    num_classes = logits_NC.shape[1]
+    cells_N = labels_N * num_classes + logits_NC.argmax(1)
+    return cells_N.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def reliability(logits_NC: Tensor, labels_N: Tensor, bins: int = 15) -> tuple[Bin, ...]:
+    """Confidence against accuracy in `bins` equal-width bins of confidence over (0, 1].
+
+    Confidence is the probability of the predicted class.  Bins without samples are left out.
+    """
+    _check(logits_NC, labels_N)
+    confidence_N = logits_NC.double().softmax(1).amax(1)
+    correct_N = correct(logits_NC, labels_N).double()
+    # Bin b holds (b / bins, (b + 1) / bins]: the upper edge belongs to the bin below it.
+    bin_N = (confidence_N * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    return tuple(
+        Bin(
+            lower=b / bins,
+            upper=(b + 1) / bins,
+            count=int((bin_N == b).sum()),
+            confidence=confidence_N[bin_N == b].mean().item(),
+            accuracy=correct_N[bin_N == b].mean().item(),
+        )
+        for b in sorted(set(bin_N.tolist()))
+    )
+
+
+def expected_calibration_error(bins: tuple[Bin, ...]) -> float:
+    """Mean over samples of |accuracy - confidence| of their bin (Guo et al. 2017, eq. 3)."""
+    gaps = (bin.count * abs(bin.accuracy - bin.confidence) for bin in bins)
+    return math.fsum(gaps) / sum(bin.count for bin in bins)
+
+
+def paired_difference(a_N: Tensor, b_N: Tensor) -> tuple[float, float]:
+    """Mean of a - b over the same samples, and its standard error.
+
+    Pairing removes what both share (hard samples are hard for both), so this error is far
+    smaller than that of two separate accuracies.
+
+    Args:
+        a_N: One figure for each sample: whether it is `correct`, or its NLL.
+        b_N: The same figure of the other classifier, for the same samples in the same order.
+
+    Returns:
+        Mean and standard error; the error is infinite for one sample, which shows nothing.
+    """
+    if a_N.shape != b_N.shape or not len(a_N):
+        raise ValueError(f"no pairs in {_shape(a_N)} and {_shape(b_N)}")
+    difference_N = a_N.double() - b_N.double()
+    mean, num_samples = difference_N.mean().item(), len(difference_N)
+    if num_samples == 1:
+        return mean, math.inf
+    return mean, difference_N.std().item() / math.sqrt(num_samples)
+
+
+def predict(model: nn.Module, images: Images, batch_size: int = 512) -> Tensor:
+    """The model's logits for all of `images`, in their order: (N, C) float32.
+
+    The model runs in eval mode and is left as it was found, module by module.
+    """
+    indices_N = torch.arange(len(images))
+    with _in_eval_mode(model), torch.inference_mode():
+        batches = [
+            model(images.batch(i, None)).float() for i in torch.split(indices_N, batch_size)
+        ]
+    # Cloned outside of inference mode: the caller may use the logits in a graph.
+    return torch.cat(batches).clone()
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module is in the mode it was in (some may be frozen)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _worst_class(counts_CC: Tensor) -> tuple[int, float]:
+    """The class of lowest accuracy among those that have samples, and that accuracy."""
+    accuracy_C = counts_CC.diagonal().double() / counts_CC.sum(1)  # nan for an empty class
+    accuracy_C = accuracy_C.nan_to_num(nan=math.inf)
+    worst = int(accuracy_C.argmin())
+    return worst, accuracy_C[worst].item()
+
+
+def _check(logits_NC: Tensor, labels_N: Tensor) -> None:
+    if logits_NC.ndim != 2 or labels_N.shape != logits_NC.shape[:1] or not len(labels_N):
+        raise ValueError(f"no labels {_shape(labels_N)} for logits {_shape(logits_NC)}")
+    if labels_N.min() < 0 or labels_N.max() >= logits_NC.shape[1]:
+        raise ValueError(
+            f"labels from {int(labels_N.min())} to {int(labels_N.max())} "
+            f"for {logits_NC.shape[1]} classes"
+        )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

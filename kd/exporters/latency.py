@@ -1,0 +1,84 @@
+"""How long one call takes, several candidates side by side.
+
+Shapes: B batch, C classes, H W image.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from kd.exporters.files import Runner, for_export, torch_threads
+
+CALLS_A_TURN = 5
+
+
+def latency(
+    candidates: Mapping[str, Callable[[Tensor], Tensor]],
+    example_BCHW: Tensor,
+    threads: int = 1,
+    seconds: float = 2.0,
+) -> dict[str, dict[str, float]]:
+    """Milliseconds that each candidate takes for `example_BCHW`.
+
+    Candidates take turns of a few calls until the time is over, so that whatever else the
+    machine does in the meantime meets them all.  The first call of a turn is not counted.
+
+    Args:
+        candidates: By name: eager networks (nn.Module; measured in eval mode, on the CPU, without
+            autograd, on a copy) and loaded files (`Runner`).
+        example_BCHW: The images of one call.
+        threads: Threads of eager; each `Runner` must have been loaded with as many.
+        seconds: How long to measure, all candidates together.  At least three turns are made.
+
+    Returns:
+        By name: median_ms, p90_ms, n (calls counted), threads, batch_size.
+
+    Raises:
+        ValueError: a runner was loaded with another number of threads.
+    """
+    for name, candidate in candidates.items():
+        if isinstance(candidate, Runner) and candidate.threads != threads:
+            raise ValueError(f"{name} was loaded with {candidate.threads} threads, not {threads}")
+    calls = {
+        name: for_export(candidate) if isinstance(candidate, nn.Module) else candidate
+        for name, candidate in candidates.items()
+    }
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    with torch_threads(threads), torch.inference_mode():
+        _turns(calls, example_BCHW, seconds, taken)
+    return {
+        name: {
+            "median_ms": statistics.median(times),
+            "p90_ms": statistics.quantiles(times, n=10)[-1],
+            "n": len(times),
+            "threads": threads,
+            "batch_size": len(example_BCHW),
+        }
+        for name, times in taken.items()
+    }
+
+
+def _turns(
+    calls: Mapping[str, Callable[[Tensor], Tensor]],
+    example_BCHW: Tensor,
+    seconds: float,
+    taken: dict[str, list[float]],
+) -> None:
+    for call in calls.values():  # warm-up: allocations, lazily built kernels
+        for _ in range(CALLS_A_TURN):
+            call(example_BCHW)
+    end, turns = perf_counter() + seconds, 0
+    while turns < 3 or perf_counter() < end:
+        for name, call in calls.items():
+            call(example_BCHW)  # brings this candidate's weights back into the caches
+            taken[name].extend(_milliseconds(call, example_BCHW) for _ in range(CALLS_A_TURN))
+        turns += 1
+
+
+def _milliseconds(call: Callable[[Tensor], Tensor], example_BCHW: Tensor) -> float:
+    begin = perf_counter()
+    call(example_BCHW)
+    return (perf_counter() - begin) * 1e3
