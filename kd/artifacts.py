@@ -7,12 +7,16 @@ import csv
 import hashlib
 import json
 import os
+import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kd.component import ConfigError
@@ -28,18 +32,10 @@ class ArtifactError(ConfigError):
     """A file that an earlier stage should have made is missing, damaged or someone else's."""
 
 
-def folder(stage: str, name: str | None = None) -> Path:
+def folder(run_name: str) -> Path:
     """The folder of a stage: artifacts/<stage>[/<name>]; made where it is missing."""
-    path = ROOT / stage / name if name else ROOT / stage
+    path = ROOT / run_name
     path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def run_record(stage: str, name: str | None = None) -> Path:
-    """Where a stage notes what is not reproducible: run id, times, host."""
-    path = ROOT / "runs" / stage
-    path = path / f"{name}.json" if name else path.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -195,9 +191,9 @@ class DiskCheckpoint:
     good as none: training then starts afresh.
     """
 
-    def __init__(self, stage: str, name: str | None, inputs: object) -> None:
-        """Args: the stage's name, and all that decides its result, as plain data."""
-        self.path = CHECKPOINTS / stage / (name or "") / f"{digest(inputs)[:32]}.safetensors"
+    def __init__(self, run_name: str, inputs: object) -> None:
+        """Args: whose state it is, and all that decides the result, as plain data."""
+        self.path = CHECKPOINTS / run_name / f"{digest(inputs)[:32]}.safetensors"
 
     def load(self) -> tuple[dict[str, Tensor], list[Epoch]] | None:
         """The last state saved and the epochs it covers, or None for a fresh start."""
@@ -220,3 +216,48 @@ class DiskCheckpoint:
     def remove(self) -> None:
         """Forget the state, once the result is written."""
         self.path.unlink(missing_ok=True)
+
+
+def check_foreign(known: Mapping[str, set[str]]) -> None:
+    """Refuse folders that no key of params.yaml makes: a later stage would take them for its own.
+
+    Args:
+        known: The names that each family of stages has.
+
+    Raises:
+        ArtifactError: names the folder; nothing is deleted.
+    """
+    for family, names in known.items():
+        parent = ROOT / family
+        found = {path.parent.name for path in parent.glob("*/*")}
+        if foreign := sorted(found - names):
+            raise ArtifactError(
+                f"{parent / foreign[0]} belongs to no key of params.yaml's {family}: "
+                f"move it away or delete it (what DVC made stays in its cache)"
+            )
+
+
+def write_run_record(run_name: str, started: float, run_id: str | None, url: str | None) -> None:
+    """Note what a run's artifacts must not hold, since it differs each time: when, where, by what.
+
+    Args:
+        run_name: The stage, and its name where it has one.
+        started: Seconds since 1970.
+        run_id: The tracking run's; None where it was not tracked.
+        url: Where that run is shown.
+    """
+    record = {
+        "run_id": run_id,
+        "url": url,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 3),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    path = ROOT / "runs" / f"{run_name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)

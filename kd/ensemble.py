@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.component import require
-from kd.data import Augment, Images
+from kd.data import Images
 
-Mixing = Literal["probs", "logits"]
+Mixing = Literal["probabilities", "logits"]
 Targets = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Soft log-probs (B, C) of a batch: (images (B, channels, H, W), indices (B,), views (B,))."""
 
@@ -35,8 +35,8 @@ class Ensemble:
     members: tuple[nn.Module, ...]
     weights_K: tuple[float, ...]
     """At least 0 each, summing to 1."""
-    mixing: Mixing = "probs"
-    """probs: sum_k w_k softmax(z_k / T), the default and what a weighted sum of losses gives;
+    mixing: Mixing = "probabilities"
+    """probabilities: sum_k w_k softmax(z_k / T), which is what a weighted sum of losses gives;
     logits: softmax(sum_k w_k z_k / T), another estimator with another name."""
 
     def __post_init__(self) -> None:
@@ -76,12 +76,15 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         raw = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(raw.numpy())
+        digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 
 def mix(
-    logits_KNC: Tensor, weights_K: tuple[float, ...], temperature: float, mixing: Mixing = "probs"
+    logits_KNC: Tensor,
+    weights_K: tuple[float, ...],
+    temperature: float,
+    mixing: Mixing = "probabilities",
 ) -> Tensor:
     """Log of the members' weighted soft targets (N, C) at `temperature`.
 
@@ -102,33 +105,24 @@ def online_targets(ensemble: Ensemble, temperature: float) -> Targets:
 
 
 def cached_targets(
-    ensemble: Ensemble, temperature: float, images: Images, augment: Augment, batch_size: int
+    ensemble: Ensemble, temperature: float, images: Images, batch_size: int = 256
 ) -> Targets:
     """Soft targets of every view of every image, computed once and looked up from then on.
 
     Exact: a view's id names its shift and flip, so the row that is looked up was computed from
     the same pixels that the student sees.
     """
-    table_VNC = torch.stack(
-        [
-            torch.cat(
-                [
-                    ensemble.log_probs(
-                        images.batch(indices_B, torch.full_like(indices_B, view), augment),
-                        temperature,
-                    )
-                    for indices_B in torch.arange(len(images), device=images.device).split(
-                        batch_size
-                    )
-                ]
-            )
-            for view in range(augment.num_views)
-        ]
-    )
+
+    def row(view: int) -> Tensor:
+        parts = torch.arange(len(images), device=images.labels_N.device).split(batch_size)
+        batches = (images.batch(part, torch.full_like(part, view)) for part in parts)
+        return torch.cat([ensemble.log_probs(batch, temperature) for batch in batches])
+
+    table_VNC = torch.stack([row(view) for view in range(images.augment.num_views)])
     return lambda images_B, indices_B, views_B: table_VNC[views_B, indices_B]
 
 
-def cache_pays(num_images: int, num_classes: int, num_views: int, epochs: float) -> bool:
+def cache_pays(images: Images, num_classes: int, epochs: int) -> bool:
     """Whether computing each view once costs less than on-line targets, and fits in memory."""
-    num_bytes = 4 * num_images * num_classes * num_views
-    return num_views < epochs and num_bytes <= CACHE_BYTES
+    num_views = images.augment.num_views
+    return num_views < epochs and 4 * len(images) * num_classes * num_views <= CACHE_BYTES

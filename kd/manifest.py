@@ -1,7 +1,7 @@
 """A trained model's folder: its weights, and the manifest that says where they come from."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,13 +10,12 @@ from torch import nn
 
 from kd import artifacts
 from kd.artifacts import ArtifactError
-from kd.component import component
 from kd.models import Model, build_model
 
 FORMAT = 1
 
 
-@component
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """A trained network that taught another: its run name and the SHA-256 of its weights."""
 
@@ -24,7 +23,7 @@ class Origin:
     sha256: str
 
 
-@component
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All that is needed to use a trained network, and all that it was made from."""
 
@@ -47,6 +46,8 @@ class Manifest:
     """Who taught it, in the order of `weights_K`; empty where it learned from labels alone."""
     weights_K: tuple[float, ...]
     """How much each teacher counted."""
+    mixing: str
+    """What of the teachers was averaged: probabilities or logits."""
     method: dict[str, Any] | None
     """How it learned from them, as plain data."""
     recipe: dict[str, Any]
@@ -78,7 +79,7 @@ class Manifest:
 def save(folder: Path, module: nn.Module, manifest: Manifest) -> Manifest:
     """Write a trained network and its manifest; the manifest with the weights' SHA-256."""
     digest = artifacts.save_model(folder / "model.safetensors", module)
-    manifest = Manifest(**{**vars(manifest), "sha256": digest})
+    manifest = replace(manifest, sha256=digest)
     artifacts.write_json(folder / "manifest.json", asdict(manifest))
     return manifest
 
@@ -112,9 +113,11 @@ def read(folder: Path) -> Manifest:
             f"{path} has format {record.get('format')!r}, this version reads {FORMAT}: "
             f"{artifacts.remedy(path)}"
         )
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+    plain: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in record.items()
+    }
     teachers = tuple(Origin(**teacher) for teacher in record["teachers"])
-    return Manifest(**{**plain, "teachers": teachers})
+    return Manifest(**(plain | {"teachers": teachers}))
 
 
 def check_lineage(members: Iterable[Manifest], present: Mapping[str, str], data_hash: str) -> None:

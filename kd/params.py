@@ -7,7 +7,7 @@ Whatever is wrong is found here, before data is read, and named by its path in t
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -85,11 +85,11 @@ class BaselineParams:
 class ReportParams:
     """What the closing table measures beside accuracy."""
 
-    latency_runs: int = 200
-    """Timed runs of each model with one image on one thread, at least 10."""
+    latency_seconds: float = 3.0
+    """How long latency is measured, all networks and files together, in turns; above 0."""
 
     def __post_init__(self) -> None:
-        require(self.latency_runs >= 10, "latency_runs", self.latency_runs, "at least 10")
+        require(self.latency_seconds > 0, "latency_seconds", self.latency_seconds, "above 0")
 
 
 @component
@@ -126,7 +126,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
         ConfigError: no such file, not YAML, a key given twice, or a wrong key, type or value.
     """
     try:
-        raw = yaml.load(path.read_text(), _Loader)  # noqa: S506: a subclass of SafeLoader
+        raw = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: run from the project's root") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -154,6 +154,14 @@ def parse(raw: Mapping[str, Any]) -> Params:
         }
     params: Params = build(Params, raw, "")
     return params
+
+
+def of_stage(params: Params, stage: str, name: str) -> dict[str, Any]:
+    """The settings of one stage as plain data, under the same keys whatever its name is."""
+    section = getattr(params, stage)
+    plain = asdict(section[name] if name else section)
+    student = asdict(params.student) if stage == "baselines" else {}
+    return {"seed": params.seed, **student, **plain}
 
 
 def with_recipe(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

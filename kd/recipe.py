@@ -30,7 +30,7 @@ class SGD:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser over `parameters`, in PyTorch's fused form (one kernel for all of them)."""
+        """The optimiser over `parameters`, fused: one kernel for all of them."""
         return torch.optim.SGD(
             parameters,
             lr=self.lr,
@@ -59,7 +59,7 @@ class AdamW:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser over `parameters`, in PyTorch's fused form (one kernel for all of them)."""
+        """The optimiser over `parameters`, fused: one kernel for all of them."""
         return torch.optim.AdamW(
             parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
@@ -130,9 +130,9 @@ class Recipe:
     optimizer: Optimizer = SGD()
     schedule: Schedule = Cosine()
     augment: Augment = Augment()
-    """Random shifts and flips: the views of an image, of which student and teachers see the same."""
+    """Random shifts and flips; student and teachers see the same view of an image."""
     mixup: float = 0.0
-    """Parameter of the Beta distribution that images are mixed by (Zhang et al., 2018); 0: never."""
+    """Parameter of the Beta distribution that images are mixed by; 0: never (kd/train.py)."""
     label_smoothing: float = 0.0
     """Share of a label's probability spread evenly over all classes, in [0, 1)."""
     clip_norm: float | None = None
@@ -159,7 +159,9 @@ class Recipe:
         require(self.mixup >= 0, "mixup", self.mixup, "at least 0")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")
-        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
+        require(
+            self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0"
+        )
         require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "in (0, 1)")
         if self.targets == "cached":
             require(self.mixup == 0, "mixup", self.mixup, "0 when targets are cached")

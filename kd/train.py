@@ -6,6 +6,7 @@ the weights, the optimiser's state and that number to end in the same bits.
 """
 
 import copy
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kd.data import Images, order_for, views_for
+from kd.data import Augment, Images, order_for
 from kd.ensemble import Ensemble, Targets, cache_pays, cached_targets, online_targets
 from kd.methods import Method, hard_loss, label_probs
 from kd.recipe import Recipe
@@ -77,7 +78,8 @@ def fit(
 
     Args:
         model: The network that learns; it is moved to the device of `images`.
-        images: What it learns from: labelled images and, under an ensemble, unlabelled ones too.
+        images: What it learns from: labelled images and, under an ensemble, unlabelled ones too,
+            with the views that student and teachers are shown.
         recipe: The budget and how it is spent.
         seed: Decides the order of images, their views and their mixing.
         num_classes: C.
@@ -99,7 +101,8 @@ def fit(
     """
     lesson = Lesson(images, recipe, seed, num_classes, method, ensemble)
     plan = Plan(recipe, epoch_steps or steps_in_epoch(len(images), recipe.batch_size))
-    model = model.to(images.device, memory_format=torch.channels_last)
+    device = images.labels_N.device
+    model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = recipe.optimizer.build(model.parameters())
     mean = ema_of(model, recipe.ema)
     learned = model if mean is None else mean.module
@@ -108,8 +111,8 @@ def fit(
 
     for epoch in range(len(history), recipe.epochs):
         model.train()
-        torch.manual_seed(key(seed, epoch))  # dropout, and whatever else a user's model draws
-        watch = LossWatch(images.device)
+        torch.manual_seed(key("epoch", seed, epoch))  # what dropout or a user's model draws from
+        watch = LossWatch(device)
         started = time.perf_counter()
         for step in plan.steps(epoch):
             for group in optimizer.param_groups:
@@ -165,11 +168,13 @@ class Lesson:
 
     def loss(self, model: nn.Module, step: int) -> Tensor:
         """The loss of step `step`, a scalar; teachers see the very view that the model sees."""
-        recipe, device = self.recipe, self.images.device
-        indices_B, views_B = batch_of(step, recipe, len(self.images), self.seed)
+        recipe, device = self.recipe, self.images.labels_N.device
+        indices_B, views_B = batch_of(
+            step, recipe.batch_size, len(self.images), self.images.augment, self.seed
+        )
         indices_B, views_B = indices_B.to(device), views_B.to(device)
-        images_B = self.images.batch(indices_B, views_B, recipe.augment)
-        labels_B = self.images.labels[indices_B]
+        images_B = self.images.batch(indices_B, views_B)
+        labels_B = self.images.labels_N[indices_B]
         labels_BC = label_probs(labels_B, self.num_classes, recipe.label_smoothing)
         if recipe.mixup:
             images_B, labels_BC = mixed(images_B, labels_BC, recipe.mixup, self.seed, step)
@@ -177,9 +182,7 @@ class Lesson:
             logits_BC = model(images_B)
         if self.targets is None or self.method is None:
             return hard_loss(logits_BC, labels_BC)
-        return self.method.loss(
-            logits_BC, self.targets(images_B, indices_B, views_B), labels_BC
-        )
+        return self.method.loss(logits_BC, self.targets(images_B, indices_B, views_B), labels_BC)
 
 
 class Plan:
@@ -204,15 +207,10 @@ class Plan:
         return done % self.recipe.validate_every == 0 or done == self.recipe.epochs
 
 
-def key(*parts: int) -> int:
-    """A 63-bit seed from whole numbers: neighbouring parts give unrelated seeds."""
-    mixed = 0
-    for part in parts:  # splitmix64's finaliser
-        mixed = (mixed + part + 0x9E3779B97F4A7C15) % 2**64
-        mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) % 2**64
-        mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) % 2**64
-        mixed ^= mixed >> 31
-    return mixed >> 1
+def key(purpose: str, *parts: int) -> int:
+    """A seed from whole numbers: neighbouring parts, and other purposes, give unrelated ones."""
+    digest = hashlib.sha256(" ".join([purpose, *map(str, parts)]).encode()).digest()
+    return int.from_bytes(digest[:4])  # PyTorch's CPU generator looks at 32 bits of its seed
 
 
 def steps_in_epoch(num_images: int, batch_size: int) -> int:
@@ -221,24 +219,25 @@ def steps_in_epoch(num_images: int, batch_size: int) -> int:
 
 
 @lru_cache(maxsize=2)
-def _pass(seed: int, number: int, num_images: int, num_views: int) -> tuple[Tensor, Tensor]:
-    """The order of images in pass `number`, and the view that each image shows in it."""
-    order_N = order_for(seed, number, num_images)
-    return order_N, views_for(seed, number, num_images, num_views)
+def pass_of(seed: int, number: int, num_images: int, augment: Augment) -> tuple[Tensor, Tensor]:
+    """The order (N,) of images in pass `number`, and the view (N,) that each shows in it."""
+    return order_for(seed, number, num_images), augment.views_for(seed, number, num_images)
 
 
-def batch_of(step: int, recipe: Recipe, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
+def batch_of(
+    step: int, batch_size: int, num_images: int, augment: Augment, seed: int
+) -> tuple[Tensor, Tensor]:
     """Indices (B,) and views (B,) of a step.
 
     Batches are cut from an endless chain of shuffled passes, so every batch is full, also at
     the end of a pass and where there are fewer images than a batch holds.
     """
     indices, views = [], []
-    position = step * recipe.batch_size
-    end = position + recipe.batch_size
+    position = step * batch_size
+    end = position + batch_size
     while position < end:
         number, offset = divmod(position, num_images)
-        order_N, views_N = _pass(seed, number, num_images, recipe.augment.num_views)
+        order_N, views_N = pass_of(seed, number, num_images, augment)
         chosen = order_N[offset : offset + end - position]
         indices.append(chosen)
         views.append(views_N[chosen])
@@ -254,7 +253,7 @@ def mixed(
     Batches are shuffled already, so the reverse order pairs images at random.  An unlabelled
     image adds nothing to the pair's labels, which then sum to less than 1.
     """
-    generator = torch.Generator().manual_seed(key(seed, step, 1))
+    generator = torch.Generator().manual_seed(key("mixup", seed, step))
     gammas = torch._standard_gamma(torch.full((2,), alpha), generator=generator)
     share = float(gammas[0] / gammas.sum())
     return (
@@ -274,14 +273,10 @@ def targets_of(
     if ensemble is None or method is None:
         return None
     for member in ensemble.members:
-        member.to(images.device, memory_format=torch.channels_last)
-    pays = recipe.mixup == 0 and cache_pays(
-        len(images), num_classes, recipe.augment.num_views, recipe.epochs
-    )
+        member.to(images.labels_N.device).to(memory_format=torch.channels_last)
+    pays = recipe.mixup == 0 and cache_pays(images, num_classes, recipe.epochs)
     if recipe.targets == "cached" or (recipe.targets == "auto" and pays):
-        return cached_targets(
-            ensemble, method.temperature, images, recipe.augment, batch_size=256
-        )
+        return cached_targets(ensemble, method.temperature, images)
     return online_targets(ensemble, method.temperature)
 
 
@@ -323,7 +318,7 @@ def ema_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
 def state_of(
     model: nn.Module, mean: AveragedModel | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """All that the next epoch depends on, as named tensors: copies, which training cannot touch."""
+    """All that the next epoch depends on, as copies that training cannot touch."""
     state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     if mean is not None:
         state |= {f"mean/{name}": tensor for name, tensor in mean.state_dict().items()}

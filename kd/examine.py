@@ -1,0 +1,99 @@
+"""The test split, opened once: every network of the experiment on the same images.
+
+N samples, K members, C classes.
+"""
+
+import torch
+from torch import Tensor
+
+from kd import artifacts, manifest, report
+from kd.data import Images
+from kd.ensemble import mix
+from kd.evaluate import agreement, correct, paired_difference, predict, scores
+from kd.exporters import latency
+from kd.params import Params
+from kd.report import UNIFORM, WEIGHTED, Paired, Test
+
+
+def examine(params: Params) -> Test:
+    """What every network, and the two ensembles, make of the test images."""
+    test = Images.load(artifacts.ROOT / "data", "test")
+    logits = {
+        name: predict(manifest.load(artifacts.folder(name))[0], test) for name in run_names(params)
+    }
+    logits |= ensembles(params, logits)
+    labels_N = test.labels_N
+    right = {name: correct(logits_NC, labels_N) for name, logits_NC in logits.items()}
+    log_probs_NC = logits["student"].log_softmax(1)
+    return Test(
+        scores={name: figures(each, labels_N, logits["teacher"]) for name, each in logits.items()},
+        student_minus={
+            name: paired(right["student"], other)
+            for name, other in right.items()
+            if name != "student"
+        },
+        ensemble_minus_teacher=paired(right[WEIGHTED], right["teacher"]),
+        labels_N=labels_N.tolist(),
+        predicted_N=log_probs_NC.argmax(1).tolist(),
+        confidence_N=log_probs_NC.amax(1).exp().tolist(),
+    )
+
+
+def run_names(params: Params) -> list[str]:
+    """Every trained network of the experiment, in the order of the table."""
+    assistants = [f"assistants/{name}" for name in params.assistants]
+    return ["teacher", *assistants, "student", *(f"baselines/{b}" for b in params.baselines)]
+
+
+def ensembles(params: Params, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Log-probs (N, C) of the uniform and of the weighted ensemble of assistants."""
+    record = artifacts.read_json(artifacts.ROOT / "weights/weights.json")
+    logits_KNC = torch.stack([logits[f"assistants/{name}"] for name in record["members"]])
+    mixing = record["weighting"].get("mixing", "probabilities")
+    chosen_K = tuple(record["weights"].values())
+    chosen = record["sets"]["chosen"].get("temperature", 1.0)
+    uniform_K = (1 / len(chosen_K),) * len(chosen_K)
+    return {
+        UNIFORM: mix(logits_KNC, uniform_K, 1.0),
+        WEIGHTED: mix(logits_KNC, chosen_K, chosen, mixing),
+    }
+
+
+def figures(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> dict[str, float]:
+    """One row of the table's test columns."""
+    found = scores(logits_NC, labels_N)
+    return {
+        "test_accuracy": found.accuracy,
+        "test_nll": found.nll,
+        "test_ece": found.ece,
+        "test_worst_class_accuracy": found.worst_class_accuracy,
+        "test_agreement": agreement(logits_NC, teacher_NC),
+    }
+
+
+def paired(right_N: Tensor, other_N: Tensor) -> Paired:
+    """How much more often the first is right, on the same images."""
+    difference, standard_error = paired_difference(right_N, other_N)
+    return Paired(difference=difference, standard_error=standard_error)
+
+
+def latencies(params: Params) -> dict[str, float]:
+    """Median milliseconds for one image on one thread, all candidates in turns of one run."""
+    example = Images.load(artifacts.ROOT / "data", "val").batch(torch.tensor([0]))
+    eager = {name: manifest.load(artifacts.folder(name))[0] for name in run_names(params)}
+    files = {}
+    for name, exporter in params.exports.items():
+        folder = artifacts.folder(f"exports/{name}")
+        files[f"exports/{name}"] = exporter.load(folder / f"model{exporter.suffix}")
+    measured = latency({**eager, **files}, example, seconds=params.report.latency_seconds)
+    return {name: row["median_ms"] for name, row in measured.items()}
+
+
+def names_of(params: Params) -> report.Names:
+    """What the report's table consists of."""
+    return report.Names(
+        assistants=list(params.assistants),
+        baselines=list(params.baselines),
+        exports=list(params.exports),
+        class_names=artifacts.read_json(artifacts.ROOT / "data/data.json")["class_names"],
+    )
