@@ -123,7 +123,7 @@ def test_labels_of_another_number_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    class Failing(Damaging):
+    class Failing(Weights):
         def export(self, module: nn.Module, example_BCHW: Tensor, path: Path) -> None:
             path.write_bytes(b"half a fi")
             raise OSError("No space left on device")
