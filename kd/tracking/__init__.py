@@ -70,6 +70,7 @@ class Run:
         self._started: dict[str, Any] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="kd-tracking-")
         self._count = itertools.count()
+        self._step = 0
         self.error: str | None = None
         """Why the record is incomplete, where it is; a loss in mid-run stops no training."""
 
@@ -86,14 +87,20 @@ class Run:
     def log_epoch(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a point to each metric's curve.  Once an epoch, never once a step."""
         self._begun()
+        self._step = max(self._step, step)
         self._tell("metrics", step=step, metrics=dict(metrics), time=time.time())
 
     def log_final(self, metrics: Mapping[str, float]) -> None:
-        """Log the figures that runs are compared by, under names that every run shares."""
-        self._tell("metrics", step=0, metrics=dict(metrics), time=time.time())
+        """Log the figures that runs are compared by, under names that every run shares.
+
+        They stand at the last step logged before, because MLflow shows a metric's value at its
+        highest step: log curves first.
+        """
+        self._tell("metrics", step=self._step, metrics=dict(metrics), time=time.time())
 
     def log_curve(self, points: Mapping[int, Mapping[str, float]]) -> None:
         """Log whole curves at once: the metrics by step."""
+        self._step = max(self._step, *points)
         self._tell("curve", points=list(points.items()), time=time.time())
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -189,6 +196,7 @@ class NullRun(Run):
 
     def __init__(self) -> None:
         self.error = None
+        self._step = 0
 
     def _begun(self) -> dict[str, Any]:
         return {}

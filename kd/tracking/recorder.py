@@ -146,11 +146,15 @@ def serve(path: Path, uri: str, root: Path) -> None:
         uri: The store.
         root: The repository.
     """
-    from kd.tracking.store import Store
-
     listener = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     listener.settimeout(float(os.environ.get("KD_RECORDER_IDLE", IDLE_SECONDS)))
-    store = Store(uri, root)
+    try:
+        from kd.tracking.store import Store
+
+        store: Store | Refusal = Store(uri, root)
+    except Exception as error:
+        store = Refusal(error)
+        listener.settimeout(0.1)
     sessions: list[threading.Thread] = []
     while True:
         try:
@@ -167,7 +171,19 @@ def serve(path: Path, uri: str, root: Path) -> None:
                 _answer(listener, store)
 
 
-def _answer(listener: socket.socket, store: "Store") -> threading.Thread:
+class Refusal:
+    """Stands for a store that cannot be opened: says why to whoever waits, and is gone."""
+
+    def __init__(self, reason: Exception) -> None:
+        """Args: reason: What went wrong."""
+        self.reason = reason
+
+    def begin(self, start: dict[str, Any]) -> "Session":
+        """Refuse."""
+        raise self.reason
+
+
+def _answer(listener: socket.socket, store: "Store | Refusal") -> threading.Thread:
     """Wait for a stage to connect; the thread that serves it."""
     connection, _ = listener.accept()
     connection.settimeout(None)
@@ -176,7 +192,7 @@ def _answer(listener: socket.socket, store: "Store") -> threading.Thread:
     return session
 
 
-def _record(line: Line, store: "Store") -> None:
+def _record(line: Line, store: "Store | Refusal") -> None:
     """Write down one stage's run, from its first word to its last or to its death."""
     try:
         message = line.receive()

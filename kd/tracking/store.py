@@ -329,19 +329,26 @@ def _git_tags(root: Path) -> dict[str, str]:
 
 def _dvc_tags(root: Path, stage: str, name: str | None) -> dict[str, str]:
     """Hashes of what the stage reads, as dvc.lock has them from the stages that made it."""
-    if not (root / "dvc.lock").exists() or not (root / "dvc.yaml").exists():
-        return {}
-    made = {
-        out["path"]: out["md5"]
-        for entry in (read_yaml(str(root), "dvc.lock").get("stages") or {}).values()
-        for out in entry.get("outs", ())
+    try:
+        lock, pipeline = (
+            read_yaml(str(root), file)["stages"] for file in ("dvc.lock", "dvc.yaml")
+        )
+        made = {o["path"]: o["md5"] for made_by in lock.values() for o in made_by.get("outs", ())}
+        deps = [_filled_in(dep, name or "") for dep in _deps(pipeline[stage])]
+    except Exception:
+        return {}  # no pipeline here, or another stage's DVC is writing dvc.lock just now
+    return {
+        f"dvc.dep.{path}": md5
+        for path, md5 in made.items()
+        if any(path == dep or path.startswith(f"{dep}/") for dep in deps)
     }
-    entry = (read_yaml(str(root), "dvc.yaml").get("stages") or {}).get(stage, {})
-    paths = (re.sub(r"\$\{(item|key)\b[^}]*\}", name or "", d) for d in _strings(entry))
-    return {f"dvc.dep.{path}": made[path] for path in paths if path in made}
 
 
-def _strings(entry: Mapping[str, Any]) -> Iterator[str]:
+def _filled_in(dep: str, name: str) -> str:
+    return re.sub(r"\$\{(item|key)\b[^}]*\}", name, dep)
+
+
+def _deps(entry: Mapping[str, Any]) -> Iterator[str]:
     """The dependencies that a stage of dvc.yaml (plain, matrix or foreach) lists."""
     for dep in entry.get("do", entry).get("deps", ()):
         yield dep if isinstance(dep, str) else next(iter(dep))

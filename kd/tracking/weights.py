@@ -28,13 +28,13 @@ def log_weight_sets(
         study: The Optuna study's file, kept with the run so that optuna-dashboard can open it.
     """
     record = json.loads((folder / "weights.json").read_text())
-    parent.log_final(_finals(record["sets"]["chosen"]) | _gains(record["gain"]))
     parent.log_figure(figures.weights(record), "weights")
     for name in ("weights.json", "convergence.csv", "path.csv"):
         if (folder / name).exists():
             parent.log_file(folder / name)
     if (folder / "convergence.csv").exists():
         _log_search(parent, record, folder)
+    parent.log_final(_finals(record["sets"]["chosen"]) | _gains(record["gain"]))
     if study is not None:
         parent.log_file(study, "study")
         parent.log_tags({"kd.optuna_dashboard": f"optuna-dashboard {shlex.quote(str(study))}"})

@@ -1,0 +1,551 @@
+"""Tracking against a real store, with real processes that are really killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kd import tracking
+from kd.component import ConfigError
+from kd.tracking.weights import log_weight_sets
+
+SOURCES = str(Path(tracking.__file__).parents[2])
+pytestmark = pytest.mark.filterwarnings(
+    # MLflow 3.17 with SQLAlchemy 2.1, in the client that these tests look at the store with.
+    "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
+)
+GIVEN = {"params": {"seed": 0}, "tags": {"kd.role": "student"}}
+STAGE = """
+import sys, time
+from kd import tracking
+name, ending = sys.argv[1:]
+with tracking.run("assistants", name, params={"recipe": {"ema": None}}, tags={}) as run:
+    run.log_epoch(1, {"val_accuracy": 0.5})
+    run.log_final({"val_accuracy": 0.75})
+    print(run.id, flush=True)
+    if ending == "raise":
+        raise ValueError("loss is nan at step 7")
+    if ending == "wait":
+        time.sleep(60)
+assert not {"mlflow", "pandas", "sqlalchemy", "torch"} & set(sys.modules)
+"""
+
+
+def spawn(name: str, ending: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", STAGE, name, ending],
+        env={**os.environ, "PYTHONPATH": SOURCES},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_id_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    run_id = process.stdout.readline().strip()
+    assert run_id, process.communicate()[1]
+    return run_id
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a process and close its pipes; what it said on stderr."""
+    return process.communicate(timeout=60)[1]
+
+
+def eventually(holds, seconds: float = 20):
+    """The first true value of `holds`; recorders take a moment to notice a death."""
+    until = time.monotonic() + seconds
+    while not (value := holds()):
+        assert time.monotonic() < until, "it never happened"
+        time.sleep(0.1)
+    return value
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A repository of its own with a store that eight stages at once were the first to touch."""
+    root = tmp_path_factory.mktemp("repository")
+    (root / "dvc.yaml").write_text(
+        "stages:\n  student:\n    deps: [artifacts/data/train, kd/train.py]\n"
+        "  assistants:\n    foreach: ${assistants}\n    do:\n"
+        "      deps: [artifacts/data, 'artifacts/${key}/model']\n"
+    )
+    (root / "dvc.lock").write_text(
+        "stages:\n  data:\n    outs:\n    - {path: artifacts/data/train, md5: aa.dir}\n"
+        "    - {path: artifacts/data/val, md5: bb.dir}\n"
+        "  other:\n    outs:\n    - {path: artifacts/a0/model, md5: cc}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("KD_RECORDER_IDLE", "20")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        first = [spawn(f"a{i}", "end") for i in range(8)]
+        said = [finish(process) for process in first]
+        codes = [process.returncode for process in first]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of MLflow's many dependencies
+            import mlflow
+        client = mlflow.MlflowClient(tracking.tracking_uri())
+        yield SimpleNamespace(root=root, client=client, first=codes, said=said)
+
+
+@pytest.fixture
+def in_home(home, monkeypatch):
+    monkeypatch.chdir(home.root)
+    return home
+
+
+def ended(home, run_id: str):
+    """The run, once it is no longer RUNNING."""
+    return eventually(
+        lambda: (run := home.client.get_run(run_id)).info.status != "RUNNING" and run
+    )
+
+
+def test_eight_stages_at_once_on_a_fresh_store_all_succeed(in_home):
+    assert in_home.first == [0] * 8, in_home.said
+    experiment = in_home.client.get_experiment_by_name("kd")
+    runs = in_home.client.search_runs([experiment.experiment_id])
+    assert {run.info.run_name for run in runs} >= {f"assistants/a{i}" for i in range(8)}
+    assert all(run.info.status == "FINISHED" for run in runs)
+    assert (in_home.root / ".kd" / "mlflow.db").exists()
+
+
+def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_FLOW_RUN_ID", "flow-1")
+    model = tmp_path / "model.pte"
+    model.write_bytes(b"weights")
+    with tracking.run(
+        "student", None, params={"model": {"kind": "plain_cnn"}, "seed": 0}, tags={"kd.role": "s"}
+    ) as run:
+        for epoch in (1, 2, 3):
+            run.log_epoch(epoch, {"val_nll": 1 / epoch})
+        run.log_final({"size_mb": 0.5})
+        run.log_curve({g: {"search.best": 10.0 - g} for g in range(1500)})
+        run.log_file(model, "export")
+        assert run.url == f"http://127.0.0.1:5000/#/experiments/1/runs/{run.id}"
+        run_id = run.id
+    stored = in_home.client.get_run(run_id)
+    assert stored.info.run_name == "student"
+    assert stored.data.params == {"model.kind": "plain_cnn", "seed": "0"}
+    assert stored.data.metrics["size_mb"] == 0.5
+    history = in_home.client.get_metric_history(run_id, "val_nll")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert len(in_home.client.get_metric_history(run_id, "search.best")) == 1500
+    assert (
+        stored.data.tags.items()
+        >= {
+            "kd.stage": "student",
+            "kd.name": "student",
+            "kd.role": "s",
+            "kd.host": socket.gethostname(),
+            "kd.pid": str(os.getpid()),
+            "prefect.flow_run_id": "flow-1",
+            "dvc.dep.artifacts/data/train": "aa.dir",
+        }.items()
+    )
+    assert "dvc.dep.artifacts/data/val" not in stored.data.tags
+    assert [f.path for f in in_home.client.list_artifacts(run_id, "export")] == [
+        "export/model.pte"
+    ]
+    assert stored.info.artifact_uri.startswith(str(in_home.root / ".kd" / "mlruns"))
+
+
+def test_a_stage_of_several_is_tagged_with_what_its_own_name_reads(in_home):
+    tags = in_home.client.search_runs(["1"], "tags.`kd.name` = 'a0'")[0].data.tags
+    read = {key: value for key, value in tags.items() if key.startswith("dvc.dep.")}
+    assert read == {
+        "dvc.dep.artifacts/data/train": "aa.dir",
+        "dvc.dep.artifacts/data/val": "bb.dir",
+        "dvc.dep.artifacts/a0/model": "cc",
+    }
+
+
+def test_system_metrics_are_sampled(in_home):
+    with tracking.run("student", **GIVEN) as run:
+        time.sleep(3)
+    assert "system/cpu_utilization_percentage" in in_home.client.get_run(run.id).data.metrics
+
+
+def append_line(path: Path) -> None:
+    path.write_text(path.read_text() + "\n")
+
+
+def test_git_tags_say_the_commit_and_ignore_what_the_pipeline_itself_writes(in_home):
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            cwd=in_home.root, check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+
+    def tags():
+        with tracking.run("student", **GIVEN) as run:
+            pass
+        return in_home.client.get_run(run.id).data.tags
+
+    git("init")
+    (in_home.root / ".gitignore").write_text(".kd\n")
+    git("add", ".")
+    git("commit", "-m", "all")
+    append_line(in_home.root / "dvc.lock")
+    assert tags()["git.commit"] == git("rev-parse", "HEAD")
+    assert tags()["git.dirty"] == "false"
+    append_line(in_home.root / "dvc.yaml")
+    assert tags()["git.dirty"] == "true"
+
+
+def test_an_exception_ends_the_run_failed_and_says_why(in_home):
+    process = spawn("bad", "raise")
+    run = ended(in_home, run_id_of(process))
+    assert "loss is nan at step 7" in finish(process)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["kd.end_reason"] == "ValueError: loss is nan at step 7"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_leaves_no_run_running(in_home, sent):
+    process = spawn("killed", "wait")
+    run_id = run_id_of(process)
+    assert in_home.client.get_run(run_id).info.status == "RUNNING"
+    process.send_signal(sent)
+    finish(process)
+    assert process.returncode != 0
+    run = ended(in_home, run_id)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["kd.end_reason"]
+    assert run.data.metrics["val_accuracy"] == 0.75
+
+
+def test_children_stand_below_their_parent(in_home, monkeypatch):
+    with tracking.run("pipeline", **GIVEN) as parent:
+        monkeypatch.setenv("KD_PARENT_RUN", parent.id)
+        with tracking.run("student", **GIVEN) as child:
+            pass
+    assert in_home.client.get_run(child.id).data.tags["mlflow.parentRunId"] == parent.id
+
+
+def test_a_run_that_is_not_tracked_takes_every_call_and_touches_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with tracking.run("student", **GIVEN, enabled=False) as run:
+        run.log_epoch(1, {"loss": 1.0})
+        run.log_final({"loss": 1.0})
+        run.log_curve({1: {"loss": 1.0}})
+        run.log_tags({"a": "b"})
+        run.log_file("missing")
+        run.log_figure(None, "nothing")
+        run.log_model("x", registered_name="y", val_accuracy=0, val_hash="", example=np.zeros(2))
+        assert (run.id, run.url, run.error) == (None, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "http://192.0.2.1:5000"])
+def test_an_unreachable_server_fails_at_once_and_names_the_remedy(uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    began = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match=f"MLflow at {uri} cannot be used.*tracking: false"),
+        tracking.run("student", **GIVEN),
+    ):
+        pytest.fail("the stage must not begin")
+    assert time.monotonic() - began < 4
+
+
+def test_a_store_that_cannot_be_written_fails_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlflow.db")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        tracking.prepare_store()
+
+
+def test_the_store_is_the_repositorys_wherever_one_stands(in_home, monkeypatch):
+    inside = in_home.root / "deep" / "inside"
+    inside.mkdir(parents=True)
+    at_root = tracking.tracking_uri()
+    monkeypatch.chdir(inside)
+    assert tracking.tracking_uri() == at_root == f"sqlite:///{in_home.root}/.kd/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///own.db")
+    assert tracking.tracking_uri() == f"sqlite:///{in_home.root}/own.db"
+
+
+@pytest.fixture
+def search(tmp_path):
+    """What the weights stage leaves behind: three members, a search of five generations."""
+    from safetensors.numpy import save_file
+
+    members = ["small", "medium", "large"]
+    random = np.random.default_rng(0)
+    labels_N = random.integers(0, 4, 60)
+    logits_KNC = random.normal(size=(3, 60, 4)).astype(np.float32)
+    save_file(
+        {"logits_KNC": logits_KNC, "labels_N": labels_N}, tmp_path / "val_logits.safetensors"
+    )
+    found = dict(zip(members, [0.5, 0.3, 0.2], strict=True))
+    scores = {"val_nll": 0.9, "held_out_nll": 1.0, "held_out_accuracy": 0.8, "evaluations": 300}
+    record = {
+        "members": members,
+        "weights": found,
+        "weighting": {"kind": "differential_evolution", "objective": "nll"},
+        "num_val": 60,
+        "sets": {
+            "chosen": {"weights": found, **scores, "gap": 1e-6},
+            "uniform": {"weights": dict.fromkeys(members, 1 / 3), **scores, "gap": None},
+        },
+        "gain": {"over_uniform": {"nll": 0.01, "nll_se": 0.02}},
+    }
+    (tmp_path / "weights.json").write_text(json.dumps(record))
+    (tmp_path / "convergence.csv").write_text(
+        "generation,evaluations,best,median,worst\n"
+        + "".join(f"{g},{60 * g},{1 - g / 10},{2 - g / 10},{3 - g / 10}\n" for g in range(5))
+    )
+    (tmp_path / "path.csv").write_text(
+        "generation,small,medium,large\n" + "".join(f"{g},0.4,0.4,0.2\n" for g in range(5))
+    )
+    (tmp_path / "study.log").write_text("journal")
+    return tmp_path
+
+
+def test_every_weight_set_is_a_run_with_its_weights_search_and_figures(in_home, search):
+    with tracking.run("weights", **GIVEN) as run:
+        log_weight_sets(run, search, tags={"kd.data_hash": "d"}, study=search / "study.log")
+    whole = in_home.client.get_run(run.id)
+    assert whole.data.metrics["gain.over_uniform.nll"] == 0.01
+    assert whole.data.tags["kd.optuna_dashboard"].startswith("optuna-dashboard /")
+    best = in_home.client.get_metric_history(run.id, "search.best")
+    assert [point.value for point in best] == [1 - g / 10 for g in range(5)]
+    path = in_home.client.get_metric_history(run.id, "weight.small")
+    assert [point.value for point in path] == [0.4, 0.4, 0.4, 0.4, 0.4, 0.5]
+    assert whole.data.metrics["weight.small"] == 0.5, "the weights chosen, not the search's last"
+    pictures = {file.path for file in in_home.client.list_artifacts(run.id, "figures")}
+    assert pictures == {
+        f"figures/{name}.png" for name in ("weights", "convergence", "weights_path", "simplex")
+    }
+    kept = {file.path for file in in_home.client.list_artifacts(run.id)}
+    assert kept >= {"weights.json", "convergence.csv", "path.csv", "study"}
+    sets = in_home.client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{run.id}'")
+    by_name = {one.info.run_name: one.data for one in sets}
+    assert set(by_name) == {"weights/chosen", "weights/uniform"}
+    assert by_name["weights/chosen"].metrics["weight.medium"] == 0.3
+    assert by_name["weights/chosen"].metrics["gap"] == 1e-6
+    assert by_name["weights/chosen"].params["weighting.objective"] == "nll"
+    assert "gap" not in by_name["weights/uniform"].metrics
+    assert by_name["weights/uniform"].params["weighting.kind"] == "uniform"
+
+
+def save_student(folder: Path, seed: int) -> np.ndarray:
+    """A small network and its manifest; the logits of two images of 2s, by the network itself."""
+    import torch
+
+    from kd import manifest
+    from kd.models import PlainCNN, build_model
+
+    torch.manual_seed(seed)
+    model = build_model(PlainCNN(depth=2), channels=1, image_size=8, num_classes=3).eval()
+    folder.mkdir()
+    manifest.save(
+        folder,
+        model,
+        manifest.Manifest(
+            name="student", role="student", model={"kind": "plain_cnn", "depth": 2},
+            channels=1, image_size=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,),
+            data_hash="d", teachers=(), weights_K=(), mixing="probabilities", method=None,
+            recipe={}, seed=seed, code="", device="cpu",
+        ),
+    )  # fmt: skip
+    with torch.no_grad():
+        return model(torch.full((2, 1, 8, 8), (2 / 255 - 0.5) / 0.25)).numpy()
+
+
+def register(folder: Path, accuracy: float, val_hash: str = "v1") -> str:
+    """Log a student in a run of its own, as the student stage does."""
+    example = np.full((2, 8, 8, 1), 2, np.uint8)
+    with tracking.run("student", **GIVEN) as run:
+        run.log_model(
+            folder,
+            registered_name="kd-test",
+            val_accuracy=accuracy,
+            val_hash=val_hash,
+            example=example,
+        )
+    assert run.error is None
+    return run.id
+
+
+def test_the_registry_keeps_one_version_a_student_and_the_best_on_validation_as_champion(
+    in_home, tmp_path
+):
+    logits_NC = save_student(tmp_path / "s1", 1)
+    for seed in (2, 3, 4):
+        save_student(tmp_path / f"s{seed}", seed)
+
+    def aliases():
+        model = in_home.client.get_registered_model("kd-test")
+        return {name: int(number) for name, number in model.aliases.items()}
+
+    register(tmp_path / "s1", 0.90)
+    assert aliases() == {"challenger": 1, "champion": 1}
+    register(tmp_path / "s1", 0.90)
+    assert len(in_home.client.search_model_versions("name = 'kd-test'")) == 1
+    register(tmp_path / "s2", 0.90)
+    assert aliases() == {"challenger": 2, "champion": 1}, "a tie keeps the champion"
+    register(tmp_path / "s3", 0.91)
+    assert aliases() == {"challenger": 3, "champion": 3}
+    register(tmp_path / "s4", 0.99, val_hash="other images")
+    assert aliases() == {"challenger": 4, "champion": 3}
+    version = in_home.client.get_model_version("kd-test", "4")
+    assert "other validation images" in version.tags["kd.decision"]
+    register(tmp_path / "s1", 0.90)
+    assert aliases() == {"challenger": 1, "champion": 3}, "an old student comes back as itself"
+
+    answer = subprocess.run(
+        [sys.executable, "-c", LOAD, str(in_home.root)],
+        env={**os.environ, "PYTHONPATH": SOURCES, "MLFLOW_TRACKING_URI": tracking.tracking_uri()},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    told = json.loads(answer.stdout.splitlines()[-1])
+    np.testing.assert_allclose(told["logits"], logits_NC, atol=1e-6)
+    assert told["signature"] == ["(-1, 8, 8, 1)", "(-1, 3)"]
+    assert not told["pickles"]
+
+
+LOAD = """
+import json, sys
+from pathlib import Path
+import mlflow, numpy
+model = mlflow.pyfunc.load_model("models:/kd-test/1")
+example = model.input_example
+folder = Path(sys.argv[1], ".kd", "mlruns")
+print(json.dumps({
+    "logits": model.predict(example).tolist(),
+    "signature": [
+        str(schema.inputs[0].shape)
+        for schema in (model.metadata.signature.inputs, model.metadata.signature.outputs)
+    ],
+    "pickles": [str(p) for s in ("pkl", "pickle", "pth") for p in folder.rglob("*." + s)],
+}))
+"""
+
+
+def test_training_outlives_its_recorder_and_a_later_start_ends_the_open_run(
+    in_home, caplog, monkeypatch
+):
+    process = spawn("orphan", "wait")
+    orphan = run_id_of(process)
+    (serving,) = find_recorders(in_home.root)
+    with tracking.run("student", **GIVEN) as run:
+        survivor = run.id
+        os.kill(serving, signal.SIGKILL)
+        eventually(lambda: not find_recorders(in_home.root))
+        for epoch in range(50):
+            run.log_epoch(epoch, {"val_nll": 1.0})
+    assert run.error
+    assert "no longer records" in caplog.text
+    process.kill()
+    finish(process)
+    assert in_home.client.get_run(orphan).info.status == "RUNNING"
+    monkeypatch.setenv("KD_RECORDER_IDLE", "0.5")
+    with tracking.run("student", **GIVEN) as run:
+        assert run.id
+    reaped = in_home.client.get_run(orphan)
+    assert reaped.info.status == "KILLED"
+    assert "is gone" in reaped.data.tags["kd.end_reason"]
+    assert in_home.client.get_run(survivor).info.status == "RUNNING", "its process lives"
+    in_home.client.set_terminated(survivor)
+    eventually(lambda: not find_recorders(in_home.root))
+
+
+def find_recorders(root: Path) -> list[int]:
+    """Process ids of the recorders that serve a repository."""
+    import psutil
+
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "status"])
+        if process.info["cmdline"]
+        and process.info["cmdline"][1:3] == ["-m", "kd.tracking"]
+        and process.info["cmdline"][-1] == str(root)
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+def test_a_recorder_that_cannot_start_says_why_at_the_first_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KD_RECORDER_IDLE", "0.2")
+    (tmp_path / ".kd").mkdir()
+    (tmp_path / ".kd" / "mlflow.db").write_text("no database at all, but long enough to be read")
+    with (
+        pytest.raises(ConfigError, match=r"not a database.*tracking: false"),
+        tracking.run("teacher", **GIVEN) as run,
+    ):
+        run.log_epoch(1, {"val_nll": 1.0})
+    eventually(lambda: not find_recorders(tmp_path))
+
+
+@pytest.mark.slow
+def test_eight_processes_that_make_one_stores_tables_all_succeed(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from kd.tracking.store import make_tables, Store; "
+        "make_tables(Path(sys.argv[1])); "
+        "Store('sqlite:///' + sys.argv[1], Path(sys.argv[2])).client.search_experiments()"
+    )
+    database = tmp_path / "mlflow.db"
+    database.touch()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(database), str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": SOURCES},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(8)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, said
+
+
+@pytest.mark.slow
+def test_a_server_of_ones_own_holds_the_runs_and_their_files(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
+         "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
+         "--artifacts-destination", str(tmp_path / "files")],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("KD_RECORDER_IDLE", "2")
+        eventually(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 120)
+        save_student(tmp_path / "student", 1)
+        run_id = register(tmp_path / "student", 0.9)
+        import mlflow
+
+        client = mlflow.MlflowClient(uri)
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert client.get_model_version_by_alias("kd-test", "champion").version == "1"
+        with tracking.run("student", **GIVEN) as run:
+            assert run.url == f"{uri}/#/experiments/1/runs/{run.id}"
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            run.log_epoch(1, {"val_nll": 1.0})
+        assert run.error, "the loss is reported"
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
