@@ -162,8 +162,10 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
             "## Weights",
             _weights_table(report["weights"]),
             "Held out: found on four folds of the validation split, scored on the fifth.",
-            "## Exports",
-            _exports_table(report["exports"], latency),
+            *(
+                ["## Exports", _exports_table(report["exports"], latency)]
+                * bool(report["exports"])
+            ),
             "",
         ]
     )

@@ -1,0 +1,251 @@
+"""The report says what the records say, no more."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd import report
+from kd.component import ConfigError
+from kd.report import Names, Paired
+
+NAMES = Names(
+    assistants=["large", "small"],
+    baselines=["labels", "best_single"],
+    exports=["onnx"],
+    class_names=["cat", "dog"],
+)
+PARAMETERS = {"teacher": 1000, "assistants/large": 400, "assistants/small": 200}
+ROWS = [
+    "teacher",
+    "assistants/large",
+    "assistants/small",
+    "ensemble/uniform",
+    "ensemble/weighted",
+    "student",
+    "baselines/labels",
+    "baselines/best_single",
+]
+
+
+def write(path: Path, record: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def artifacts(tmp_path):
+    """The records of a small experiment."""
+    root = tmp_path / "artifacts"
+    for name in ROWS:
+        if not name.startswith("ensemble"):
+            parameters = PARAMETERS.get(name, 100)
+            write(
+                root / name / "metrics.json",
+                {"val_accuracy": 0.9, "val_nll": 0.3, "parameters": parameters,
+                 "multiply_adds": 10 * parameters, "size_bytes": 4 * parameters, "epochs": 3},
+            )  # fmt: skip
+    held_out = {"held_out_nll": 0.25, "held_out_accuracy": 0.925, "val_accuracy": 0.99}
+    write(
+        root / "weights/weights.json",
+        {
+            "members": ["large", "small"],
+            "num_val": 40,
+            "sets": {
+                "chosen": {
+                    "weights": {"large": 0.7, "small": 0.3},
+                    **held_out,
+                    "evaluations": 600,
+                },
+                "uniform": {"weights": {"large": 0.5, "small": 0.5}, **held_out, "evaluations": 0},
+            },
+            "gain": {
+                "over_uniform": {"nll": 0.02, "nll_se": 0.005, "accuracy": 0.0, "accuracy_se": 0.0}
+            },
+        },
+    )
+    write(
+        root / "exports/onnx/parity.json",
+        {"max_abs": 2.5e-6, "top1_agreement": 1.0, "val_accuracy": 0.9, "eager_val_accuracy": 0.9,
+         "size_bytes": 12345, "num_images": 40},
+    )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def measured():
+    """What the report stage measured on four test images."""
+    score = {"test_nll": 0.2, "test_ece": 0.1, "test_worst_class_accuracy": 0.5}
+    return report.Test(
+        scores={
+            name: {"test_accuracy": 0.75, **score}
+            | ({} if name == "teacher" else {"test_agreement": 0.8})
+            for name in ROWS
+        },
+        student_minus={
+            "teacher": Paired(difference=-0.01, standard_error=0.02),
+            "baselines/labels": Paired(difference=0.05, standard_error=0.01),
+            "baselines/best_single": Paired(difference=0.01, standard_error=0.01),
+        },
+        ensemble_minus_teacher=Paired(difference=-0.03, standard_error=0.01),
+        labels_N=[0, 1, 1, 0],
+        predicted_N=[0, 1, 0, 0],
+        confidence_N=[1.0, 0.95, 0.6, 0.58],
+    )
+
+
+def test_the_table_has_a_row_for_every_network_in_the_experiments_order(artifacts, measured):
+    rows = report.build(artifacts, NAMES, measured)["rows"]
+    assert [row["name"] for row in rows] == ROWS
+    assert len({tuple(row) for row in rows}) == 1, "every row has the same columns"
+
+
+def test_an_ensemble_is_as_large_as_its_members_and_scored_held_out(artifacts, measured):
+    built = report.build(artifacts, NAMES, measured)
+    weighted = next(row for row in built["rows"] if row["name"] == report.WEIGHTED)
+    assert weighted["parameters"] == 400 + 200
+    assert weighted["size_bytes"] == 4 * (400 + 200)
+    assert weighted["val_accuracy"] == 0.925, "0.99 was measured on the rows it was found on"
+
+
+def test_the_same_records_give_the_same_files_but_for_the_times(artifacts, measured, tmp_path):
+    for latency, folder in ((1.0, tmp_path / "one"), (2.0, tmp_path / "two")):
+        built = report.build(artifacts, NAMES, measured)
+        report.write(folder, built, NAMES, measured, {"student": latency})
+    files = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    differing = {
+        str(file)
+        for file in files
+        if (tmp_path / "one" / file).read_bytes() != (tmp_path / "two" / file).read_bytes()
+    }
+    assert differing == {"latency.json", "report.md"}
+    assert {str(file) for file in files} == {
+        "report.json", "metrics.json", "latency.json", "report.md",
+        "confusion.csv", "reliability.csv", "results.csv",
+        "figures/confusion.png", "figures/reliability.png", "figures/sizes.png",
+        "figures/weights.png",
+    }  # fmt: skip
+
+
+def test_the_csv_files_are_what_dvc_plots_reads(artifacts, measured, tmp_path):
+    built = report.build(artifacts, NAMES, measured)
+    report.write(tmp_path / "report", built, NAMES, measured, {})
+
+    def rows(name: str) -> list[dict[str, str]]:
+        with (tmp_path / "report" / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    assert rows("confusion.csv")[2] == {"actual": "dog", "predicted": "cat"}
+    assert [row["name"] for row in rows("results.csv")] == ROWS
+    assert sum(int(row["count"]) for row in rows("reliability.csv")) == 4
+    metrics = json.loads((tmp_path / "report/metrics.json").read_text())
+    assert metrics["student"]["test_accuracy"] == 0.75
+    assert list(metrics) == ROWS
+
+
+def test_reliability_bins_hold_means_of_what_fell_into_them():
+    bins = report.reliability_bins([1.0, 0.95, 0.6, 0.61], [0, 1, 1, 0], [0, 0, 1, 0])
+    filled = {i: row for i, row in enumerate(bins) if row["count"]}
+    assert len(bins) == 15
+    assert filled == {
+        9: {"confidence": pytest.approx(0.605), "accuracy": 1.0, "count": 2},
+        14: {"confidence": pytest.approx(0.975), "accuracy": 0.5, "count": 2},
+    }
+
+
+def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
+    text = report.to_markdown(
+        report.build(artifacts, NAMES, measured), {"student": 0.123, "exports/onnx": 0.456}
+    )
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line[:1] == "|"}
+    assert [cell.strip() for cell in lines["student"].split("|")[2:-1]] == [
+        "90.00 %", "75.00 %", "100", "0.4 kB", "0.12 ms",
+    ]  # fmt: skip
+    assert "0.700" in lines["chosen"]
+    assert "600" in lines["chosen"]
+    for shown in ("12.3 kB", "2.5e-06", "100.00 %", "0.46 ms"):
+        assert shown in lines["onnx"]
+    assert "nan" not in text
+    assert "None" not in text
+
+
+def test_findings_call_a_difference_one_only_beyond_two_standard_errors(artifacts, measured):
+    student, baselines, ensemble, gain = report.build(artifacts, NAMES, measured)["findings"]
+    assert "75.00 % on 4 test images" in student
+    assert "10.0 times as many parameters" in student
+    assert "cannot tell them apart (-1.00 +- 2.00 points)" in student
+    assert "is better than labels, and equals best single" in baselines
+    assert "labels +5.00 +- 1.00 points" in baselines
+    assert "the ensemble is worse than the teacher by -3.00 +- 1.00 points" in ensemble
+    assert "by -0.0200 +- 0.0050" in gain
+    assert gain.endswith("in NLL, a gain.")
+
+
+@pytest.mark.parametrize(
+    ("nll", "ending"),
+    [
+        (-0.02, "in NLL, a loss."),
+        (0.01, "in NLL, no difference that these images could show."),
+        (0.0, "in NLL, no difference that these images could show."),
+    ],
+)
+def test_weights_that_gained_nothing_are_said_to_have_gained_nothing(
+    artifacts, measured, nll, ending
+):
+    path = artifacts / "weights/weights.json"
+    record = json.loads(path.read_text())
+    record["gain"]["over_uniform"]["nll"] = nll
+    write(path, record)
+    assert report.build(artifacts, NAMES, measured)["findings"][-1].endswith(ending)
+
+
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        ("teacher/metrics.json", "dvc repro teacher`"),
+        ("assistants/large/metrics.json", "dvc repro assistants@large`"),
+        ("exports/onnx/parity.json", "dvc repro exports@onnx`"),
+        ("weights/weights.json", "dvc repro weights`"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "damaged", "no record"])
+def test_a_record_that_cannot_be_read_is_named_with_the_stage_that_makes_it(
+    artifacts, measured, missing, remedy, damage
+):
+    path = artifacts / missing
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_text("{" if damage == "damaged" else "[]")
+    with pytest.raises(ConfigError, match=f"{missing}.*{damage}.*{remedy}"):
+        report.build(artifacts, NAMES, measured)
+
+
+def test_a_record_without_a_figure_is_named(artifacts, measured):
+    write(artifacts / "student/metrics.json", {"val_accuracy": 0.5})
+    with pytest.raises(ConfigError, match=r"student/metrics\.json has no 'val_nll'"):
+        report.build(artifacts, NAMES, measured)
+
+
+def test_a_row_without_test_scores_is_named(artifacts, measured):
+    scores = {name: s for name, s in measured.scores.items() if name != "baselines/labels"}
+    with pytest.raises(ConfigError, match="no test scores for baselines/labels"):
+        report.build(artifacts, NAMES, dataclasses.replace(measured, scores=scores))
+
+
+def test_an_experiment_without_baselines_and_exports_has_a_report(artifacts, measured):
+    names = dataclasses.replace(NAMES, baselines=[], exports=[])
+    paired = {"teacher": measured.student_minus["teacher"]}
+    test = dataclasses.replace(measured, student_minus=paired)
+    built = report.build(artifacts, names, test)
+    assert len(built["findings"]) == 3
+    assert "## Exports" not in report.to_markdown(built)
+
+
+def test_the_report_needs_neither_torch_nor_mlflow():
+    code = "import sys, kd.report; assert not {'torch', 'mlflow', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
