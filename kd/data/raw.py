@@ -28,9 +28,9 @@ class ImageSequence(Protocol):
 class Raw:
     """Images with their labels, as obtained from their source.
 
-    A data set of your own returns this from its `read()`.  Images wider than one array are
-    given as a sequence that decodes image i when it is asked for, so they never lie in memory
-    together; `files` then names the file behind each.
+    A data set of your own returns this from its `read()`.  Images too many for one array are
+    given as a sequence that decodes image i when it is asked for (by several threads), so they
+    never lie in memory together; `files` then names the file behind each.
     """
 
     images: ImageSequence

@@ -99,11 +99,11 @@ def count(network: nn.Module, shape: tuple[int, int, int]) -> Counts:
 
 @contextmanager
 def untouched(network: nn.Module) -> Iterator[None]:
-    """Put back modes, buffers (batch norm's statistics) and torch's random state afterwards."""
+    """Put back modes, buffers (batch norm's statistics) and the CPU's random state afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
         for module, training in modes:

@@ -23,15 +23,16 @@ def _raw(counts: list[int]) -> Any:
 @given(
     counts=st.lists(st.integers(20, 60), min_size=2, max_size=6),
     val=st.floats(0.1, 0.4),
-    test=st.integers(7, 10),
+    test_share=st.floats(0.1, 0.3),
     labels_per_class=st.none() | st.integers(1, 3),
     seed=st.integers(0, 2**40),
 )
 def test_splits_are_disjoint_complete_and_stratified(
-    counts: list[int], val: float, test: int, labels_per_class: int | None, seed: int
+    counts: list[int], val: float, test_share: float, labels_per_class: int | None, seed: int
 ) -> None:
     raw = _raw(counts)
     num = sum(counts)
+    test = int(test_share * num)
     splits = Splits(val=val, test=test, labels_per_class=labels_per_class)
     rows = splits.assign(raw, seed)
     assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(num))
