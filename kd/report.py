@@ -21,6 +21,8 @@ CLEAR = 2.0
 """Standard errors that a difference must exceed before the report calls it one."""
 BINS = 15
 """Of the reliability diagram."""
+VERDICTS = {1: "is better than", -1: "is worse than", 0: "cannot be told apart from"}
+"""By the sign of a clear difference."""
 FAMILIES = ("assistants", "baselines", "exports")
 """Stages of which an experiment has several."""
 WEIGHTED, UNIFORM = "ensemble/weighted", "ensemble/uniform"
@@ -119,11 +121,12 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     """What the numbers mean, a sentence each; a difference within its error is called none."""
     rows = {row["name"]: row for row in report["rows"]}
     student, teacher = rows["student"], rows["teacher"]
+    against = report["student_minus"]["teacher"]
     return [
         f"The student reaches {_percent(student['test_accuracy'])} on {report['num_test']} test "
         f"images, the teacher {_percent(teacher['test_accuracy'])} with "
-        f"{teacher['parameters'] / student['parameters']:.1f} times as many parameters: "
-        f"{_verdict('the student', 'the teacher', report['student_minus']['teacher'])}.",
+        f"{teacher['parameters'] / student['parameters']:.1f} times as many parameters; on these "
+        f"images the student {VERDICTS[_clear(against)]} the teacher ({_points(against)}).",
         *_against_baselines(report),
         _against_teacher(report),
         _gain(report["weights"]["gain"]["over_uniform"], report["weights"]["num_val"]),
@@ -159,6 +162,8 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
             "Validation and test are accuracies; an ensemble's validation accuracy is held out: "
             "its weights were found on other folds. Latency is the median for one image.",
             *report["findings"],
+            f"A difference counts from {CLEAR:g} standard errors on. The errors are those of the "
+            "test images alone: networks trained from another seed differ as well.",
             "## Weights",
             _weights_table(report["weights"]),
             "Held out: found on four folds of the validation split, scored on the fifth.",
@@ -268,7 +273,14 @@ def _export(root: Path, name: str) -> dict[str, Any]:
     """An export's file and how it compares with the student it was made from."""
     path = root / "exports" / name / "parity.json"
     record = _read(path)
-    wanted = ("max_abs", "top1_agreement", "val_accuracy", "eager_val_accuracy", "size_bytes")
+    wanted = (
+        "file",
+        "max_abs",
+        "top1_agreement",
+        "val_accuracy",
+        "eager_val_accuracy",
+        "size_bytes",
+    )
     return {"format": name, **{key: _get(record, key, path) for key in (*wanted, "num_images")}}
 
 
@@ -284,21 +296,21 @@ def _against_baselines(report: Mapping[str, Any]) -> list[str]:
     parts = [f"{name} {_points(one)}" for name, one in paired.items()]
     verdicts = [
         f"{phrase} {', '.join(group)}"
-        for sign, phrase in ((1, "is better than"), (-1, "is worse than"), (0, "equals"))
+        for sign, phrase in VERDICTS.items()
         if (group := [name for name, one in paired.items() if _clear(one) == sign])
     ]
     return [
         "Against the same network trained otherwise, on the same test images (student minus "
-        f"baseline, +- standard error): {', '.join(parts)}. So far as these images can tell "
-        f"({CLEAR:g} standard errors), the student {', and '.join(verdicts)}."
+        f"baseline, +- standard error): {', '.join(parts)}. "
+        f"The student {', and '.join(verdicts)}."
     ]
 
 
 def _against_teacher(report: Mapping[str, Any]) -> str:
     one = report["ensemble_minus_teacher"]
     return (
-        f"The weighted ensemble of assistants differs from the teacher by {_points(one)} on the "
-        f"test images: {_verdict('the ensemble', 'the teacher', one)}."
+        "On the same test images, the weighted ensemble of assistants "
+        f"{VERDICTS[_clear(one)]} the teacher ({_points(one)})."
     )
 
 
@@ -312,14 +324,6 @@ def _gain(gain: Mapping[str, float], num_val: int) -> str:
         f"{100 * gain['accuracy']:+.2f} +- {100 * gain['accuracy_se']:.2f} points: in NLL, "
         f"{word[_clear(lower_is_better)]}."
     )
-
-
-def _verdict(one: str, other: str, paired: Mapping[str, float]) -> str:
-    """Who is better, or that these images cannot tell."""
-    sign = _clear(paired)
-    if sign == 0:
-        return f"these images cannot tell them apart ({_points(paired)})"
-    return f"{one} is {'better' if sign > 0 else 'worse'} than {other} by {_points(paired)}"
 
 
 def _clear(paired: Mapping[str, float]) -> int:
@@ -352,7 +356,7 @@ def _exports_table(exports: Sequence[Mapping[str, Any]], latency: Mapping[str, f
         ["", "size", "largest difference of a logit", "top-1 agreement", "validation", "latency"],
         [
             [
-                one["format"],
+                f"{one['format']}: {one['file']}",
                 _size(one["size_bytes"]),
                 f"{one['max_abs']:.1e}",
                 _percent(one["top1_agreement"]),

@@ -71,7 +71,7 @@ def artifacts(tmp_path):
     write(
         root / "exports/onnx/parity.json",
         {"max_abs": 2.5e-6, "top1_agreement": 1.0, "val_accuracy": 0.9, "eager_val_accuracy": 0.9,
-         "size_bytes": 12345, "num_images": 40},
+         "size_bytes": 12345, "num_images": 40, "file": "model.onnx"},
     )  # fmt: skip
     return root
 
@@ -168,7 +168,7 @@ def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
     assert "0.700" in lines["chosen"]
     assert "600" in lines["chosen"]
     for shown in ("12.3 kB", "2.5e-06", "100.00 %", "0.46 ms"):
-        assert shown in lines["onnx"]
+        assert shown in lines["onnx: model.onnx"]
     assert "nan" not in text
     assert "None" not in text
 
@@ -177,10 +177,13 @@ def test_findings_call_a_difference_one_only_beyond_two_standard_errors(artifact
     student, baselines, ensemble, gain = report.build(artifacts, NAMES, measured)["findings"]
     assert "75.00 % on 4 test images" in student
     assert "10.0 times as many parameters" in student
-    assert "cannot tell them apart (-1.00 +- 2.00 points)" in student
-    assert "is better than labels, and equals best single" in baselines
+    assert "cannot be told apart from the teacher (-1.00 +- 2.00 points)" in student
+    assert (
+        "The student is better than labels, and cannot be told apart from best single."
+        in baselines
+    )
     assert "labels +5.00 +- 1.00 points" in baselines
-    assert "the ensemble is worse than the teacher by -3.00 +- 1.00 points" in ensemble
+    assert "is worse than the teacher (-3.00 +- 1.00 points)" in ensemble
     assert "by -0.0200 +- 0.0050" in gain
     assert gain.endswith("in NLL, a gain.")
 
