@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import component
-from kd.exporters.files import Runner, for_export, ignoring, readable, require_packages, write
+from kd.exporters.files import (
+    Runner,
+    for_export,
+    ignoring,
+    in_canonical_memory,
+    readable,
+    require_packages,
+    write,
+)
 from kd.exporters.parity import Tolerance
 
 
@@ -44,7 +52,7 @@ class ExecuTorch:
             )
             from executorch.exir import to_edge_transform_and_lower
 
-            image_1CHW = example_BCHW[:1].to("cpu", torch.float32).contiguous()
+            image_1CHW = in_canonical_memory(example_BCHW[:1].to("cpu", torch.float32))
             program = torch.export.export(for_export(module), (image_1CHW,))
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             write(path, lowered.to_executorch().buffer)

@@ -39,11 +39,19 @@ class Runner:
                 f"images are {images_BCHW.dtype} of shape {tuple(images_BCHW.shape)}; the file "
                 f"takes float32 of shape {('B', *self.image_shape)}"
             )
-        # ExecuTorch reads channels_last memory as if it were contiguous.
-        images_BCHW = images_BCHW.contiguous()
+        images_BCHW = in_canonical_memory(images_BCHW)
         if self.any_batch:
             return self.run(images_BCHW)
         return torch.cat([self.run(image_CHW[None]) for image_CHW in images_BCHW])
+
+
+def in_canonical_memory(images_BCHW: Tensor) -> Tensor:
+    """The images in memory order B, channels, H, W.
+
+    ExecuTorch reads the strides: channels_last it would take for another layout, and grey images
+    count as contiguous in either, so that `.contiguous()` would leave them as they are.
+    """
+    return images_BCHW.clone(memory_format=torch.contiguous_format)
 
 
 def for_export(module: nn.Module) -> nn.Module:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import component
-from kd.exporters.files import Runner, for_export, readable, require_packages, write
+from kd.exporters.files import (
+    Runner,
+    for_export,
+    in_canonical_memory,
+    readable,
+    require_packages,
+    write,
+)
 from kd.exporters.parity import Tolerance
 
 
@@ -40,7 +47,7 @@ class Onnx:
             ConfigError: a package of the extra `exports` is not installed.
         """
         require_packages("onnx", "onnxscript")
-        image_1CHW = example_BCHW[:1].to("cpu", torch.float32).contiguous()
+        image_1CHW = in_canonical_memory(example_BCHW[:1].to("cpu", torch.float32))
         # Two images, because torch.export takes a size of one for a constant.
         images_BCHW = image_1CHW.repeat(2, 1, 1, 1) if self.dynamic_batch else image_1CHW
         batch = {0: torch.export.Dim("batch")} if self.dynamic_batch else {}

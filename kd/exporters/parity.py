@@ -62,7 +62,8 @@ class Parity:
     def record(self) -> dict[str, Any]:
         """What parity.json holds: the figures, then the contents, in one flat table."""
         figures = asdict(self)
-        return {**figures, **figures.pop("contents")}
+        contents = figures.pop("contents")
+        return {**figures, **contents}
 
 
 class Format(Protocol):
