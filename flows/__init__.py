@@ -1,0 +1,1 @@
+"""When and where the stages of dvc.yaml run: a thin skin of Prefect over DVC."""

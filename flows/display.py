@@ -1,0 +1,125 @@
+"""What a run looks like on a terminal: the plan, each stage's last line, and the result.
+
+The display is one more reader of the tasks' log, so it needs no door of its own into the flow.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.table import Table
+from rich.text import Text
+
+from flows.graph import Plan
+
+STYLES = {"running": "cyan", "done": "green", "failed": "bold red", "stopped": "yellow"}
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Which stages are stale, and why."""
+    console.print(f"[bold]{len(plan.reasons)} of {len(plan.stages)} stages to run[/]")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("because", style="dim")
+    for stage, reason in plan.reasons.items():
+        table.add_row(stage, reason)
+    console.print(table)
+    console.print()
+
+
+def show_report(root: Path, console: Console) -> None:
+    """The result's table, where the pipeline has one."""
+    report = root / "artifacts" / "report" / "report.md"
+    if report.exists():
+        text = report.read_text()
+        console.print(Markdown(text) if console.is_terminal else text)
+
+
+@dataclass
+class Row:
+    """One stage on the screen."""
+
+    state: str = "waiting"
+    started: float = 0.0
+    ended: float = 0.0
+    line: str = ""
+
+    def seconds(self) -> str:
+        """How long it has run."""
+        if not self.started:
+            return ""
+        return f"{(self.ended or time.monotonic()) - self.started:.1f} s"
+
+
+class Progress(logging.Handler):
+    """Follows the stages of a plan, live on a terminal, line by line elsewhere."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+        self.rows = {name: Row() for name in plan.reasons}
+        self.width = max(len(name) for name in self.rows)
+        self.live = Live(self, console=console, refresh_per_second=5, transient=False)
+
+    def __enter__(self) -> "Progress":
+        """Start to listen."""
+        logging.getLogger("prefect.task_runs").addHandler(self)
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop to listen; what did not start by now will not."""
+        logging.getLogger("prefect.task_runs").removeHandler(self)
+        for row in self.rows.values():
+            if row.state == "waiting":
+                row.state = "not run"
+        if self.console.is_terminal:
+            self.live.stop()
+        else:
+            self.console.print(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line of a task's log."""
+        name = getattr(record, "task_run_name", "")
+        if name not in self.rows:
+            return
+        message = record.getMessage()
+        state = getattr(record, "stage_state", None)
+        if state or self.rows[name].state == "running":
+            self._follow(self.rows[name], message, state)
+            if not self.console.is_terminal:
+                self._print(name, message)
+            elif state == "failed":
+                self.live.console.print(Text(message, style="red"))
+
+    def _follow(self, row: Row, message: str, state: str | None) -> None:
+        row.line = message.partition("\n")[0].strip()
+        if state:
+            row.state = state
+        if state == "running":
+            row.started, row.ended = time.monotonic(), 0.0
+        elif state:
+            row.ended = time.monotonic()
+
+    def _print(self, name: str, message: str) -> None:
+        for line in message.splitlines():
+            text = f"{name:{self.width}} | {line}"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __rich__(self) -> Group:
+        """The table as it stands now."""
+        table = Table(box=None, pad_edge=False)
+        table.add_column("stage", no_wrap=True)
+        table.add_column("state", no_wrap=True)
+        table.add_column("time", justify="right", no_wrap=True)
+        table.add_column("last line", no_wrap=True, overflow="ellipsis", style="dim")
+        for name, row in self.rows.items():
+            state = Text(row.state, style=STYLES.get(row.state, "dim"))
+            line = "" if row.state == "done" else row.line
+            table.add_row(name, state, row.seconds(), Text(line, overflow="ellipsis"))
+        return Group(table)

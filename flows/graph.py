@@ -1,0 +1,181 @@
+"""What dvc.yaml says, read through DVC: the stages, what they wait for, what is stale and why.
+
+There is no second definition of the pipeline.  DVC is only *read* in this process; stages run in
+child processes, which can be cancelled (flows/stage.py).
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx
+from dvc.dependency.param import ParamsDependency
+from dvc.dvcfile import Lockfile
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+from dvc.stage.cache import _get_cache_hash, _get_stage_hash
+from dvc.stage.serialize import to_single_stage_lockfile
+
+logging.getLogger("dvc").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of dvc.yaml, with what its `meta` says to the flow."""
+
+    name: str
+    """DVC's name, such as "assistants@large"."""
+
+    waits_for: tuple[str, ...]
+    """The stages whose outputs it reads."""
+
+    threads: int = 1
+    """CPU threads it keeps busy."""
+
+    gpu: bool = False
+    """Whether a GPU helps it."""
+
+    timeout: float | None = None
+    """Seconds it may take; None is no limit."""
+
+    retries: int = 0
+    """How often it is run again after a failure."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do."""
+
+    stages: tuple[Stage, ...]
+    """Every stage, dependencies first."""
+
+    reasons: dict[str, str]
+    """Why each stage of the run is in it, in the order of `stages`.  Empty: nothing to do."""
+
+
+def read(root: Path) -> Plan:
+    """The plan for the workspace `root`, which is the folder that holds dvc.yaml.
+
+    Raises:
+        dvc.exceptions.DvcException: no repository, a broken dvc.yaml, or a stage that runs now.
+        ValueError: a `meta` that says something else than it may.
+    """
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        graph = repo.index.graph  # an edge leads from a stage to one it depends on
+        found = [each for each in networkx.dfs_postorder_nodes(graph) if _is_ours(each)]
+        stages = tuple(_stage(each, graph.successors(each)) for each in found)
+        stale = {each.name: why for each in found if (why := _reason(each))}
+    return Plan(stages, dict(_with_downstream(stages, stale)))
+
+
+def inputs(root: Path, name: str) -> dict[str, object]:
+    """A stage's inputs as they are now: the content hash of each file, the value of each param."""
+    with Repo(str(root), _wait_for_lock=True) as repo:
+        stage = repo.stage.load_one(name=name)
+        stage.save_deps(allow_missing=True)
+        seen: dict[str, object] = {}
+        for each in stage.deps:
+            value = each.hash_info.value
+            seen.update(value if isinstance(value, dict) else {str(each.def_path): value})
+        return seen
+
+
+def disown(root: Path, name: str) -> None:
+    """Forget that DVC recorded the stage: its entry in dvc.lock, and the one in the run-cache.
+
+    DVC records the inputs as they are when a stage ends.  If they were edited meanwhile, both
+    entries claim that these inputs made this output, and the run-cache would restore it later.
+    """
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        stage = repo.stage.load_one(name=name)
+        key = _get_stage_hash(stage)
+        value = _get_cache_hash(to_single_stage_lockfile(stage))
+        Path(repo.stage_cache.cache_dir, key[:2], key, value).unlink(missing_ok=True)
+        Lockfile(repo, stage.dvcfile._lockfile.path).remove_stage(stage)
+
+
+def _is_ours(stage: Any) -> bool:
+    """Whether it has a command; a .dvc file is a stage of DVC's too."""
+    return isinstance(stage, PipelineStage)
+
+
+def _stage(stage: Any, upstream: Iterator[Any]) -> Stage:
+    meta = dict(stage.meta or {})
+    try:
+        made = Stage(
+            name=stage.name,
+            waits_for=tuple(sorted(each.name for each in upstream if _is_ours(each))),
+            threads=int(meta.pop("threads", 1)),
+            gpu=bool(meta.pop("gpu", False)),
+            timeout=float(meta.pop("timeout")) if "timeout" in meta else None,
+            retries=int(meta.pop("retries", 0)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"dvc.yaml: meta of {stage.name}: {error}") from error
+    if meta:
+        raise ValueError(
+            f"dvc.yaml: meta of {stage.name} has {', '.join(meta)}; "
+            "it may have threads, gpu, timeout and retries"
+        )
+    return made
+
+
+def _with_downstream(
+    stages: tuple[Stage, ...], stale: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    running: set[str] = set()
+    for stage in stages:
+        above = [each for each in stage.waits_for if each in running]
+        if stage.name in stale or above:
+            running.add(stage.name)
+            yield stage.name, stale.get(stage.name) or f"after {_listed(above)}"
+
+
+def _reason(stage: Any) -> str | None:
+    """Why DVC would run the stage, in a few words; None when it would not."""
+    status = stage.status().get(stage.addressing, [])
+    if not status:
+        return None
+    if not any(each.hash_info for each in (*stage.deps, *stage.outs)):
+        return "never run"
+    words = ["command changed"] if "changed command" in status else []
+    for each in stage.deps:
+        words += (
+            _params_changed(each) if isinstance(each, ParamsDependency) else _file("input", each)
+        )
+    for each in stage.outs:
+        words += _file("output", each)
+    return _listed(words) or "runs always"
+
+
+_WORDS = {"modified": "changed", "deleted": "missing", "not in cache": "missing from the cache"}
+
+
+def _file(role: str, entry: Any) -> list[str]:
+    return [f"{role} {path} {_WORDS.get(what, what)}" for path, what in entry.status().items()]
+
+
+def _params_changed(entry: Any) -> list[str]:
+    old, new = _flat(entry.hash_info.value or {}), _flat(entry.read_params())
+    return [
+        f"params {key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        nested = isinstance(value, dict)
+        flat.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def _listed(words: list[str]) -> str:
+    """The first one or two, and how many more."""
+    if len(words) <= 2:
+        return " and ".join(words)
+    return f"{words[0]} and {len(words) - 1} more"

@@ -1,0 +1,52 @@
+"""Run a command that cannot outlive whoever started it: `python leash.py COMMAND...`.
+
+Standard input is the leash.  It is one end of a pipe that only the starter holds, so it ends when
+the starter lets go, and also when the starter dies by `kill -9`.  Then every process of the
+command's group gets SIGTERM, and SIGKILL after GRACE seconds: DVC alone would leave its training
+process running, unseen, and a second run would start another one beside it.
+
+Nothing but the standard library, so that it starts in 20 ms (`python -I -S`).
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+GRACE = 10.0
+"""Seconds between SIGTERM and SIGKILL: time for a stage to end its records."""
+
+
+def main(command: list[str]) -> int:
+    """Run `command` in its own process group; return its exit code."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    let_go = threading.Event()
+    threading.Thread(target=_hold, args=(child.pid, let_go), daemon=True).start()
+    code = child.wait()
+    if let_go.is_set():
+        _end_group(child.pid)
+    return code if code >= 0 else 128 - code
+
+
+def _hold(group: int, let_go: threading.Event) -> None:
+    os.read(0, 1)
+    let_go.set()
+    _end_group(group)
+
+
+def _end_group(group: int) -> None:
+    """Return once no process of the group is left, or SIGKILL was sent."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            os.killpg(group, 0)
+        os.killpg(group, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""Run one stage through DVC, in a child process, and take its result only if it can be trusted."""
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from flows import child, graph
+
+LAST_LINES = 15
+ADVICE = (
+    "Generating lock file",
+    "Updating lock file",
+    "To track the changes with git",
+    "\tgit add ",
+    "To enable auto staging",
+    "\tdvc config core.autostage",
+    "Use `dvc push`",
+    "Data and pipelines are up to date",
+)
+"""How lines begin that DVC prints after every stage, for people who call it by hand."""
+
+
+class StageFailedError(Exception):
+    """A stage ended with an error, ran too long, or its inputs were edited while it ran."""
+
+
+def reproduce(
+    stage: graph.Stage,
+    root: Path,
+    *,
+    env: Mapping[str, str],
+    hear: Callable[[str], None],
+    stop: threading.Event,
+    hold: Sequence[int] = (),
+) -> None:
+    """Run `stage` through `dvc repro`, which skips it when it is up to date after all.
+
+    Args:
+        stage: What to run.
+        root: The workspace.
+        env: What its environment has beside ours.
+        hear: Called with each line it prints.
+        stop: Cancels it when set.
+        hold: Descriptors of locks that must stay taken while any of its processes lives.
+
+    Raises:
+        StageFailedError: see there; the message ends with the stage's last lines.
+        flows.child.Stopped: `stop` was set.
+    """
+    before = graph.inputs(root, stage.name)
+    last = deque[str](maxlen=LAST_LINES)
+
+    def keep(line: str) -> None:
+        if not line.startswith(ADVICE):
+            last.append(line)
+            hear(line)
+
+    # Without --wait-for-lock a stage that ends while another one is being recorded fails after
+    # three seconds: trained, but not recorded.
+    command = [
+        sys.executable,
+        "-m",
+        "dvc",
+        "--wait-for-lock",
+        "repro",
+        "--single-item",
+        stage.name,
+    ]
+    try:
+        code = child.run(
+            command,
+            cwd=root,
+            env={**environment(), **env},
+            hear=keep,
+            stop=stop,
+            timeout=stage.timeout,
+            hold=hold,
+        )
+    except child.OutOfTime:
+        raise StageFailedError(
+            f"{stage.name} was stopped after its {stage.timeout:g} s (meta.timeout in dvc.yaml)\n"
+            + "\n".join(last)
+        ) from None
+    if code:
+        raise StageFailedError("\n".join([f"{stage.name} ended with exit code {code}", *last]))
+    _refuse_edited_inputs(stage, root, before)
+
+
+def environment() -> dict[str, str]:
+    """Ours, with this interpreter first: by `python` dvc.yaml means the environment's own."""
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PYTHONUNBUFFERED": "1",  # lines are shown as they come
+        "DVC_NO_ANALYTICS": "1",
+    }
+
+
+def _refuse_edited_inputs(stage: graph.Stage, root: Path, before: dict[str, object]) -> None:
+    """DVC would certify that the edited inputs made the output (its issue 11058)."""
+    after = graph.inputs(root, stage.name)
+    edited = [each for each in sorted({*before, *after}) if before.get(each) != after.get(each)]
+    if edited:
+        graph.disown(root, stage.name)
+        raise StageFailedError(
+            f"{stage.name}: edited while it ran: {', '.join(edited)}. "
+            "Its result is not accepted; run the pipeline again"
+        )

@@ -1,0 +1,68 @@
+"""`python -m flows.ui`: this project's runs in the browser, in MLflow and in Prefect."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flows import child, server
+from kd import tracking
+
+PAGES = {"Prefect": "http://127.0.0.1:4200", "MLflow": "http://127.0.0.1:5000"}
+HEALTH = {"Prefect": "/api/health", "MLflow": "/health"}
+POLL = 0.5
+"""Seconds between looks at the servers."""
+
+
+def main() -> int:
+    """Start both servers, say where they are, and end them on Ctrl-C."""
+    root = Path.cwd()
+    server.configure(root)
+    os.environ.pop("PREFECT_API_URL", None)
+    commands = {"Prefect": [sys.executable, "-m", "prefect", "server", "start"]}
+    uri = tracking.tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        print(f"MLflow: {uri}")  # somebody else's server
+    else:
+        commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+        # The default is 14 processes and 3 GB.
+        commands["MLflow"] += ["--workers", "1"]
+    print(f"starting {' and '.join(commands)}: about 20 s")
+    with contextlib.ExitStack() as running, contextlib.suppress(KeyboardInterrupt):
+        servers = {}
+        for name, command in commands.items():
+            servers[name] = _start(root, name, command)
+            running.callback(child.end, servers[name])
+        for name, process in servers.items():
+            _wait(root, name, process)
+            print(f"{name}: {PAGES[name]}")
+        print("Ctrl-C ends them")
+        while all(process.poll() is None for process in servers.values()):
+            time.sleep(POLL)
+    return 0
+
+
+def _start(root: Path, name: str, command: list[str]) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with _log(root, name).open("w") as log:
+        return child.start(command, cwd=root, env=env, output=log)
+
+
+def _wait(root: Path, name: str, process: subprocess.Popen[bytes]) -> None:
+    """Return once the server answers; SystemExit with its last words when it does not."""
+    deadline = time.monotonic() + server.STARTUP_SECONDS
+    while not server.answers(PAGES[name] + HEALTH[name]):
+        if process.poll() is not None or time.monotonic() > deadline:
+            last = "\n".join(_log(root, name).read_text().splitlines()[-5:])
+            raise SystemExit(f"{name} did not start ({_log(root, name)}):\n{last}")
+        time.sleep(POLL)
+
+
+def _log(root: Path, name: str) -> Path:
+    return root / ".kd" / f"{name.lower()}-ui.log"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""A process that has imported torch already, and forks a copy of itself for each stage.
+
+Importing torch takes 4 to 6 s of CPU, in each of the pipeline's many processes.  The flow starts
+one `python -m kd.warm SOCKET`, and `python -m kd ...` finds it through KD_WARM_SOCKET: it sends
+its arguments, folder, environment and standard streams, and a fork of the warm process runs the
+stage as a fresh process would.  Where that might make a difference (other code on disk, another
+folder, variables that libraries read when they load) the warm process declines, and where there
+is none the stage runs where it is.  Linux only.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+PRELOAD = ("torch", "safetensors.torch", "kd.stages", "kd.params", "kd.__main__")
+READ_ON_LOAD = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "TORCH_", "PYTHON", "LD_")
+"""Beginnings of variables that took effect when the warm process started."""
+PR_SET_PDEATHSIG = 1
+
+
+def delegate(argv: list[str]) -> int | None:
+    """Have the warm process run `kd` with `argv`; its exit status, or None where there is none."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(os.environ["KD_WARM_SOCKET"])
+        socket.send_fds(connection, [b"\n"], [0, 1, 2])
+        request = {"argv": argv, "cwd": os.getcwd(), "environ": dict(os.environ)}
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        answers = connection.makefile()
+        child = int(answers.readline())
+    except (KeyError, OSError, ValueError):
+        connection.close()
+        return None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: os.kill(child, received))
+    status = answers.readline()
+    if not status:
+        print("error: the warm process that ran this stage was killed", file=sys.stderr)
+        return 1
+    return int(status)
+
+
+class Server:
+    """Answers on one socket, in one thread: a fork copies no other."""
+
+    def __init__(self, path: str) -> None:
+        """Listen before the long imports, so that a stage which comes meanwhile waits for them."""
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen(64)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+        self.loaded_in = os.environ.copy()
+        self.folder = os.getcwd()
+        for name in PRELOAD:
+            importlib.import_module(name)
+        self.code = versions()
+        gc.freeze()  # a collection in a child would copy every page
+
+    def serve(self) -> list[str]:
+        """Fork for each request.  Returns in the children only: the arguments to run with."""
+        while True:
+            for key, _ in self.selector.select():
+                request = key.data(key.fileobj)
+                if request and (child := self.fork(request)) is not None:
+                    return child
+
+    def accept(self, listener: socket.socket) -> dict[str, Any] | None:
+        """One request, with its connection and streams; None if it was declined."""
+        connection, _ = listener.accept()
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        request: dict[str, Any] = json.loads(connection.makefile().readline() or "{}")
+        if streams and request and self.suits(request):
+            return {**request, "connection": connection, "streams": streams}
+        for each in streams:
+            os.close(each)
+        connection.close()
+        return None
+
+    def suits(self, request: dict[str, Any]) -> bool:
+        """Whether a fork is in no way different from the process that asks."""
+        now, then = (
+            {key: value for key, value in environ.items() if key.startswith(READ_ON_LOAD)}
+            for environ in (request["environ"], self.loaded_in)
+        )
+        same = now == then and request["cwd"] == self.folder and self.code == versions()
+        return same and threading.active_count() == 1
+
+    def fork(self, request: dict[str, Any]) -> list[str] | None:
+        """The arguments in the child; None in the parent, which watches over child and client."""
+        connection, streams = request["connection"], request["streams"]
+        parent = os.getpid()
+        if child := os.fork():
+            for each in streams:
+                os.close(each)
+            connection.sendall(f"{child}\n".encode())
+            process = os.pidfd_open(child)
+            ended = (process, connection)
+            self.selector.register(
+                process, selectors.EVENT_READ, lambda _: self.report(child, *ended)
+            )
+            self.selector.register(
+                connection, selectors.EVENT_READ, lambda _: self.abandon(*ended)
+            )
+            return None
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        self.selector.close()
+        self.listener.close()
+        for target, each in enumerate(streams):
+            os.dup2(each, target)
+            os.close(each)
+        os.environ.clear()
+        os.environ.update(request["environ"])
+        arguments: list[str] = request["argv"]
+        return arguments
+
+    def report(self, child: int, process: int, connection: socket.socket) -> None:
+        """Tell the client how the child ended."""
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        self.selector.unregister(process)
+        os.close(process)
+        if connection in self.selector.get_map():
+            self.selector.unregister(connection)
+            connection.sendall(f"{status if status >= 0 else 128 - status}\n".encode())
+            connection.close()
+
+    def abandon(self, process: int, connection: socket.socket) -> None:
+        """The client died, and never says a word before: so dies the process it stands for."""
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        self.selector.unregister(connection)
+        connection.close()
+
+
+def versions() -> dict[str, tuple[int, int]]:
+    """Which state of kd's sources, on disk, the loaded modules are."""
+    package = str(Path(__file__).parent)
+    files = [getattr(each, "__file__", None) or "" for each in list(sys.modules.values())]
+    states = {each: os.stat(each) for each in files if each.startswith(package)}
+    return {each: (state.st_mtime_ns, state.st_size) for each, state in states.items()}
+
+
+def main(path: str) -> int:
+    """Serve until killed; in each fork, run one stage."""
+    argv = Server(path).serve()
+    sys.argv = ["kd", *argv]
+    run: Any = importlib.import_module("kd.__main__").run
+    status: int = run(argv)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
