@@ -112,8 +112,8 @@ class Params:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "a whole number, at least 0")
-        require(bool(self.assistants), "assistants", {}, "at least one")
         for section in ("assistants", "baselines", "exports"):
+            require(bool(getattr(self, section)), section, {}, "at least one")
             for name in getattr(self, section):
                 wanted = "a name of small letters, digits, - and _"
                 require(bool(NAME.fullmatch(name)), f"{section}.{name}", name, wanted)

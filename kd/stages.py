@@ -89,11 +89,14 @@ def weights(params: Params, name: str, run: Run) -> None:
     found = params.weights.find(*given, names, seed_of(params, "weights"), study)
     record = weight_record(params.weights, found, *given, seed_of(params, "weights"))
     record["sha256"] = {each: m.sha256 for each, (_, m) in zip(names, members, strict=True)}
+    record |= {"shrinkage": found.shrinkage, "warnings": list(found.warnings)}
     artifacts.write_json(folder / "weights.json", record)
     artifacts.write_json(folder / "metrics.json", weight_metrics(record))
     artifacts.write_csv(folder / "convergence.csv", convergence_rows(found))
     artifacts.write_csv(folder / "path.csv", path_rows(found))
     print("  ".join(f"{each} {weight:.3f}" for each, weight in found.weights.items()))
+    for warning in found.warnings:
+        print(f"warning: {warning}")
     log_weight_sets(run, folder, tags={}, study=study)
 
 

@@ -12,9 +12,7 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 def mixed_probs(weights, logits_KNC, sample: int, mixing: str, temperature: float) -> list[float]:
-    members = [
-        [float(z) / temperature for z in logits_NC[sample]] for logits_NC in logits_KNC
-    ]
+    members = [[float(z) / temperature for z in logits_NC[sample]] for logits_NC in logits_KNC]
     if mixing == "probabilities":
         members = [softmax(logits) for logits in members]
     classes = range(len(members[0]))

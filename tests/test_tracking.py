@@ -129,7 +129,7 @@ def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path,
         "student", None, params={"model": {"kind": "plain_cnn"}, "seed": 0}, tags={"kd.role": "s"}
     ) as run:
         for epoch in (1, 2, 3):
-            run.log_epoch(epoch, {"val_nll": 1 / epoch})
+            run.log_epoch(epoch, {"val_nll": np.float32(1 / epoch)})
         run.log_final({"size_mb": 0.5})
         run.log_curve({g: {"search.best": 10.0 - g} for g in range(1500)})
         run.log_file(model, "export")
@@ -140,7 +140,11 @@ def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path,
     assert stored.data.params == {"model.kind": "plain_cnn", "seed": "0"}
     assert stored.data.metrics["size_mb"] == 0.5
     history = in_home.client.get_metric_history(run_id, "val_nll")
-    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert [(point.step, point.value) for point in history] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+    ]
     assert len(in_home.client.get_metric_history(run_id, "search.best")) == 1500
     assert (
         stored.data.tags.items()
@@ -226,6 +230,14 @@ def test_a_killed_process_leaves_no_run_running(in_home, sent):
     assert run.data.metrics["val_accuracy"] == 0.75
 
 
+def test_a_file_that_is_not_there_is_said_at_once(in_home):
+    with (
+        pytest.raises(FileNotFoundError, match=r"model\.pte"),
+        tracking.run("exports", "executorch", **GIVEN) as run,
+    ):
+        run.log_file("model.pte")
+
+
 def test_children_stand_below_their_parent(in_home, monkeypatch):
     with tracking.run("pipeline", **GIVEN) as parent:
         monkeypatch.setenv("KD_PARENT_RUN", parent.id)
@@ -248,12 +260,19 @@ def test_a_run_that_is_not_tracked_takes_every_call_and_touches_nothing(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "http://192.0.2.1:5000"])
-def test_an_unreachable_server_fails_at_once_and_names_the_remedy(uri, monkeypatch):
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://127.0.0.1:9", "http://127.0.0.1:9"),
+        ("http://192.0.2.1:5000", "http://192.0.2.1:5000"),
+        ("postgresql+psycopg2://me:secret@127.0.0.1:9/db", "postgresql.psycopg2://127.0.0.1:9/db"),
+    ],
+)
+def test_an_unreachable_server_fails_at_once_and_names_the_remedy(uri, shown, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     began = time.monotonic()
     with (
-        pytest.raises(ConfigError, match=f"MLflow at {uri} cannot be used.*tracking: false"),
+        pytest.raises(ConfigError, match=f"MLflow at {shown} cannot be used.*tracking: false"),
         tracking.run("student", **GIVEN),
     ):
         pytest.fail("the stage must not begin")

@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from kd.component import ConfigError
 from kd.tracking import recorder
@@ -37,6 +38,8 @@ __all__ = ["NullRun", "Run", "TrackingError", "prepare_store", "run", "start", "
 
 log = logging.getLogger(__name__)
 
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+"""Where a store of each kind listens if its URI does not say."""
 REACHABLE_WITHIN = 3.0
 """Seconds that a tracking server has to answer before a stage starts."""
 PATIENCE = 600.0
@@ -55,8 +58,8 @@ class TrackingError(ConfigError):
     def __init__(self, uri: str, reason: object) -> None:
         """Args: the store's URI, and what went wrong."""
         super().__init__(
-            f"MLflow at {uri} cannot be used: {reason}. Start it, set MLFLOW_TRACKING_URI, "
-            "or train without it by `tracking: false` in params.yaml"
+            f"MLflow at {recorder.without_password(uri)} cannot be used: {reason}. Start it, "
+            "set MLFLOW_TRACKING_URI, or train without it by `tracking: false` in params.yaml"
         )
 
 
@@ -88,7 +91,7 @@ class Run:
         """Add a point to each metric's curve.  Once an epoch, never once a step."""
         self._begun()
         self._step = max(self._step, step)
-        self._tell("metrics", step=step, metrics=dict(metrics), time=time.time())
+        self._tell("metrics", step=step, metrics=_floats(metrics), time=time.time())
 
     def log_final(self, metrics: Mapping[str, float]) -> None:
         """Log the figures that runs are compared by, under names that every run shares.
@@ -96,19 +99,26 @@ class Run:
         They stand at the last step logged before, because MLflow shows a metric's value at its
         highest step: log curves first.
         """
-        self._tell("metrics", step=self._step, metrics=dict(metrics), time=time.time())
+        self._tell("metrics", step=self._step, metrics=_floats(metrics), time=time.time())
 
     def log_curve(self, points: Mapping[int, Mapping[str, float]]) -> None:
         """Log whole curves at once: the metrics by step."""
         self._step = max(self._step, *points)
-        self._tell("curve", points=list(points.items()), time=time.time())
+        floats = [(step, _floats(metrics)) for step, metrics in points.items()]
+        self._tell("curve", points=floats, time=time.time())
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags: long text, and what a search should find."""
         self._tell("tags", tags=dict(tags))
 
     def log_file(self, path: Path | str, folder: str = "") -> None:
-        """Keep a copy of a file, which must stay in place until the run ends."""
+        """Keep a copy of a file, which must stay in place until the run ends.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path} is to be logged and does not exist")
         self._tell("file", path=str(Path(path).resolve()), folder=folder)
 
     def log_figure(self, figure: "Figure", name: str) -> None:
@@ -161,7 +171,9 @@ class Run:
             try:
                 self._started = self._line.receive(PATIENCE)
             except OSError as error:
-                raise TrackingError(self._uri, recorder.last_words(error)) from error
+                raise TrackingError(
+                    self._uri, f"{error} (its recorder's log is in {recorder.folder()})"
+                ) from error
             if reason := self._started.get("error"):
                 raise TrackingError(self._uri, reason)
         return self._started
@@ -175,7 +187,8 @@ class Run:
 
     def _lost(self, reason: object) -> None:
         self.error = str(reason)
-        log.warning("MLflow at %s no longer records this stage: %s", self._uri, reason)
+        where = recorder.without_password(self._uri)
+        log.warning("MLflow at %s no longer records this stage: %s", where, reason)
 
     def _end(self, status: str, reason: str) -> None:
         """Send the last word, and wait until all before it is written."""
@@ -203,6 +216,9 @@ class NullRun(Run):
 
     def _tell(self, what: str, **fields: Any) -> None:
         pass
+
+    def log_file(self, path: Path | str, folder: str = "") -> None:
+        """Copy nothing."""
 
     def log_figure(self, figure: "Figure", name: str) -> None:
         """Draw nothing."""
@@ -238,25 +254,27 @@ def run(
         yield NullRun()
         return
     line, uri = start()
-    line.send(
-        {
-            "do": "start",
-            "stage": stage,
-            "name": name,
-            "params": _flat(params),
-            "tags": {**_environment_tags(), **tags},
-            "parent": parent or os.environ.get("KD_PARENT_RUN"),
-            "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME", "kd"),
-            "pid": os.getpid(),
-            "time": time.time(),
-        }
-    )
+    first_word = {
+        "stage": stage,
+        "name": name,
+        "params": _flat(params),
+        "tags": {**_environment_tags(), **tags},
+        "parent": parent or os.environ.get("KD_PARENT_RUN"),
+        "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME", "kd"),
+        "pid": os.getpid(),
+        "time": time.time(),
+    }
+    try:
+        line.send(first_word)
+    except OSError as error:
+        raise TrackingError(uri, error) from error
     this = Run(line, uri)
     try:
         yield this
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
-        this._end("KILLED" if killed else "FAILED", f"{type(error).__name__}: {error}"[:5000])
+        with suppress(TrackingError):  # what ended the stage comes first
+            this._end("KILLED" if killed else "FAILED", f"{type(error).__name__}: {error}")
         raise
     this._end("FINISHED", "")
 
@@ -299,13 +317,13 @@ def prepare_store() -> str:
     if "mlflow" not in sys.modules and not _installed("mlflow"):
         raise TrackingError(uri, "mlflow is not installed (pip install 'kd[pipeline]')")
     try:
-        if uri.startswith(("http://", "https://")):
-            _knock(uri)
-        elif path := recorder.sqlite_path(uri):
+        if path := recorder.sqlite_path(uri):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+        else:
+            _knock(uri)
     except OSError as error:
-        raise TrackingError(uri, getattr(error, "reason", None) or error) from error
+        raise TrackingError(uri, error) from error
     return uri
 
 
@@ -320,11 +338,10 @@ def repository() -> Path:
 
 def _knock(uri: str) -> None:
     """Open a connection to a server and close it again; raise OSError if that fails."""
-    from urllib.parse import urlsplit
-
     parts = urlsplit(uri)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    socket.create_connection((parts.hostname or "", port), REACHABLE_WITHIN).close()
+    port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+    if parts.hostname and port:
+        socket.create_connection((parts.hostname, port), REACHABLE_WITHIN).close()
 
 
 def _installed(module: str) -> bool:
@@ -335,6 +352,11 @@ def _installed(module: str) -> bool:
 
 def _environment_tags() -> dict[str, str]:
     return {tag: os.environ[key] for tag, key in ENVIRONMENT_TAGS.items() if os.environ.get(key)}
+
+
+def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Plain floats of whatever counts as one: numpy's and torch's scalars too."""
+    return {key: float(value) for key, value in metrics.items()}
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -9,4 +9,4 @@ from kd.tracking import recorder
 if __name__ == "__main__":
     if os.fork():
         os._exit(0)  # the starter has nobody to wait for
-    recorder.serve(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    recorder.serve(Path(sys.argv[1]), os.environ["MLFLOW_TRACKING_URI"], Path(sys.argv[2]))

@@ -8,6 +8,7 @@ still imports MLflow.
 import fcntl
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -50,16 +51,14 @@ def connect(uri: str, root: Path) -> Line:
     return Line(connection)
 
 
-def last_words(error: object) -> str:
-    """The end of the latest recorder's log, for a message about its death."""
-    logs = sorted(folder().glob("*.log"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text(errors="replace").strip().splitlines() if logs else []
-    return f"{error}; its recorder said: {lines[-1]}" if lines else str(error)
-
-
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite store, None for any other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def without_password(uri: str) -> str:
+    """A URI that may be shown."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def _start(path: Path, uri: str, root: Path) -> None:
@@ -73,13 +72,13 @@ def _start(path: Path, uri: str, root: Path) -> None:
         listener.bind(str(path))
         listener.listen(128)
         subprocess.run(
-            [sys.executable, "-m", "kd.tracking", str(path), uri, str(root)],
+            [sys.executable, "-m", "kd.tracking", str(path), str(root)],
             stdin=listener.fileno(),
             stdout=log,
             stderr=log,
             cwd=root,
             start_new_session=True,
-            env=_environment(),
+            env=_environment(uri),
             check=True,
         )
 
@@ -112,8 +111,11 @@ def digest(identity: object) -> str:
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 
-def _environment() -> dict[str, str]:
-    """The recorder's: kd importable from any folder, patience short, nobody phoned."""
+def _environment(uri: str) -> dict[str, str]:
+    """The recorder's: kd importable from any folder, patience short, nobody phoned.
+
+    The store's URI is here and not among the arguments, which everybody on the machine can read.
+    """
     package_root = str(Path(__file__).resolve().parents[2])
     return {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
@@ -121,6 +123,7 @@ def _environment() -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_UV_AUTO_DETECT": "false",
         **os.environ,
+        "MLFLOW_TRACKING_URI": uri,
         "PYTHONPATH": os.pathsep.join(
             part for part in (package_root, os.environ.get("PYTHONPATH")) if part
         ),

@@ -123,7 +123,8 @@ class Session:
     @property
     def url(self) -> str:
         """The run's page."""
-        pages = self.store.uri if self.store.uri.startswith("http") else LOCAL_PAGES
+        uri = recorder.without_password(self.store.uri)
+        pages = uri if uri.startswith("http") else LOCAL_PAGES
         return f"{pages.rstrip('/')}/#/experiments/{self.experiment}/runs/{self.run_id}"
 
     def do(self, message: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -353,11 +354,11 @@ class _Search:
         drawn = self._recent.get(number)
         slots, rows, values, violations, F, CR = [], [], [], [], [], []
         for trial in trials:
-            shown = space.row_of(trial)
-            if shown is None:
-                continue
             slot = trial.number % size
+            shown = space.row_of(trial)
             as_drawn = drawn is not None and drawn.rows[slot] == shown
+            if shown is None or not (as_drawn or space.contains(shown)):
+                continue
             # A trial with parameters of its own (enqueued, added) earns the strategy no credit.
             offspring = drawn.offspring if drawn is not None and as_drawn else None
             slots.append(slot)
@@ -433,14 +434,16 @@ class _Space:
         return [list(row) for row in zip(*columns, strict=True)]
 
     def row_of(self, trial: FrozenTrial) -> list[Any] | None:
-        """The trial's parameters in this space; None if it lacks one or one is out of range."""
+        """The trial's parameters in the order of the columns; None if it lacks one."""
         params = trial.params
         try:
-            row = [params[name] for name in self.distributions]
+            return [params[name] for name in self.distributions]
         except KeyError:
             return None
-        inside = all(axis.contains(value) for axis, value in zip(self._axes, row, strict=True))
-        return row if inside else None
+
+    def contains(self, row: list[Any]) -> bool:
+        """Whether every value of a row is in its parameter's range."""
+        return all(axis.contains(value) for axis, value in zip(self._axes, row, strict=True))
 
     def encoded(self, row: list[Any]) -> np.ndarray:
         """A row as Optuna has it -> a point of the unit cube."""
@@ -717,14 +720,20 @@ class GenerationJournalBackend(BaseJournalBackend):
     def __init__(self, path: str | os.PathLike[str], trials_per_commit: int = 20) -> None:
         if trials_per_commit < 1:
             raise ValueError(f"trials_per_commit is {trials_per_commit}; it must be at least 1")
-        self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
-        _lock_or_refuse(self._file.fileno(), path)
-        self._cut_torn_line()
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            _lock_or_refuse(self._descriptor, path)
+        except RuntimeError:
+            os.close(self._descriptor)
+            raise
+        _cut_torn_line(self._descriptor)
         self._reader = JournalFileBackend(os.fspath(path))
         self._num_written = sum(1 for _ in self._reader.read_logs(0))
         self._trials_per_commit = trials_per_commit
         self._pending: list[bytes] = []
         self._finished = 0
+        # Runs at close(), else when the storage is dropped or the interpreter exits.
+        self._close = weakref.finalize(self, _write_and_close, self._descriptor, self._pending)
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Logs from the file, then those not written yet."""
@@ -736,7 +745,7 @@ class GenerationJournalBackend(BaseJournalBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Take logs; write them when enough trials have finished."""
         for log in logs:
-            self._pending.append(json.dumps(log, separators=(",", ":")).encode())
+            self._pending.append(json.dumps(log, separators=(",", ":")).encode() + b"\n")
             # Finished: told (SET_TRIAL_STATE_VALUES) or added whole (CREATE_TRIAL with a state).
             state = log.get("state")
             self._finished += state is not None and TrialState(state).is_finished()
@@ -745,20 +754,13 @@ class GenerationJournalBackend(BaseJournalBackend):
 
     def commit(self) -> None:
         """Write what is pending: one write, one fsync."""
-        if not self._pending:
-            return
-        self._file.write(b"".join(line + b"\n" for line in self._pending))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._num_written += len(self._pending)
-        self._pending.clear()
+        _write(self._descriptor, self._pending)
         self._finished = 0
 
     def close(self) -> None:
         """Write what is pending and let go of the file."""
-        if not self._file.closed:
-            self.commit()
-            self._file.close()
+        self._close()
 
     def __enter__(self) -> "GenerationJournalBackend":
         return self
@@ -766,11 +768,27 @@ class GenerationJournalBackend(BaseJournalBackend):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _cut_torn_line(self) -> None:
-        """Drop the half line that a killed process may have left at the end."""
-        self._file.seek(0)
-        content = self._file.read()
-        self._file.truncate(content.rfind(b"\n") + 1)
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Drop the half line that a killed process may have left at the end."""
+    with open(descriptor, "rb", closefd=False) as file:
+        content = file.read()
+    os.ftruncate(descriptor, content.rfind(b"\n") + 1)
+
+
+def _write(descriptor: int, pending: list[bytes]) -> None:
+    """Append all of `pending`, and empty it."""
+    content = memoryview(b"".join(pending))
+    while content:
+        content = content[os.write(descriptor, content) :]
+    os.fsync(descriptor)
+    pending.clear()
+
+
+def _write_and_close(descriptor: int, pending: list[bytes]) -> None:
+    if pending:
+        _write(descriptor, pending)
+    os.close(descriptor)
 
 
 def _lock_or_refuse(descriptor: int, path: object) -> None:

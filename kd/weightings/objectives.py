@@ -23,9 +23,9 @@ CHUNK = 1000  # samples whose P x CHUNK block of float64 stays in the L2 cache
 
 def log_probs(logits_KNC: np.ndarray) -> np.ndarray:
     """Log softmax over the classes, in float64."""
-    logs: np.ndarray = logits_KNC.astype(np.float64)
-    logs -= logs.max(axis=-1, keepdims=True)
-    logs -= np.log(np.exp(logs).sum(axis=-1, keepdims=True))
+    logits = logits_KNC.astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    logs: np.ndarray = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return logs
 
 
@@ -42,7 +42,8 @@ def mixed_log_probs(
     logs_KNC = log_probs(logits_KNC / temperature)
     top_NC = logs_KNC.max(axis=0)
     mixed_NC = np.tensordot(weights_K, np.exp(logs_KNC - top_NC), axes=1)
-    return np.log(np.maximum(mixed_NC, np.finfo(float).tiny)) + top_NC
+    logs_NC: np.ndarray = np.log(np.maximum(mixed_NC, np.finfo(float).tiny)) + top_NC
+    return logs_NC
 
 
 def objective_on(

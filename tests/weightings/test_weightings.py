@@ -57,8 +57,10 @@ def test_best_single_is_the_most_accurate_member_and_breaks_ties_by_nll():
     logits_KNC, labels_N = random_logits(4, 80, 3)
     singles = np.eye(4)
     scores = [
-        (score(w, logits_KNC, labels_N, "accuracy", "probabilities"),
-         score(w, logits_KNC, labels_N, "nll", "probabilities"))
+        (
+            score(w, logits_KNC, labels_N, "accuracy", "probabilities"),
+            score(w, logits_KNC, labels_N, "nll", "probabilities"),
+        )
         for w in singles
     ]
     found = BestSingle().find(logits_KNC, labels_N, names(4), 0)
@@ -149,11 +151,18 @@ def test_the_record_gains_are_paired_means_with_their_standard_errors():
     assert gain["accuracy"] == pytest.approx(chosen.right_N.mean() - single.right_N.mean())
     assert record["num_val"] == 120
     assert record["weighting"] == {
-        "kind": "expectation_maximization", "tolerance": 1e-9, "iterations": 100_000,
+        "kind": "expectation_maximization",
+        "tolerance": 1e-9,
+        "iterations": 100_000,
     }
     assert set(record["sets"]["chosen"]) == {
-        "weights", "val_nll", "val_accuracy", "held_out_nll", "held_out_accuracy",
-        "evaluations", "gap",
+        "weights",
+        "val_nll",
+        "val_accuracy",
+        "held_out_nll",
+        "held_out_accuracy",
+        "evaluations",
+        "gap",
     }
 
 

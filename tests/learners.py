@@ -1,0 +1,42 @@
+"""A small network and small images: enough to learn from, quick to train."""
+
+import torch
+from torch import nn
+
+from kd.data import Augment, Images
+from kd.recipe import SGD, Recipe
+
+CLASSES = 3
+
+
+def network(seed: int = 0, dropout: float = 0.0) -> nn.Module:
+    """Convolution, batch norm, ReLU, pooling, dropout, linear."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(32, CLASSES),
+    )
+
+
+def pictures(num: int = 40, labelled: int | None = None, augment: Augment | None = None) -> Images:
+    """Noise with a bright stripe whose row is the class; the first `labelled` have labels."""
+    generator = torch.Generator().manual_seed(7)
+    pixels = torch.randint(120, (num, 8, 8, 1), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(num) % CLASSES
+    for picture, label in zip(pixels, labels, strict=True):
+        picture[2 * label + 1] = 255
+    if labelled is not None:
+        labels = torch.where(torch.arange(num) < labelled, labels, -1)
+    views = augment or Augment(shift=1)
+    return Images(pixels_NHWC=pixels, labels_N=labels, mean=(0.3,), std=(0.3,), augment=views)
+
+
+def recipe(**changes: object) -> Recipe:
+    """A short recipe, with some settings changed."""
+    settings = {"epochs": 3, "batch_size": 8, "optimizer": SGD(lr=0.05)}
+    return Recipe(**(settings | changes))

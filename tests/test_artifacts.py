@@ -1,0 +1,144 @@
+import json
+
+import pytest
+import torch
+
+from kd import artifacts
+from kd.artifacts import ArtifactError, DiskCheckpoint
+from kd.train import Epoch
+from tests.learners import network
+
+EPOCHS = [Epoch(number=1, step=5, lr=0.1, train_loss=0.5, validation={"accuracy": 0.25})]
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_record_comes_back_as_it_was(workspace):
+    record = {"b": 0.1 + 0.2, "a": [1, None, "ü"]}
+    artifacts.write_json(workspace / "r.json", record)
+    assert artifacts.read_json(workspace / "r.json") == record
+    assert list(artifacts.read_json(workspace / "r.json")) == ["b", "a"]
+
+
+def test_a_record_with_nan_is_not_written(workspace):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        artifacts.write_json(workspace / "r.json", {"loss": float("nan")})
+    assert list(workspace.iterdir()) == []
+
+
+def test_a_crash_while_writing_leaves_the_old_file_and_nothing_else(workspace):
+    path = workspace / "file"
+    path.write_text("old")
+
+    def crash():
+        with artifacts.atomic(path) as temporary:
+            temporary.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        crash()
+    assert path.read_text() == "old"
+    assert list(workspace.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
+def test_a_damaged_record_names_the_stage_to_run(text):
+    path = artifacts.folder("assistants/small") / "metrics.json"
+    path.write_text(text)
+    with pytest.raises(ArtifactError, match=r"metrics.json .* run `dvc repro assistants@small`"):
+        artifacts.read_json(path)
+
+
+def test_a_missing_record_names_the_stage_to_run():
+    with pytest.raises(ArtifactError, match="is missing: run `dvc repro teacher`"):
+        artifacts.read_json(artifacts.folder("teacher") / "manifest.json")
+
+
+def test_tensors_come_back_bit_for_bit_also_where_they_share_memory(workspace):
+    base = torch.randn(4, 4)
+    tensors = {"a": base, "b": base.t(), "c": base[0], "n": torch.tensor(3)}
+    artifacts.write_tensors(workspace / "t.safetensors", tensors, {"k": "v"})
+    read, metadata = artifacts.read_tensors(workspace / "t.safetensors")
+    assert metadata == {"k": "v"}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_damaged_tensor_file_is_named(workspace):
+    path = workspace / "t.safetensors"
+    artifacts.write_tensors(path, {"a": torch.ones(100)})
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ArtifactError, match="t.safetensors is damaged"):
+        artifacts.read_tensors(path)
+
+
+def test_the_same_model_is_the_same_file(workspace):
+    first = artifacts.save_model(workspace / "a.safetensors", network(0))
+    assert artifacts.save_model(workspace / "b.safetensors", network(0)) == first
+    assert artifacts.save_model(workspace / "c.safetensors", network(1)) != first
+
+
+def test_another_models_weights_are_refused(workspace):
+    artifacts.save_model(workspace / "a.safetensors", torch.nn.Linear(2, 2))
+    with pytest.raises(ArtifactError, match="is another model's"):
+        artifacts.load_model(workspace / "a.safetensors", network(0))
+
+
+def test_a_checkpoint_comes_back_with_its_history():
+    checkpoint = DiskCheckpoint("teacher", {"seed": 1})
+    assert checkpoint.load() is None
+    checkpoint.save({"model/w": torch.ones(3)}, EPOCHS)
+    state, history = DiskCheckpoint("teacher", {"seed": 1}).load()
+    assert torch.equal(state["model/w"], torch.ones(3))
+    assert history == EPOCHS
+
+
+def test_a_checkpoint_of_other_inputs_is_not_taken():
+    DiskCheckpoint("student", {"teachers": ["a"]}).save({"w": torch.ones(1)}, EPOCHS)
+    assert DiskCheckpoint("student", {"teachers": ["b"]}).load() is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_no_checkpoint(damage):
+    checkpoint = DiskCheckpoint("teacher", {})
+    checkpoint.save({"w": torch.ones(64)}, EPOCHS)
+    data = bytearray(checkpoint.path.read_bytes())
+    if damage == "truncated":
+        data = data[:-10]
+    else:
+        data[-1] ^= 1
+    checkpoint.path.write_bytes(bytes(data))
+    assert DiskCheckpoint("teacher", {}).load() is None
+
+
+def test_a_foreign_folder_is_named_and_left_alone():
+    stray = artifacts.folder("assistants/old") / "model.safetensors"
+    stray.touch()
+    artifacts.check_foreign({"assistants": {"old", "new"}})
+    with pytest.raises(ArtifactError, match="artifacts/assistants/old belongs to no key"):
+        artifacts.check_foreign({"assistants": {"new"}})
+    assert stray.exists()
+
+
+def test_curves_hold_the_validated_epochs_only(workspace):
+    unseen = Epoch(number=2, step=10, lr=0.05, train_loss=0.4)
+    artifacts.write_curves(workspace / "curves.csv", [*EPOCHS, unseen])
+    assert (workspace / "curves.csv").read_text().splitlines() == [
+        "epoch,step,lr,train_loss,val_accuracy",
+        "1,5,0.1,0.5,0.25",
+    ]
+
+
+def test_the_digest_of_plain_data_ignores_the_order_of_keys():
+    assert artifacts.digest({"a": 1, "b": 2}) == artifacts.digest({"b": 2, "a": 1})
+
+
+def test_the_run_record_says_when_where_and_by_what():
+    artifacts.write_run_record("assistants/small", 0.0, "abc", None)
+    record = json.loads((artifacts.ROOT / "runs/assistants/small.json").read_text())
+    assert record["run_id"] == "abc"
+    assert record["started"] == "1970-01-01T00:00:00+00:00"
+    assert record["torch"] == torch.__version__

@@ -1,0 +1,155 @@
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kd import params
+from kd.component import ConfigError
+from kd.methods import KD
+from kd.models import PlainCNN
+from kd.recipe import SGD, AdamW, Cosine
+from kd.weightings import Uniform
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def raw():
+    """The project's own experiment as plain data, to be broken one key at a time."""
+    return yaml.safe_load((PROJECT / "params.yaml").read_text())
+
+
+def test_the_projects_own_experiment_is_valid():
+    read = params.load(PROJECT / "params.yaml")
+    assert read.teacher.model.kind == "plain_cnn"
+    assert set(read.exports) == {"executorch", "onnx"}
+
+
+def test_components_become_objects_with_their_defaults(raw):
+    raw["student"]["method"] = {"kind": "kd", "temperature": 2}
+    read = params.parse(raw)
+    assert read.student.method == KD(temperature=2.0)
+    assert isinstance(read.student.model, PlainCNN)
+    assert read.baselines["uniform"].weighting == Uniform()
+    assert read.baselines["labels"].weighting is None
+
+
+def test_a_roles_recipe_overrides_single_keys_of_the_default_one(raw):
+    raw["recipe"] = {"epochs": 7, "optimizer": {"kind": "sgd", "lr": 0.5, "momentum": 0.8}}
+    raw["teacher"]["recipe"] = {"epochs": 9, "optimizer": {"lr": 0.1}}
+    raw["student"]["recipe"] = {"optimizer": {"kind": "adamw"}}
+    read = params.parse(raw)
+    assert read.teacher.recipe.epochs == 9
+    assert read.teacher.recipe.optimizer == SGD(lr=0.1, momentum=0.8)
+    assert read.student.recipe.epochs == 7
+    assert read.student.recipe.optimizer == AdamW()
+    assert read.assistants["small"].recipe.optimizer == SGD(lr=0.5, momentum=0.8)
+
+
+def set_at(raw, path, value):
+    *parents, last = path.split(".")
+    for key in parents:
+        raw = raw[key]
+    raw[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("sead", 1, "sead is no known key; did you mean 'seed'?"),
+        ("student.metod", {}, "student.metod is no known key; did you mean 'method'?"),
+        (
+            "student.method.temprature",
+            2,
+            "student.method.temprature is no known key; did you mean",
+        ),
+        ("student.method.temperature", "hot", "student.method.temperature is 'hot'"),
+        ("student.method.temperature", 0, "student.method.temperature is 0"),
+        ("student.method.alpha", 1.5, "student.method.alpha is 1.5; it must be in [0, 1]"),
+        ("student.model.kind", "plain_cn", "student.model.kind is 'plain_cn'; did you mean"),
+        ("student.model", {"depth": 2}, "student.model.kind is missing"),
+        ("student.model.depth", 3, "student.model.depth"),
+        ("teacher.model", "resnet", "teacher.model is 'resnet'; it must be a mapping"),
+        ("recipe.epochs", 0, "recipe.epochs is 0; it must be at least 1"),
+        ("recipe.epochs", 2.5, "recipe.epochs is 2.5"),
+        ("recipe.optimizer.lr", "fast", "recipe.optimizer.lr is 'fast'"),
+        ("recipe.optimizer.kind", "sdg", "recipe.optimizer.kind is 'sdg'; did you mean 'sgd'?"),
+        ("recipe.schedule", {"kind": "steps", "milestones": [0.9, 0.5]}, "recipe.schedule.mile"),
+        ("data.channels", 2, "data.channels is 2"),
+        ("data.dataset.kind", "cifar", "data.dataset.kind is 'cifar'"),
+        ("data.splits.val", 1.5, "data.splits.val is 1.5"),
+        ("assistants", {}, "assistants is {}; it must be at least one"),
+        ("assistants.Big One", {"model": {"kind": "plain_cnn", "depth": 4}}, "assistants.Big One"),
+        ("assistants.small", None, "assistants.small is None; it must be a mapping"),
+        ("baselines.labels.weighting", {"kind": "uniform"}, "baselines.labels.weighting is"),
+        ("baselines.uniform.teachers", "nobody", "baselines.uniform.teachers is 'nobody'"),
+        ("exports.onnx.kind", "tflite", "exports.onnx.kind is 'tflite'"),
+        ("seed", -1, "seed is -1"),
+        ("tracking", "perhaps", "tracking is 'perhaps'"),
+        ("student", {}, "student.model is missing"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_path(raw, path, value, said):
+    set_at(raw, path, value)
+    with pytest.raises(ConfigError, match="^" + re.escape(said)):
+        params.parse(raw)
+
+
+def test_a_missing_section_is_named(raw):
+    del raw["weights"]
+    with pytest.raises(ConfigError, match="^weights is missing"):
+        params.parse(raw)
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(ConfigError, match="line 2: the key 'seed' is given twice"):
+        params.load(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", ""])
+def test_a_file_that_is_no_experiment_is_named(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        params.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="run from the project's root"):
+        params.load(tmp_path / "params.yaml")
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    path = tmp_path / "params.yaml"
+    text = (PROJECT / "params.yaml").read_text()
+    path.write_text(text.replace("weight_decay: 5.0e-4", "weight_decay: 5e-4"))
+    assert params.load(path).teacher.recipe.optimizer.weight_decay == 5e-4
+
+
+def test_dvc_reads_the_experiment_as_we_do(tmp_path):
+    """DVC's YAML is 1.2 and ours 1.1; both must see the same settings."""
+    from dvc.utils.serialize import load_yaml
+
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    theirs = load_yaml(str(tmp_path / "params.yaml"))
+    assert theirs == yaml.load((tmp_path / "params.yaml").read_text(), params._Loader)
+
+
+def test_settings_of_a_stage_are_under_the_same_keys_whatever_its_name():
+    read = params.load(PROJECT / "params.yaml")
+    large = params.of_stage(read, "assistants", "large")
+    small = params.of_stage(read, "assistants", "small")
+    assert large.keys() == small.keys()
+    assert large["model"] != small["model"]
+
+
+def test_cosine_rises_then_falls_to_nothing():
+    schedule = Cosine(warmup=0.2)
+    assert schedule.factor(0.1) == pytest.approx(0.5)
+    assert schedule.factor(0.2) == pytest.approx(1.0)
+    assert schedule.factor(0.6) == pytest.approx(0.5)
+    assert schedule.factor(1.0) == pytest.approx(0.0)

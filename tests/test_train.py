@@ -1,0 +1,295 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kd.data import Augment
+from kd.ensemble import Ensemble, digest_of_tensors
+from kd.evaluate import predict, scores
+from kd.methods import KD
+from kd.recipe import SGD, AdamW, Cosine, Steps
+from kd.train import (
+    LossWatch,
+    NonFiniteLoss,
+    Plan,
+    TeacherChanged,
+    batch_of,
+    fit,
+    key,
+    mixed,
+    steps_in_epoch,
+)
+from tests.learners import CLASSES, network, pictures, recipe
+
+
+def train(seed=0, model=None, images=None, checkpoint=None, **changes):
+    model = network(0) if model is None else model
+    images = pictures() if images is None else images
+    settings = {k: changes.pop(k) for k in ("method", "ensemble", "epoch_steps") if k in changes}
+    return fit(
+        model,
+        images,
+        recipe(**changes),
+        seed=seed,
+        num_classes=CLASSES,
+        checkpoint=checkpoint,
+        **settings,
+    )
+
+
+def weights_of(model):
+    return digest_of_tensors(model.state_dict())
+
+
+def taught(members=2):
+    return {
+        "method": KD(temperature=2.0, alpha=0.7),
+        "ensemble": Ensemble(
+            tuple(network(5 + k) for k in range(members)), (1 / members,) * members
+        ),
+    }
+
+
+class Memory:
+    """A checkpoint that keeps its states, and stops the training after the given epoch."""
+
+    def __init__(self, stop_after=None):
+        self.saved = None
+        self.stop_after = stop_after
+
+    def load(self):
+        return self.saved
+
+    def save(self, state, history):
+        self.saved = ({n: t.clone() for n, t in state.items()}, list(history))
+        if len(history) == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def test_training_learns():
+    images = pictures()
+    model, history = train(images=images, epochs=15)
+    assert scores(predict(model, images), images.labels_N).accuracy > 0.9
+    assert history[-1].train_loss < history[0].train_loss / 2
+
+
+VARIANTS = {
+    "labels": {},
+    "taught": taught(),
+    "adamw": {"optimizer": AdamW()},
+    "ema": {"ema": 0.9},
+    "mixup": {"mixup": 0.4, **taught()},
+    "bf16": {"precision": "bf16"},
+    "clipped": {"clip_norm": 0.1},
+    "dropout": {"model": 0.5},
+}
+
+
+def model_for(variant):
+    return network(0, dropout=VARIANTS[variant].get("model", 0.0))
+
+
+def settings_for(variant):
+    return {k: v for k, v in VARIANTS[variant].items() if k != "model"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_seed_gives_the_same_bits(variant):
+    first, _ = train(model=model_for(variant), **settings_for(variant))
+    second, _ = train(model=model_for(variant), **settings_for(variant))
+    assert weights_of(first) == weights_of(second)
+
+
+def test_another_seed_gives_other_weights():
+    assert weights_of(train(seed=0)[0]) != weights_of(train(seed=1)[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_stopped_run_resumes_to_the_same_bits(variant, stop_after):
+    whole, history = train(model=model_for(variant), **settings_for(variant))
+    memory = Memory(stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        train(model=model_for(variant), checkpoint=memory, **settings_for(variant))
+    memory.stop_after = None
+    fresh = network(99, dropout=VARIANTS[variant].get("model", 0.0))
+    resumed, resumed_history = train(model=fresh, checkpoint=memory, **settings_for(variant))
+    assert weights_of(resumed) == weights_of(whole)
+    assert [e.train_loss for e in resumed_history] == [e.train_loss for e in history]
+
+
+def test_every_pass_shows_every_image_once_and_every_batch_is_full():
+    num, size, passes = 13, 4, 8
+    augment = Augment(shift=1)
+    batches = [batch_of(step, size, num, augment, seed=3) for step in range(num * passes // size)]
+    assert all(len(indices) == len(views) == size for indices, views in batches)
+    seen = torch.cat([indices for indices, _ in batches]).view(passes, num)
+    assert all(sorted(row.tolist()) == list(range(num)) for row in seen)
+    assert len({tuple(row.tolist()) for row in seen}) == passes
+    views = torch.cat([views for _, views in batches])
+    assert views.unique().numel() == augment.num_views
+
+
+def test_a_batch_may_be_larger_than_the_images():
+    indices, _ = batch_of(0, 10, 4, Augment(), seed=0)
+    assert indices.bincount().tolist() == [3, 3, 2, 2] or sorted(indices.bincount()) == [
+        2,
+        2,
+        3,
+        3,
+    ]
+
+
+def test_a_budget_in_steps_is_the_same_however_few_images_there_are():
+    steps = steps_in_epoch(40, 8)
+    _, few = train(images=pictures(6), epoch_steps=steps)
+    _, many = train(images=pictures(40))
+    assert [epoch.step for epoch in few] == [epoch.step for epoch in many]
+
+
+def test_unlabelled_images_teach_nothing_without_teachers():
+    """Zero rows of labels give no loss, so only the labelled images move the weights."""
+    images = pictures(8, labelled=0)
+    model = network(0)
+    before = model[6].weight.clone()
+    fit(model, images, recipe(optimizer=SGD(weight_decay=0.0)), seed=0, num_classes=CLASSES)
+    torch.testing.assert_close(model[6].weight, before, rtol=0, atol=0)
+
+
+def test_a_student_learns_from_unlabelled_images():
+    labelled = pictures(120)
+    teacher, _ = train(images=labelled, epochs=15)
+    unlabelled = pictures(120, labelled=0)
+    student, _ = train(
+        seed=1,
+        model=network(1),
+        images=unlabelled,
+        epochs=15,
+        ensemble=Ensemble((teacher,), (1.0,)),
+        method=KD(alpha=1.0),
+    )
+    assert scores(predict(student, labelled), labelled.labels_N).accuracy > 0.9
+
+
+def test_no_gradient_reaches_the_members_and_none_of_them_changes():
+    settings = taught()
+    before = settings["ensemble"].fingerprint()
+    train(**settings)
+    assert settings["ensemble"].fingerprint() == before
+    for member in settings["ensemble"].members:
+        assert all(parameter.grad is None for parameter in member.parameters())
+
+
+def test_a_member_that_changes_is_noticed():
+    settings = taught()
+    member = settings["ensemble"].members[0]
+
+    def disturb(epoch):
+        member[1].running_mean += 1
+
+    with pytest.raises(TeacherChanged):
+        fit(
+            network(),
+            pictures(),
+            recipe(targets="online"),
+            seed=0,
+            num_classes=CLASSES,
+            on_epoch=disturb,
+            **settings,
+        )
+
+
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode_and_comes_back_evaluating():
+    model = network().eval()
+    modes = []
+
+    def validate(learning):
+        modes.append(learning.training)
+        return {}
+
+    fitted, _ = fit(model, pictures(), recipe(), seed=0, num_classes=CLASSES, validate=validate)
+    assert modes == [False] * 3
+    assert not fitted.training
+    assert not torch.equal(model[1].running_mean, torch.zeros(8))  # statistics were gathered
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step():
+    class Bomb(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = network(), 0
+
+        def forward(self, images):
+            self.calls += 1
+            return self.inner(images) * (math.nan if self.calls == 8 else 1.0)
+
+    with pytest.raises(NonFiniteLoss, match=r"step 7 \(epoch 2\)"):
+        train(model=Bomb())
+
+
+def test_the_watch_names_the_first_bad_step():
+    watch = LossWatch(torch.device("cpu"))
+    for step, loss in enumerate([1.0, math.inf, math.nan, 2.0]):
+        watch.see(step, torch.tensor(loss))
+    with pytest.raises(NonFiniteLoss, match="step 1"):
+        watch.mean(1)
+
+
+@pytest.mark.parametrize("kind", [Cosine(warmup=0.25), Steps(milestones=(0.5,), warmup=0.25)])
+def test_no_step_is_taken_at_rate_0(kind):
+    plan = Plan(recipe(epochs=2, schedule=kind, optimizer=SGD(lr=0.4)), per_epoch=10)
+    rates = [plan.lr(step) for step in range(20)]
+    assert min(rates) > 0
+    assert max(rates) <= 0.4
+    assert rates[0] < rates[1] < rates[4]
+    assert rates[-1] < 0.2
+
+
+def test_steps_drop_at_their_milestones():
+    schedule = Steps(milestones=(0.5, 0.75), gamma=0.1)
+    plan = Plan(recipe(epochs=1, schedule=schedule, optimizer=SGD(lr=1.0)), per_epoch=100)
+    rates = [round(plan.lr(step), 6) for step in (0, 49, 50, 74, 75, 99)]
+    assert rates == [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_mixup_mixes_images_and_labels_alike():
+    images = torch.rand(6, 1, 4, 4)
+    labels = torch.eye(6)
+    new_images, new_labels = mixed(images, labels, 0.4, seed=0, step=3)
+    share = float(new_labels[0, 0])
+    assert 0 < share < 1
+    torch.testing.assert_close(new_images, share * images + (1 - share) * images.flip(0))
+    torch.testing.assert_close(new_labels.sum(1), torch.ones(6))
+
+
+def test_mixing_shares_follow_a_beta_distribution():
+    """Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1))."""
+    labels = torch.eye(2)
+    shares = [
+        float(mixed(torch.zeros(2, 1, 1, 1), labels, 0.5, seed=0, step=s)[1][0, 0])
+        for s in range(3000)
+    ]
+    shares = torch.tensor(shares)
+    assert shares.mean() == pytest.approx(0.5, abs=0.03)
+    assert shares.var() == pytest.approx(0.125, abs=0.01)
+
+
+def test_seeds_of_neighbouring_parts_and_other_purposes_differ():
+    keys = {key(p, a, b) for p in ("epoch", "mixup") for a in range(30) for b in range(30)}
+    assert len(keys) == 1800
+
+
+def test_the_running_mean_is_what_is_returned():
+    with_mean, _ = train(ema=0.5)
+    plain, _ = train()
+    assert weights_of(with_mean) != weights_of(plain)
+
+
+def test_cached_and_online_targets_train_alike():
+    cached, _ = train(**taught(), targets="cached")
+    online, _ = train(**taught(), targets="online")
+    images = pictures()
+    torch.testing.assert_close(
+        predict(cached, images), predict(online, images), rtol=1e-3, atol=1e-3
+    )
