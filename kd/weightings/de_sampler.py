@@ -746,9 +746,7 @@ class GenerationJournalBackend(BaseJournalBackend):
         """Take logs; write them when enough trials have finished."""
         for log in logs:
             self._pending.append(json.dumps(log, separators=(",", ":")).encode() + b"\n")
-            # Finished: told (SET_TRIAL_STATE_VALUES) or added whole (CREATE_TRIAL with a state).
-            state = log.get("state")
-            self._finished += state is not None and TrialState(state).is_finished()
+            self._finished += _finishes_trial(log)
         if self._finished >= self._trials_per_commit:
             self.commit()
 
@@ -770,10 +768,25 @@ class GenerationJournalBackend(BaseJournalBackend):
 
 
 def _cut_torn_line(descriptor: int) -> None:
-    """Drop the half line that a killed process may have left at the end."""
+    """Drop what a process killed while writing left at the end: half a line, half a trial."""
     with open(descriptor, "rb", closefd=False) as file:
-        content = file.read()
-    os.ftruncate(descriptor, content.rfind(b"\n") + 1)
+        lines = file.readlines()
+    if not lines or lines[-1].endswith(b"\n"):
+        return
+    lines.pop()
+    while lines and _leaves_trial_open(json.loads(lines[-1])):
+        lines.pop()
+    os.ftruncate(descriptor, sum(map(len, lines)))
+
+
+def _leaves_trial_open(log: dict[str, Any]) -> bool:
+    """Whether a journal line begins or fills a trial, without finishing it."""
+    return ("trial_id" in log or "datetime_start" in log) and not _finishes_trial(log)
+
+
+def _finishes_trial(log: dict[str, Any]) -> bool:
+    """Whether a journal line tells a trial's values, or adds a finished one."""
+    return log.get("state") is not None and TrialState(log["state"]).is_finished()
 
 
 def _write(descriptor: int, pending: list[bytes]) -> None:
@@ -850,7 +863,9 @@ def search_weights(
         if left > 0 and not converged.holds(study):
             study.optimize(PrefetchObjective(objective), n_trials=left, callbacks=[converged])
         trials = study.get_trials(deepcopy=False)
-    tried_MD = np.array([[trial.params[name] for name in columns] for trial in trials])
+    tried_MD = np.array(
+        [[trial.params.get(name, math.nan) for name in columns] for trial in trials]
+    )
     values_M = np.array([math.nan if trial.value is None else trial.value for trial in trials])
     return tried_MD, values_M
 

@@ -1,0 +1,472 @@
+"""DESampler in one process: Optuna's conformance classes, bit-identity, and untidy studies."""
+
+import math
+import pickle
+from collections.abc import Callable
+from typing import get_args
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.testing.pytest_samplers import (
+    BasicSamplerTestCase,
+    RelativeSamplerTestCase,
+    SingleOnlySamplerTestCase,
+)
+from optuna.trial import TrialState
+
+from kd.weightings.de_sampler import (
+    DEConvergedCallback,
+    DESampler,
+    GenerationJournalBackend,
+    PrefetchObjective,
+    optimize_population,
+)
+from kd.weightings.evolution import Strategy
+
+STRATEGIES = get_args(Strategy)
+SIMPLEX = tuple(f"w{k}" for k in range(4))
+TARGET = np.array([0.5, 0.3, 0.2, 0.0])
+MIXED = {
+    "rate": FloatDistribution(1e-5, 1e-1, log=True),
+    "share": FloatDistribution(-2.0, 1.0),
+    "tenth": FloatDistribution(0.0, 1.0, step=0.1),
+    "layers": IntDistribution(1, 9, step=2),
+    "width": IntDistribution(1, 512, log=True),
+    "norm": CategoricalDistribution(["batch", "layer", None]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class TestConformance(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+    """Optuna's own battery."""
+
+    @pytest.fixture(params=["shade", "rand1"])
+    def sampler(self, request) -> Callable[[], DESampler]:
+        return lambda: DESampler(strategy=request.param)
+
+
+def batch(rows_PD: np.ndarray) -> np.ndarray:
+    """Element by element, so that a row's value does not depend on the batch it is in."""
+    return np.array(
+        [sum((x - t) ** 2 for x, t in zip(row, TARGET, strict=True)) for row in rows_PD]
+    )
+
+
+def single(trial: optuna.Trial) -> float:
+    return batch(np.array([[trial.suggest_float(name, 0, 1) for name in SIMPLEX]]))[0]
+
+
+def mixed_batch(rows_PD: np.ndarray) -> np.ndarray:
+    return np.array(
+        [(math.log(r[0]) + 7) ** 2 + r[1] ** 2 + r[2] + r[3] + r[4] / 99 + r[5] for r in rows_PD]
+    )
+
+
+def mixed_single(trial: optuna.Trial) -> float:
+    row = [
+        trial.suggest_float("rate", 1e-5, 1e-1, log=True),
+        trial.suggest_float("share", -2, 1),
+        trial.suggest_float("tenth", 0, 1, step=0.1),
+        trial.suggest_int("layers", 1, 9, step=2),
+        trial.suggest_int("width", 1, 512, log=True),
+        ["batch", "layer", None].index(
+            trial.suggest_categorical("norm", ["batch", "layer", None])
+        ),
+    ]
+    return mixed_batch([row])[0]
+
+
+def new_study(storage=None, direction="minimize", **kw) -> optuna.Study:
+    sampler = DESampler(**{"simplex": SIMPLEX, "seed": 3, "population_size": 10, **kw})
+    return optuna.create_study(
+        storage=storage, sampler=sampler, study_name="s", load_if_exists=True, direction=direction
+    )
+
+
+def params(study: optuna.Study) -> list[dict]:
+    return [trial.params for trial in study.get_trials(deepcopy=False)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sequential_batched_and_twice_resumed_searches_are_bit_identical(strategy):
+    sequential = new_study(strategy=strategy)
+    sequential.optimize(single, n_trials=400)
+    expected = params(sequential)
+
+    prefetched = new_study(strategy=strategy)
+    prefetched.optimize(PrefetchObjective(batch), n_trials=400)
+    assert params(prefetched) == expected
+
+    for persist in ("trials", "add_trials"):
+        batched = new_study(strategy=strategy)
+        optimize_population(batched, batch, 40, persist)
+        assert params(batched) == expected
+
+    storage = optuna.storages.InMemoryStorage()
+    for until in (57, 233, 400):
+        resumed = new_study(storage, strategy=strategy)
+        resumed.optimize(single, n_trials=until - len(resumed.trials))
+    assert params(resumed) == expected
+
+    storage = optuna.storages.InMemoryStorage()
+    new_study(storage, strategy=strategy).optimize(single, n_trials=33)
+    resumed = new_study(storage, strategy=strategy)
+    optimize_population(resumed, batch, 37)
+    assert params(resumed) == expected
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("given", [True, False])
+def test_mixed_spaces_resume_bit_identically_given_or_define_by_run(strategy, given):
+    kw = {"simplex": None, "strategy": strategy, "search_space": MIXED if given else None}
+    sequential = new_study(**kw)
+    sequential.optimize(mixed_single, n_trials=150)
+    storage = optuna.storages.InMemoryStorage()
+    for until in (7, 91, 150):
+        resumed = new_study(storage, **kw)
+        resumed.optimize(mixed_single, n_trials=until - len(resumed.trials))
+    assert params(resumed) == params(sequential)
+    if given:
+        prefetched = new_study(**kw)
+        prefetched.optimize(PrefetchObjective(mixed_batch), n_trials=150)
+        assert params(prefetched) == params(sequential)
+
+
+def test_maximising_the_negative_is_the_same_search():
+    down, up = new_study(), new_study(direction="maximize")
+    down.optimize(PrefetchObjective(batch), n_trials=100)
+    up.optimize(PrefetchObjective(lambda rows: -batch(rows)), n_trials=100)
+    assert params(up) == params(down)
+    _, down_values = down.sampler.population(down)
+    _, up_values = up.sampler.population(up)
+    np.testing.assert_array_equal(up_values, -down_values)
+
+
+def test_every_simplex_trial_is_on_the_simplex_and_the_optimum_on_a_face_is_reached():
+    study = new_study(population_size=20)
+    study.optimize(PrefetchObjective(batch), n_trials=1500)
+    rows = np.array([[p[name] for name in SIMPLEX] for p in params(study)])
+    assert (rows >= 0).all()
+    np.testing.assert_allclose(rows.sum(axis=1), 1, atol=1e-12)
+    assert study.best_value < 1e-9
+    assert study.best_params["w3"] < 1e-4
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("bounds", ["midpoint", "clip", "reflect"])
+def test_mixed_spaces_stay_in_range_and_improve(given, bounds):
+    study = new_study(
+        simplex=None, search_space=MIXED if given else None, population_size=20, bounds=bounds
+    )
+    study.optimize(mixed_single, n_trials=600)
+    values = [trial.value for trial in study.trials]
+    assert min(values[300:]) < min(values[:20])
+    assert study.best_value < 3
+    for trial in study.get_trials(deepcopy=False):
+        for name, distribution in trial.distributions.items():
+            assert distribution._contains(distribution.to_internal_repr(trial.params[name]))
+    tenths = np.array([p["tenth"] for p in params(study)]) * 10
+    np.testing.assert_allclose(tenths, tenths.round(), atol=1e-9)
+    assert all(p["layers"] % 2 for p in params(study))
+
+
+def test_the_initial_population_is_a_latin_hypercube_in_both_ways_of_giving_the_space():
+    for space in ({"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}, None):
+        study = new_study(simplex=None, search_space=space, population_size=12)
+        study.optimize(lambda t: t.suggest_float("x", 0, 1) + t.suggest_float("y", 0, 1), 12)
+        for name in "xy":
+            strata = sorted(int(p[name] * 12) for p in params(study))
+            assert strata == list(range(12))
+
+
+def test_logarithmic_parameters_are_drawn_on_a_logarithmic_scale():
+    study = new_study(
+        simplex=None, search_space={"r": FloatDistribution(1e-6, 1, log=True)}, population_size=40
+    )
+    study.optimize(lambda t: t.suggest_float("r", 1e-6, 1, log=True), n_trials=40)
+    rates = [p["r"] for p in params(study)]
+    assert np.median(rates) == pytest.approx(1e-3, rel=0.5)
+
+
+@pytest.mark.parametrize("strategy", ["jade", "shade", "rand1"])
+def test_a_pruned_and_a_failed_trial_per_generation_cost_no_repeated_vector(strategy):
+    def untidy(trial: optuna.Trial) -> float:
+        value = single(trial)
+        if trial.number % 10 == 3:
+            raise optuna.TrialPruned
+        return float("nan") if trial.number % 10 == 7 else value
+
+    study = new_study(strategy=strategy)
+    study.optimize(untidy, n_trials=400)
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    assert states.count(TrialState.PRUNED) == states.count(TrialState.FAIL) == 40
+    assert len({tuple(p.values()) for p in params(study)}) == 400
+    clean = new_study(strategy=strategy)
+    clean.optimize(single, n_trials=400)
+    assert study.best_value < max(10 * clean.best_value, 1e-3)
+
+
+def test_duplicates_are_replaced_when_the_optimum_is_a_corner():
+    study = new_study(strategy="best1", population_size=10)
+    study.optimize(PrefetchObjective(lambda rows: 1 - rows[:, 0]), n_trials=600)
+    unique = {tuple(p.values()) for p in params(study)}
+    assert study.best_value == 0
+    assert len(unique) > 590
+
+
+def test_a_search_that_only_fails_goes_on():
+    study = new_study()
+    study.optimize(lambda trial: single(trial) * float("nan"), n_trials=35)
+    study.optimize(single, n_trials=35)
+    assert math.isfinite(study.best_value)
+
+
+def test_infinite_values_are_values():
+    study = new_study()
+    study.optimize(lambda trial: math.inf if single(trial) > 0.1 else single(trial), n_trials=200)
+    assert study.best_value < 0.1
+
+
+def test_pruned_trials_compete_when_asked_to():
+    def pruned(trial: optuna.Trial) -> float:
+        trial.report(single(trial), 0)
+        raise optuna.TrialPruned
+
+    for considered in (True, False):
+        study = new_study(consider_pruned_trials=considered)
+        study.optimize(pruned, n_trials=20)
+        _, values = study.sampler.population(study)
+        assert np.isfinite(values).all() == considered
+
+
+def test_enqueued_and_added_trials_join_the_population_and_are_improved_on():
+    study = new_study()
+    good = dict(zip(SIMPLEX, [0.49, 0.31, 0.2, 0.0], strict=True))
+    study.enqueue_trial(good)
+    study.optimize(PrefetchObjective(batch), n_trials=10)
+    assert params(study)[0] == good
+    rows, values = study.sampler.population(study)
+    np.testing.assert_allclose(rows[0], list(good.values()), atol=1e-15)
+    assert values[0] == batch(np.array([list(good.values())]))[0]
+
+    warm = new_study()
+    space = {name: FloatDistribution(0, 1) for name in SIMPLEX}
+    for trial in study.trials:
+        warm.add_trial(trial)
+    foreign = optuna.create_trial(params={"w0": 0.5}, distributions={"w0": space["w0"]}, value=-9)
+    warm.add_trial(foreign)
+    warm.optimize(PrefetchObjective(batch), n_trials=89)
+    assert min(t.value for t in warm.trials[11:]) < values.min()
+
+
+def test_partly_enqueued_trials_take_the_rest_from_their_row():
+    plain, enqueued = new_study(), new_study()
+    enqueued.enqueue_trial({"w1": 0.25})
+    for study in (plain, enqueued):
+        study.optimize(PrefetchObjective(batch), n_trials=1)
+    assert params(enqueued)[0] == {**params(plain)[0], "w1": 0.25}
+    assert enqueued.trials[0].value == batch(np.array([list(params(enqueued)[0].values())]))[0]
+
+
+def test_debs_rules_prefer_feasible_then_less_violating():
+    space = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+
+    def constrained(trial: optuna.Trial) -> float:
+        x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
+        trial.set_constraint("sum", 1.2 - (x + y))
+        return x + y
+
+    study = new_study(simplex=None, search_space=space, population_size=20)
+    study.optimize(constrained, n_trials=800)
+    _, values = study.sampler.population(study)
+    assert (values >= 1.2).all()
+    assert values.min() == pytest.approx(1.2, abs=1e-3)
+
+
+def test_conditional_and_dynamic_parameters_fall_back_to_independent_sampling():
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", -1, 1)
+        if trial.suggest_categorical("branch", ["a", "b"]) == "a":
+            return x**2 + trial.suggest_float("only_a", 0, 1)
+        return x**2 + trial.suggest_float("late", 0, 1 + trial.number)
+
+    study = new_study(simplex=None)
+    study.optimize(objective, n_trials=300)
+    space = study.sampler.infer_relative_search_space(study, study.trials[-1])
+    assert sorted(space) == ["branch", "x"]
+    assert study.best_value < 0.05
+
+
+def test_an_independent_sampler_can_be_given():
+    class Half(optuna.samplers.RandomSampler):
+        def sample_independent(self, study, trial, name, distribution):
+            return 0.5
+
+    study = new_study(simplex=None, independent_sampler=Half())
+    study.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=3)
+    assert params(study) == [{"x": 0.5}] * 3
+
+
+def test_without_a_seed_the_study_keeps_the_one_that_was_drawn():
+    storage = optuna.storages.InMemoryStorage()
+    first = new_study(storage, seed=None)
+    first.optimize(single, n_trials=25)
+    resumed = new_study(storage, seed=None)
+    resumed.optimize(single, n_trials=25)
+    seed = next(iter(resumed._storage.get_study_system_attrs(resumed._study_id).values()))
+    again = new_study(seed=seed)
+    again.optimize(single, n_trials=50)
+    assert params(resumed) == params(again)
+    other = new_study(seed=None)
+    other.optimize(single, n_trials=1)
+    assert params(other)[0] != params(again)[0]
+
+
+def test_no_trial_gets_a_system_attribute_and_each_generation_reads_the_storage_once():
+    class Spy(optuna.storages.InMemoryStorage):
+        reads = 0
+
+        def get_all_trials(self, study_id, deepcopy=True, states=None):
+            self.reads += states is None  # with states it is Optuna's own queue of waiting trials
+            return super().get_all_trials(study_id, deepcopy, states)
+
+    storage = Spy()
+    study = new_study(storage)
+    storage.reads = 0
+    study.optimize(single, n_trials=200)
+    assert 0 < storage.reads <= 20
+    assert not any(trial.system_attrs for trial in study.trials)
+
+
+def test_a_sampler_survives_pickling_and_serves_another_study():
+    study = new_study()
+    study.optimize(single, n_trials=25)
+    expected = new_study()
+    expected.optimize(single, n_trials=60)
+    study.sampler = pickle.loads(pickle.dumps(study.sampler))
+    study.optimize(single, n_trials=35)
+    assert params(study) == params(expected)
+
+    other = new_study()
+    other.sampler = study.sampler
+    other.optimize(single, n_trials=60)
+    assert params(other) == params(expected)
+    objective = pickle.loads(pickle.dumps(PrefetchObjective(batch)))
+    third = new_study()
+    third.optimize(objective, n_trials=60)
+    assert params(third) == params(expected)
+
+
+def test_threads_share_one_sampler_and_lose_nothing():
+    study = new_study()
+    study.optimize(PrefetchObjective(batch), n_trials=200, n_jobs=4)
+    assert len({tuple(p.values()) for p in params(study)}) >= 198
+    assert study.best_value < 1e-2
+
+
+def test_hyperband_does_not_hide_trials_from_the_population():
+    def reporting(trial: optuna.Trial) -> float:
+        value = single(trial)
+        for step in range(1, 9):
+            trial.report(value, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    sampler = DESampler(simplex=SIMPLEX, seed=0, population_size=10)
+    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.HyperbandPruner())
+    study.optimize(reporting, n_trials=200)
+    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    _, values = sampler.population(study)
+    assert values.min() == min(t.value for t in complete)
+
+
+def test_the_generation_tells_its_trials_in_advance():
+    study = new_study()
+    study.optimize(single, n_trials=20)
+    generation = study.sampler.generation(study)
+    assert (generation.number, generation.first_trial) == (2, 20)
+    study.optimize(single, n_trials=10)
+    assert [list(p.values()) for p in params(study)[20:]] == generation.rows
+    np.testing.assert_array_equal(generation.params, generation.rows)
+
+
+def test_a_population_that_has_converged_stops_the_study():
+    study = new_study(population_size=20)
+    study.optimize(
+        PrefetchObjective(batch), n_trials=5000, callbacks=[DEConvergedCallback(0, 1e-6)]
+    )
+    assert len(study.trials) < 2000
+    assert len(study.trials) % 20 == 0
+    assert study.best_value < 1e-5
+
+
+def test_a_batch_objective_that_says_nan_fails_that_trial_alone():
+    def some_nan(rows: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(rows)) == 2, np.nan, batch(rows))
+
+    for persist in ("trials", "add_trials"):
+        study = new_study()
+        optimize_population(study, some_nan, 3, persist)
+        failed = [t.number for t in study.trials if t.state == TrialState.FAIL]
+        assert failed == [2, 12, 22]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"strategy": "best2"}, "strategy is 'best2'"),
+        ({"population_size": 3}, "population_size is 3; it must be at least 4"),
+        ({"F": 0.0}, "F is 0.0"),
+        ({"F": (0.9, 0.5)}, r"F is \(0.9, 0.5\)"),
+        ({"CR": 1.5}, "CR is 1.5"),
+        ({"p": 0.0}, "p is 0.0"),
+        ({"memory_size": 0}, "memory_size is 0"),
+        ({"archive_rate": -1}, "archive_rate is -1"),
+        ({"init": "sobol"}, "init is 'sobol'"),
+        ({"bounds": "wrap"}, "bounds is 'wrap'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"simplex": ["x"], "search_space": {"x": FloatDistribution(0, 2)}}, "simplex names 'x'"),
+        ({"simplex": ["y"], "search_space": {"x": FloatDistribution(0, 1)}}, "simplex names 'y'"),
+    ],
+)
+def test_arguments_out_of_range_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DESampler(**wrong)
+
+
+def test_helpers_say_what_they_need():
+    random = optuna.create_study(sampler=optuna.samplers.RandomSampler())
+    with pytest.raises(ValueError, match="it must be a DESampler"):
+        optimize_population(random, batch, 1)
+    unknown = optuna.create_study(sampler=DESampler())
+    with pytest.raises(ValueError, match="give DESampler a search_space"):
+        optimize_population(unknown, batch, 1)
+    with pytest.raises(ValueError, match="neither may be negative"):
+        DEConvergedCallback(-1)
+    with pytest.raises(ValueError, match="trials_per_commit is 0"):
+        GenerationJournalBackend("unused", 0)
+
+
+def test_the_population_size_follows_the_dimensions():
+    sizes = {
+        3: 20,
+        5: 20,
+        6: 40,
+        20: 40,
+        21: 42,
+    }
+    for dimensions, size in sizes.items():
+        space = {f"x{i}": FloatDistribution(0, 1) for i in range(dimensions)}
+        assert DESampler(space).population_size == size
+    assert DESampler().population_size == 20

@@ -1,0 +1,169 @@
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+import kd
+from kd.component import ConfigError
+from kd.weightings import DifferentialEvolution, ExpectationMaximization
+from kd.weightings.evolution import Strategy
+from kd.weightings.objectives import Measure, Mixing, MixtureNLL, objective_on
+from kd.weightings.shrinkage import SHARES, shrinkage_by_cross_validation
+from tests.checks_weightings import names
+from tests.reference_weightings import random_logits
+
+
+@pytest.mark.parametrize("members", [2, 3, 5, 10])
+def test_the_search_reaches_the_certified_optimum(members):
+    logits_KNC, labels_N = random_logits(members, 300, 6, spread=1.5)
+    given = logits_KNC, labels_N, names(members), 0
+    found = DifferentialEvolution(shrink=False).find(*given)
+    exact = ExpectationMaximization().find(*given)
+    assert exact.gap <= 1e-9
+    assert abs(found.objective - exact.objective) <= 1e-6
+    assert found.gap <= 1e-6
+
+
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_with_and_without_a_study_the_steps_are_the_same_bit_for_bit(strategy):
+    given = *random_logits(3, 100, 4), names(3), 7
+    through = DifferentialEvolution(strategy=strategy, generations=20)
+    without = dataclasses.replace(through, study=False)
+    first, second = through.find(*given), without.find(*given)
+    np.testing.assert_array_equal(first.history.tried_MK, second.history.tried_MK)
+    np.testing.assert_array_equal(first.history.values_M, second.history.values_M)
+    np.testing.assert_array_equal(first.weights_K, second.weights_K)
+
+
+@pytest.mark.parametrize("mixing", get_args(Mixing))
+@pytest.mark.parametrize("measure", get_args(Measure))
+@pytest.mark.parametrize("temperature", [False, True])
+def test_every_objective_can_be_searched_and_beats_uniform(measure, mixing, temperature):
+    logits_KNC, labels_N = random_logits(3, 80, 4)
+    weighting = DifferentialEvolution(
+        objective=measure,
+        mixing=mixing,
+        fit_temperature=temperature,
+        shrink=False,
+        study=False,
+        generations=15,
+    )
+    found = weighting.find(logits_KNC, labels_N, names(3), 0)
+    uniform = np.array([[1 / 3] * 3 + [0.5] * temperature])
+    objective = objective_on(logits_KNC, labels_N, measure, mixing, temperature=temperature)
+    assert found.objective < objective(uniform)[0]
+    assert (found.temperature is not None) == temperature
+
+
+def test_a_temperature_is_found_where_members_are_too_sure():
+    logits_KNC, labels_N = random_logits(3, 300, 4)
+    sure = DifferentialEvolution(fit_temperature=True, shrink=False, generations=30)
+    plain = sure.find(logits_KNC, labels_N, names(3), 0)
+    found = sure.find(4 * logits_KNC, labels_N, names(3), 0)
+    assert found.temperature == pytest.approx(4 * plain.temperature, rel=0.02)
+    assert found.objective == pytest.approx(plain.objective, abs=1e-4)
+
+
+def test_shrinkage_is_the_share_that_held_out_samples_prefer():
+    logits_KNC, labels_N = random_logits(3, 100, 4)
+    found = DifferentialEvolution(study=False).find(logits_KNC, labels_N, names(3), 0)
+    assert found.shrinkage in SHARES
+    np.testing.assert_allclose(
+        found.weights_K, (1 - found.shrinkage) * found.searched_K + found.shrinkage / 3
+    )
+    kept = DifferentialEvolution(study=False, shrink=False).find(logits_KNC, labels_N, names(3), 0)
+    assert kept.shrinkage is None
+    np.testing.assert_array_equal(kept.weights_K, found.searched_K)
+
+
+def test_held_out_samples_see_through_weights_that_only_fit_noise():
+    """All weight on one member of equals: held out, uniform is best; of unequals, it is worst."""
+    logits_KNC, labels_N = random_logits(4, 400, 4)
+    on = lambda rows: MixtureNLL(logits_KNC[:, rows], labels_N[rows])  # noqa: E731
+    one = lambda rows: np.array([1.0, 0, 0, 0])  # noqa: E731
+    assert shrinkage_by_cross_validation(one, on, labels_N, 4, 0) >= 0.5
+    logits_KNC[1:] = -9 * np.eye(4)[labels_N]
+    assert shrinkage_by_cross_validation(one, on, labels_N, 4, 0) == 0
+
+
+def test_the_study_is_a_journal_that_optuna_opens(tmp_path):
+    given = *random_logits(3, 100, 4), names(3), 0
+    path = tmp_path / "study.log"
+    found = DifferentialEvolution(generations=10).find(*given, study_path=path)
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    [name] = optuna.get_all_study_names(storage)
+    study = optuna.load_study(study_name=name, storage=storage)
+    assert len(study.trials) == found.evaluations == 200
+    assert list(study.best_params) == ["a", "b", "c"]
+    assert study.best_value == found.history.best_G[-1]
+
+
+def test_a_study_cut_short_is_resumed_to_the_same_weights_and_a_finished_one_is_read(tmp_path):
+    given = *random_logits(3, 100, 4), names(3), 0
+    weighting = DifferentialEvolution(generations=10)
+    whole = weighting.find(*given, study_path=tmp_path / "whole")
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut").write_bytes(b"".join(lines[:343])[:-9])
+    resumed = weighting.find(*given, study_path=tmp_path / "cut")
+    np.testing.assert_array_equal(resumed.searched_K, whole.searched_K)
+    before = (tmp_path / "whole").read_bytes()
+    again = weighting.find(*given, study_path=tmp_path / "whole")
+    np.testing.assert_array_equal(again.weights_K, whole.weights_K)
+    assert (tmp_path / "whole").read_bytes() == before
+
+
+def test_other_logits_or_another_seed_never_resume_a_study(tmp_path):
+    weighting = DifferentialEvolution(generations=4)
+    path = tmp_path / "study"
+    for seed, data in ((0, 0), (1, 0), (0, 1)):
+        weighting.find(*random_logits(3, 100, 4, data), names(3), seed, study_path=path)
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    assert len(optuna.get_all_study_names(storage)) == 3
+
+
+def test_the_seed_decides_the_search():
+    given = *random_logits(3, 100, 4), names(3)
+    weighting = DifferentialEvolution(study=False, generations=5)
+    first, other = (weighting.find(*given, seed).history.tried_MK for seed in (0, 1))
+    assert (first != other).any()
+
+
+def test_optunas_verbosity_is_as_it_was():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    DifferentialEvolution(generations=2).find(*random_logits(3, 50, 4), names(3), 0)
+    assert optuna.logging.get_verbosity() == optuna.logging.ERROR
+
+
+@pytest.mark.parametrize("wrong", [{"population": 3}, {"generations": 0}, {"tolerance": -1.0}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        DifferentialEvolution(**wrong)
+
+
+def test_optuna_is_imported_by_one_module_and_only_when_a_study_is_searched():
+    code = """
+import sys
+import kd.weightings
+assert "optuna" not in sys.modules and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    importers = set()
+    for path in Path(kd.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            else:
+                continue
+            if any(module.split(".")[0] == "optuna" for module in modules):
+                importers.add(path.name)
+    assert importers == {"de_sampler.py"}

@@ -1,0 +1,130 @@
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd.weightings.objectives import (
+    ErrorRate,
+    Measure,
+    Mixing,
+    MixtureNLL,
+    TieBrokenErrors,
+    log_probs,
+    mixed_log_probs,
+    objective_on,
+    temperature_of,
+)
+from kd.weightings.simplex import from_cube
+from tests.reference_weightings import random_logits, score
+
+
+def candidates(count: int, members: int, seed: int = 0) -> np.ndarray:
+    """Random weights, sparse ones and corners."""
+    weights_PK = from_cube(np.random.default_rng(seed).random((count, members)))
+    weights_PK[::3, 0] *= members == 1
+    weights_PK /= weights_PK.sum(axis=1, keepdims=True)
+    return np.concatenate([weights_PK, np.eye(members)])
+
+
+@pytest.mark.parametrize("mixing", get_args(Mixing))
+@pytest.mark.parametrize("measure", get_args(Measure))
+def test_every_objective_equals_plain_loops(measure, mixing):
+    logits_KNC, labels_N = random_logits(4, 40, 5)
+    weights_PK = candidates(6, 4)
+    values_P = objective_on(logits_KNC, labels_N, measure, mixing)(weights_PK)
+    for weights, value in zip(weights_PK, values_P, strict=True):
+        expected = score(weights, logits_KNC, labels_N, measure, mixing)
+        if measure == "accuracy":  # and the tie-break, which is less than one error
+            assert expected <= value < expected + 1 / 40
+        else:
+            assert value == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("mixing", get_args(Mixing))
+@pytest.mark.parametrize("measure", get_args(Measure))
+def test_a_temperature_column_divides_all_logits(measure, mixing):
+    logits_KNC, labels_N = random_logits(3, 30, 4)
+    for unit in (0.0, 0.5, 0.8):
+        point = np.array([[0.5, 0.2, 0.3, unit]])
+        value = objective_on(logits_KNC, labels_N, measure, mixing, temperature=True)(point)[0]
+        given = ([0.5, 0.2, 0.3], logits_KNC, labels_N, measure, mixing)
+        expected = score(*given, temperature=temperature_of(unit))
+        slack = 1 / 30 if measure == "accuracy" else 0
+        assert expected - 1e-12 <= value <= expected * (1 + 1e-9) + slack
+
+
+def test_temperatures_span_an_eighth_to_eight():
+    assert [temperature_of(u) for u in (0, 0.5, 1)] == pytest.approx([1 / 8, 1, 8])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    members=st.integers(1, 6),
+    classes=st.integers(1, 30),
+    samples=st.integers(1, 60),
+    seed=st.integers(0, 2**32),
+    coarse=st.booleans(),
+)
+def test_pruned_rivals_never_change_a_single_sample(members, classes, samples, seed, coarse):
+    logits_KNC, labels_N = random_logits(members, samples, classes, seed)
+    scores_KNC = np.exp(log_probs(logits_KNC))
+    weights_PK = candidates(30, members, seed)
+    if coarse:  # dyadic scores and weights: sums are exact, so ties are real ties
+        scores_KNC = np.round(scores_KNC * 8) / 8
+        weights_PK = np.round(weights_PK * 16) / 16
+    mixed_PNC = np.tensordot(weights_PK, scores_KNC, axes=1)
+    wrong_PN = mixed_PNC.argmax(axis=2) != labels_N
+    np.testing.assert_array_equal(
+        ErrorRate(scores_KNC, labels_N)(weights_PK), wrong_PN.mean(axis=1)
+    )
+
+
+def test_pruning_is_exact_over_chunks_and_removes_most_rivals():
+    logits_KNC, labels_N = random_logits(5, 3000, 20, spread=1.0)
+    errors = ErrorRate(logits_KNC, labels_N)
+    weights_PK = candidates(50, 5)
+    mixed_PNC = np.tensordot(weights_PK, logits_KNC.astype(float), axes=1)
+    expected_P = (mixed_PNC.argmax(axis=2) != labels_N).mean(axis=1)
+    np.testing.assert_array_equal(errors(weights_PK), expected_P)
+    kept = sum(margins_KN.shape[1] for margins_KN, _ in errors.layers)
+    assert kept < 0.2 * 3000 * 20
+
+
+def test_ties_between_equally_wrong_candidates_go_to_the_smaller_nll():
+    logits_KNC, labels_N = random_logits(3, 50, 4)
+    objective = objective_on(logits_KNC, labels_N, "accuracy")
+    assert isinstance(objective, TieBrokenErrors)
+    weights_PK = candidates(200, 3)
+    errors_P, nll_P = objective.errors(weights_PK), objective.nll(weights_PK)
+    values_P = objective(weights_PK)
+    for first, second in zip(range(199), range(1, 200), strict=True):
+        if errors_P[first] != errors_P[second]:
+            fewer = errors_P[first] < errors_P[second]
+            assert (values_P[first] < values_P[second]) == fewer
+        elif max(nll_P[first], nll_P[second]) < objective.uniform_nll:
+            assert (values_P[first] < values_P[second]) == (nll_P[first] < nll_P[second])
+
+
+def test_nll_survives_members_that_give_a_label_no_chance():
+    logits_KNC, labels_N = random_logits(2, 20, 3)
+    logits_KNC[1] = -3000 * np.eye(3)[labels_N]
+    values = MixtureNLL(logits_KNC, labels_N)(np.array([[0.5, 0.5], [1e-6, 1 - 1e-6]]))
+    alone = score([1, 0], logits_KNC, labels_N, "nll", "probabilities")
+    np.testing.assert_allclose(values, [alone + np.log(2), alone - np.log(1e-6)], rtol=1e-9)
+
+
+def test_float32_likelihoods_are_good_to_a_ten_millionth():
+    logits_KNC, labels_N = random_logits(5, 2500, 10)
+    weights_PK = candidates(40, 5)[:40]
+    exact = MixtureNLL(logits_KNC, labels_N)(weights_PK)
+    rounded = MixtureNLL(logits_KNC, labels_N, np.float32)(weights_PK)
+    np.testing.assert_allclose(rounded, exact, atol=1e-7)
+
+
+def test_mixed_log_probs_are_probabilities():
+    logits_KNC, _ = random_logits(3, 20, 4)
+    for mixing in get_args(Mixing):
+        mixed_NC = mixed_log_probs(np.array([0.2, 0.3, 0.5]), logits_KNC, mixing, 2.0)
+        np.testing.assert_allclose(np.exp(mixed_NC).sum(axis=1), 1)
