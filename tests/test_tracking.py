@@ -532,6 +532,18 @@ def test_eight_processes_that_make_one_stores_tables_all_succeed(tmp_path):
     assert [process.returncode for process in processes] == [0] * 8, said
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as knock:
+        return knock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_failure_in_mid_run_is_reported_and_the_run_ends(in_home):
+    with tracking.run("student", **GIVEN) as run:
+        run.log_final({"a name that MLflow refuses: *": 1.0})
+    assert "metrics: MlflowException: Invalid" in run.error
+    assert in_home.client.get_run(run.id).info.status == "FINISHED"
+
+
 @pytest.mark.slow
 def test_a_server_of_ones_own_holds_the_runs_and_their_files(tmp_path, monkeypatch):
     with socket.socket() as free:
@@ -550,7 +562,7 @@ def test_a_server_of_ones_own_holds_the_runs_and_their_files(tmp_path, monkeypat
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("KD_RECORDER_IDLE", "2")
-        eventually(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 120)
+        eventually(lambda: answers(port), 180)
         save_student(tmp_path / "student", 1)
         run_id = register(tmp_path / "student", 0.9)
         import mlflow
@@ -563,7 +575,7 @@ def test_a_server_of_ones_own_holds_the_runs_and_their_files(tmp_path, monkeypat
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             run.log_epoch(1, {"val_nll": 1.0})
-        assert run.error, "the loss is reported"
+        assert run.error.startswith("metrics: MlflowException: API request"), run.error
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)

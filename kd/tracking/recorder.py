@@ -211,7 +211,7 @@ def _record(line: Line, store: "Store | Refusal") -> None:
     try:
         while (message := line.receive())["do"] != "end":
             if lost is None:
-                lost = _attempt(session, message)
+                lost = _attempt(session, **message)
         ending = message["status"], message["reason"]
     except (OSError, ValueError):
         ending = "KILLED", f"process {session.pid} ended without a word; it was killed or crashed"
@@ -223,12 +223,12 @@ def _record(line: Line, store: "Store | Refusal") -> None:
     line.close()
 
 
-def _attempt(session: "Session", message: dict[str, Any]) -> str | None:
+def _attempt(session: "Session", do: str, **fields: Any) -> str | None:
     """Do what a message says; the reason if that failed."""
     try:
-        session.do(message)
+        session.do(do, **fields)
     except Exception as error:
-        return f"{message['do']}: {_brief(error)}"
+        return f"{do}: {_brief(error)}"
     return None
 
 

@@ -127,10 +127,9 @@ class Session:
         pages = uri if uri.startswith("http") else LOCAL_PAGES
         return f"{pages.rstrip('/')}/#/experiments/{self.experiment}/runs/{self.run_id}"
 
-    def do(self, message: dict[str, Any]) -> None:
+    def do(self, what: str, **fields: Any) -> None:
         """Do what the stage says: metrics, curve, tags, file, model."""
-        what = message.pop("do")
-        getattr(self, f"log_{what}")(**message)
+        getattr(self, f"log_{what}")(**fields)
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Log params that never change afterwards."""
