@@ -18,7 +18,8 @@ Objective = Callable[[np.ndarray], np.ndarray]
 
 TIE_BREAK = 0.9  # of one error: NLL orders candidates that are equally often wrong
 LOG_TEMPERATURE = np.log(8.0)  # joint temperatures lie in [1/8, 8], on a logarithmic scale
-CHUNK = 1000  # samples whose P x CHUNK block of float64 stays in the L2 cache
+CHUNK = 2000  # samples whose P x CHUNK block stays in the L2 cache
+FACTORS = 8  # values per logarithm in `_sum_of_logs`
 
 
 def log_probs(logits_KNC: np.ndarray) -> np.ndarray:
@@ -100,14 +101,11 @@ class MixtureNLL:
 
     def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
         """Values of the candidates, whose rows are on the simplex."""
-        likelihoods_KN = self.likelihoods_KN
-        tiny = np.finfo(likelihoods_KN.dtype).tiny
-        weights_PK = weights_PK.astype(likelihoods_KN.dtype)
+        weights_PK = weights_PK.astype(self.likelihoods_KN.dtype)
         total_P = np.zeros(len(weights_PK))
-        for part in _chunks(likelihoods_KN.shape[1]):
-            mixed_PN = weights_PK @ likelihoods_KN[:, part]
-            total_P -= np.log(np.maximum(mixed_PN, tiny)).sum(axis=1, dtype=np.float64)
-        mean_P: np.ndarray = total_P / likelihoods_KN.shape[1]
+        for part in _chunks(self.likelihoods_KN.shape[1]):
+            total_P -= _sum_of_logs(weights_PK @ self.likelihoods_KN[:, part])
+        mean_P: np.ndarray = total_P / self.likelihoods_KN.shape[1]
         return mean_P + self.offset
 
 
@@ -317,6 +315,24 @@ def _rivals(
     kept_NR &= ~(implied_NRR & (~equal_NRR | later_RR)).any(axis=2)
     sample_M, rival_M = np.nonzero(kept_NR)
     return sample_M + start, margins_KNR[:, sample_M, rival_M].T, ties_NR[sample_M, rival_M]
+
+
+def _sum_of_logs(values_PN: np.ndarray) -> np.ndarray:
+    """Sum over samples of log(values), values in [0, 1]: (P,) float64.
+
+    One logarithm per product of 8 values, which is 3 times faster; where a product comes near
+    underflow, one per value.
+    """
+    width = values_PN.shape[1] // FACTORS
+    tiny = np.finfo(values_PN.dtype).tiny
+    rest_PN = values_PN[:, width * FACTORS :]
+    products_PN = values_PN[:, :width].copy()
+    for factor in range(1, FACTORS):
+        products_PN *= values_PN[:, factor * width : (factor + 1) * width]
+    if width and products_PN.min() < tiny / np.finfo(values_PN.dtype).eps:
+        products_PN, rest_PN = np.maximum(values_PN, tiny), rest_PN[:, :0]
+    total_P: np.ndarray = np.log(products_PN).sum(axis=1, dtype=np.float64)
+    return total_P + np.log(np.maximum(rest_PN, tiny)).sum(axis=1, dtype=np.float64)
 
 
 def _chunks(size: int) -> Iterator[slice]:
