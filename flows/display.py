@@ -36,7 +36,10 @@ def show_report(root: Path, console: Console) -> None:
     report = root / "artifacts" / "report" / "report.md"
     if report.exists():
         text = report.read_text()
-        console.print(Markdown(text) if console.is_terminal else text)
+        if console.is_terminal:
+            console.print(Markdown(text))
+        else:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass

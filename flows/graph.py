@@ -4,6 +4,7 @@ There is no second definition of the pipeline.  DVC is only *read* in this proce
 child processes, which can be cancelled (flows/stage.py).
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def read(root: Path) -> Plan:
 def inputs(root: Path, name: str) -> dict[str, object]:
     """A stage's inputs as they are now: the content hash of each file, the value of each param."""
     with Repo(str(root), _wait_for_lock=True) as repo:
-        stage = repo.stage.load_one(name=name)
+        stage = _load(repo, root, name)
         stage.save_deps(allow_missing=True)
         seen: dict[str, object] = {}
         for each in stage.deps:
@@ -89,11 +90,19 @@ def disown(root: Path, name: str) -> None:
     entries claim that these inputs made this output, and the run-cache would restore it later.
     """
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
-        stage = repo.stage.load_one(name=name)
+        stage = _load(repo, root, name)
         key = _get_stage_hash(stage)
         value = _get_cache_hash(to_single_stage_lockfile(stage))
-        Path(repo.stage_cache.cache_dir, key[:2], key, value).unlink(missing_ok=True)
+        entries = Path(repo.stage_cache.cache_dir, key[:2], key)
+        (entries / value).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be others; DVC stumbles over none
+            entries.rmdir()
         Lockfile(repo, stage.dvcfile._lockfile.path).remove_stage(stage)
+
+
+def _load(repo: Repo, root: Path, name: str) -> Any:
+    """The stage as dvc.yaml and dvc.lock have it now, also when we work in another folder."""
+    return repo.stage.load_one(str(root / "dvc.yaml"), name)
 
 
 def _is_ours(stage: Any) -> bool:
@@ -154,7 +163,9 @@ _WORDS = {"modified": "changed", "deleted": "missing", "not in cache": "missing 
 
 
 def _file(role: str, entry: Any) -> list[str]:
-    return [f"{role} {path} {_WORDS.get(what, what)}" for path, what in entry.status().items()]
+    return [
+        f"{role} {entry.def_path} {_WORDS.get(what, what)}" for what in entry.status().values()
+    ]
 
 
 def _params_changed(entry: Any) -> list[str]:

@@ -6,6 +6,7 @@ server cost more than finding out.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,12 +27,13 @@ class PipelineStoppedError(Exception):
 OURS = (ValueError, PipelineStoppedError, locks.WorkspaceBusyError, server.NoServerError)
 """What is said to people without a traceback."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C or SIGTERM, as shells have it."""
 
 
 def main() -> int:
     """Run what is stale in this folder; 0 when all is up to date in the end."""
     argparse.ArgumentParser(prog="python -m flows.pipeline", description=main.__doc__).parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it in the same order
     root = Path.cwd()
     console = Console()
     complaints = Console(stderr=True, style="bold red", highlight=False, soft_wrap=True)

@@ -1,0 +1,87 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import child, leash
+from tests.flows.toys import SOURCES, lives, pid_in, wait_until
+
+NEVER = threading.Event()
+
+
+def run(script: str, tmp_path: Path, **more: object) -> tuple[int, list[str]]:
+    heard: list[str] = []
+    options = {"stop": NEVER, "cwd": tmp_path, "env": dict(os.environ), **more}
+    return child.run(["sh", "-c", script], hear=heard.append, **options), heard  # type: ignore[arg-type]
+
+
+def test_lines_are_heard_and_the_exit_code_comes_back(tmp_path: Path) -> None:
+    script = "echo one; echo two >&2; printf 'ten\\rlast'; exit 7"
+    assert run(script, tmp_path) == (7, ["one", "two", "last"])
+
+
+def test_a_line_is_heard_when_it_comes_not_when_the_command_ends(tmp_path: Path) -> None:
+    times: list[float] = []
+    child.run(
+        ["sh", "-c", "echo one; sleep 1; echo two"],
+        cwd=tmp_path,
+        env=os.environ,
+        hear=lambda _: times.append(time.monotonic()),
+        stop=NEVER,
+    )
+    assert times[1] - times[0] > 0.7
+
+
+def test_death_by_a_signal_is_not_success(tmp_path: Path) -> None:
+    assert run("kill -9 $$", tmp_path)[0] == 128 + signal.SIGKILL
+
+
+def test_a_daemon_left_behind_does_not_hold_us_up(tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert run("setsid sleep 30 & echo done", tmp_path) == (0, ["done"])
+    assert time.monotonic() - started < 10
+
+
+def test_a_timeout_ends_the_whole_group(tmp_path: Path) -> None:
+    with pytest.raises(child.OutOfTime):
+        run("sleep 600 & echo $! > PID; wait", tmp_path, timeout=0.5)
+    assert not lives(pid_in(tmp_path / "PID"))
+
+
+def test_stop_gives_the_group_time_to_end_its_records(tmp_path: Path) -> None:
+    stop = threading.Event()
+    timer = threading.Timer(0.7, stop.set)
+    timer.start()
+    script = "trap 'sleep 0.5; echo closed > closed; exit' TERM; sleep 600 & wait"
+    with pytest.raises(child.Stopped):
+        run(script, tmp_path, stop=stop)
+    timer.join()
+    assert (tmp_path / "closed").read_text() == "closed\n"
+
+
+@pytest.mark.slow
+def test_who_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(child.OutOfTime):
+        run("trap '' TERM; echo $$ > PID; while true; do sleep 1; done", tmp_path, timeout=0.5)
+    assert not lives(pid_in(tmp_path / "PID"))
+    assert leash.GRACE <= time.monotonic() - started < leash.GRACE + 6
+
+
+def test_the_command_dies_with_whoever_started_it(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, threading; from flows import child; "
+        "child.run(['sh', '-c', 'echo $$ > PID; sleep 600; true'], cwd=pathlib.Path.cwd(), "
+        "env=os.environ, hear=print, stop=threading.Event())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    starter = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    pid = pid_in(tmp_path / "PID")
+    starter.kill()
+    starter.wait()
+    wait_until(lambda: not lives(pid), patience=10)

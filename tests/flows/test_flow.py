@@ -1,0 +1,199 @@
+"""The flow in this process, against a real server that started on a fresh database."""
+
+import itertools
+import json
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from flows import locks
+from tests.flows.toys import FOREIGN_WARNINGS, Toy, endless, lives, pid_in, timed
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
+pytestmark = FOREIGN_WARNINGS
+
+
+@pytest.fixture
+def run(toy: Toy, prefect: str) -> Callable[[], "State"]:
+    from flows.flow import pipeline  # after `prefect` has set its environment
+
+    return lambda: pipeline(str(toy.root), return_state=True)
+
+
+def task_runs(state: "State") -> dict[str, list[Any]]:
+    """The state's task runs as the server has them: by name, state and attempt count."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    run_id = state.state_details.flow_run_id
+    assert run_id
+    with get_client(sync_client=True) as client:
+        found = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
+        )
+    return {each.name: [each.state_name, each.run_count] for each in found}
+
+
+def overlap(toy: Toy, one: str, other: str) -> float:
+    """Seconds that two `timed` stages ran at the same time."""
+    (start, end), (start_other, end_other) = toy.times(one), toy.times(other)
+    return min(end, end_other) - max(start, start_other)
+
+
+def test_independent_stages_run_at_once_and_dvc_finds_nothing_left_to_do(
+    toy: Toy, run: Callable[[], "State"]
+) -> None:
+    names = [f"part{number}" for number in range(8)]
+    stages = {name: timed(name, 5, deps=["first.txt"]) for name in names}
+    stages["first"] = timed("first", 0)
+    stages["last"] = timed("last", 0, deps=[f"{name}.txt" for name in names])
+    toy.write(stages)
+    state = run()
+    assert state.is_completed(), state.message
+    # DVC starts them one after the other, a second apart and more on a busy machine.
+    assert any(overlap(toy, *pair) > 1 for pair in itertools.combinations(names, 2))
+    assert toy.times("last")[0] > max(toy.times(name)[1] for name in names)
+    assert toy.status() == {}
+    assert "Running" not in toy.dvc("repro")
+
+
+def test_eight_stages_that_end_at_one_instant_are_all_recorded(
+    toy: Toy, run: Callable[[], "State"]
+) -> None:
+    wait = "touch at{0}; while [ $(ls | grep -c ^at) -lt 8 ]; do sleep 0.05; done; echo > {0}"
+    names = [f"out{number}" for number in range(8)]
+    toy.write({name: {"cmd": wait.format(name), "outs": [name]} for name in names})
+    state = run()
+    assert state.is_completed(), state.message
+    assert toy.status() == {}
+    assert "Running" not in toy.dvc("repro")
+
+
+def test_a_failure_stops_what_depends_on_it_and_nothing_else(
+    toy: Toy, run: Callable[[], "State"]
+) -> None:
+    toy.write(
+        {
+            "bad": {"cmd": "echo loss is nan at step 7; exit 3", "outs": ["bad.txt"]},
+            "after": {"cmd": "touch after.txt", "deps": ["bad.txt"], "outs": ["after.txt"]},
+            "other": timed("other", 0),
+            "after_other": timed("after_other", 0, deps=["other.txt"]),
+        }
+    )
+    state = run()
+    assert state.is_failed()
+    assert "bad" in (state.message or "")
+    assert toy.path("after_other.txt").exists()
+    assert not toy.path("after.txt").exists()
+    assert set(toy.status()) == {"bad", "after"}
+
+
+def test_a_failed_stage_is_run_again_as_often_as_its_meta_says(
+    toy: Toy, run: Callable[[], "State"]
+) -> None:
+    command = "echo try >> ../tries; test $(wc -l < ../tries) -eq 3 && echo > out.txt"
+    toy.write({"flaky": {"cmd": command, "outs": ["out.txt"], "meta": {"retries": 2}}})
+    assert run().is_completed()
+    assert (toy.root.parent / "tries").read_text().count("try") == 3
+
+
+def test_a_stage_that_takes_too_long_is_ended(toy: Toy, run: Callable[[], "State"]) -> None:
+    toy.write({"train": endless("train", meta={"timeout": 8})})
+    assert run().is_failed()
+    assert not lives(pid_in(toy.path("PID")))
+
+
+def test_inputs_edited_during_a_run_are_caught_and_the_stage_is_not_accepted(
+    toy: Toy, run: Callable[[], "State"], caplog: pytest.LogCaptureFixture
+) -> None:
+    edit = "cp code trained; echo edited > code; sed -i 's/0.1/0.2/' params.yaml"
+    toy.path("code").write_text("original")
+    toy.write(
+        {"train": {"cmd": edit, "deps": ["code"], "params": ["lr"], "outs": ["trained"]}}, lr=0.1
+    )
+    assert run().is_failed()
+    assert "train: edited while it ran: code, lr." in caplog.text
+    assert "train" in toy.status()
+    # What DVC alone would have certified must not come back from the run-cache either.
+    assert run().is_completed()
+    assert toy.path("trained").read_text() == "edited\n"
+    assert toy.status() == {}
+
+
+def test_a_second_flow_is_refused(toy: Toy, run: Callable[[], "State"]) -> None:
+    toy.write({"one": timed("one", 0)})
+    with locks.workspace(toy.root):
+        state = run()
+    assert state.is_failed()
+    assert "WorkspaceBusyError" in (state.message or "")
+    assert not toy.path("one.txt").exists()
+
+
+def test_cancelling_on_the_server_ends_the_training(
+    toy: Toy, run: Callable[[], "State"], prefect: str
+) -> None:
+    toy.write({"train": endless("train"), "next": timed("next", 0, deps=["train.txt"])})
+
+    def cancel() -> None:
+        from prefect.client.orchestration import get_client
+        from prefect.states import Cancelling
+
+        pid_in(toy.path("PID"))
+        with get_client(sync_client=True) as client:
+            newest = max(client.read_flow_runs(), key=lambda each: each.created or 0)
+            client.set_flow_run_state(newest.id, Cancelling())
+
+    other = threading.Thread(target=cancel)
+    other.start()
+    state = run()
+    other.join()
+    assert state.is_cancelled()
+    assert not lives(pid_in(toy.path("PID")))
+    assert not toy.path("next.txt").exists()
+
+
+def test_a_stage_knows_its_run_and_its_task_bears_its_name(
+    toy: Toy, run: Callable[[], "State"], prefect: str
+) -> None:
+    command = "echo $KD_FLOW_RUN_ID $KD_TASK_RUN_ID > ids"
+    each = {"foreach": ["a"], "do": {"cmd": command, "outs": ["ids"]}}
+    toy.write({"each": each})
+    state = run()
+    flow_run_id, task_run_id = toy.path("ids").read_text().split()
+    assert flow_run_id == str(state.state_details.flow_run_id)
+
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        task_run = client.read_task_run(task_run_id)  # type: ignore[arg-type]
+    assert task_run.name == "each@a"
+
+
+def test_the_report_and_the_tracked_runs_can_be_reached_from_the_flow_run(
+    toy: Toy, run: Callable[[], "State"], prefect: str
+) -> None:
+    runs = toy.path("artifacts/runs/each")
+    runs.mkdir(parents=True)
+    link = "http://127.0.0.1:5000/#/experiments/1/runs/abc"
+    (runs / "Large_1.json").write_text(json.dumps({"run_id": "abc", "url": link}))
+    (runs / "untracked.json").write_text(json.dumps({"run_id": None, "url": None}))
+    toy.path("artifacts/report").mkdir()
+    toy.path("artifacts/report/report.md").write_text("| student | 0.9 |")
+    toy.write({"one": timed("one", 0)})
+    state = run()
+
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        found = {
+            each.key: each.data
+            for each in client.read_artifacts()
+            if each.flow_run_id == state.state_details.flow_run_id
+        }
+    assert found.pop("report") == "| student | 0.9 |"
+    assert found.keys() == {"mlflow-each-large-1"}
+    assert link in str(found["mlflow-each-large-1"])

@@ -1,0 +1,124 @@
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import locks
+from flows.child import Stopped
+from tests.flows.toys import SOURCES, wait_until
+
+NEVER = threading.Event()
+HOLDER = """
+import pathlib, subprocess, sys, threading, time
+from flows import locks
+slots = locks.Slots(pathlib.Path(sys.argv[1]), (), 1)
+with slots.take(threads=1, gpu=False, stop=threading.Event()) as slot:
+    if sys.argv[2:]:
+        print(subprocess.Popen(["sleep", sys.argv[2]], pass_fds=slot.descriptors).pid, flush=True)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), *arguments],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout
+    wait_until(lambda: holder.stdout.readline() == "held\n")
+    return holder
+
+
+def seconds_until_free(slots: locks.Slots) -> float:
+    started = time.monotonic()
+    with slots.take(threads=1, gpu=False, stop=NEVER):
+        return time.monotonic() - started
+
+
+def test_a_second_flow_is_told_who_works_there(tmp_path: Path) -> None:
+    with (
+        locks.workspace(tmp_path),
+        pytest.raises(locks.WorkspaceBusyError) as refused,
+        locks.workspace(tmp_path),
+    ):
+        pass
+    assert f"a flow (process {os.getpid()}, since" in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+    with locks.workspace(tmp_path):
+        pass
+
+
+def test_a_gpu_is_handed_out_once_and_its_number_goes_to_the_stage(tmp_path: Path) -> None:
+    slots = locks.Slots(tmp_path, ("0", "3"), 4)
+    with (
+        slots.take(threads=4, gpu=True, stop=NEVER) as one,
+        slots.take(threads=4, gpu=True, stop=NEVER) as two,
+        slots.take(threads=4, gpu=False, stop=NEVER) as cpu,
+    ):
+        assert [one.env, two.env, cpu.env] == [
+            {"CUDA_VISIBLE_DEVICES": "0"},
+            {"CUDA_VISIBLE_DEVICES": "3"},
+            {},
+        ]
+        assert (one.name, cpu.name) == ("GPU 0", "4 threads")
+        stop = threading.Event()
+        threading.Timer(0.3, stop.set).start()
+        with pytest.raises(Stopped), slots.take(threads=1, gpu=True, stop=stop):
+            pass
+
+
+def test_threads_are_shared_out_and_a_wish_beyond_the_machine_gets_all(tmp_path: Path) -> None:
+    slots = locks.Slots(tmp_path, (), 4)
+    running, most, door = 0, 0, threading.Lock()
+
+    def work(threads: int) -> None:
+        nonlocal running, most
+        with slots.take(threads=threads, gpu=True, stop=NEVER) as slot:
+            with door:
+                running += len(slot.descriptors)
+                most = max(most, running)
+            time.sleep(0.1)
+            with door:
+                running -= len(slot.descriptors)
+
+    workers = [threading.Thread(target=work, args=(each,)) for each in (2, 2, 1, 99, 3, 2, 1, 4)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join(30)
+    assert not any(each.is_alive() for each in workers)
+    assert most == 4
+
+
+def test_a_slot_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> None:
+    holder = hold(tmp_path)
+    holder.kill()
+    assert seconds_until_free(locks.Slots(tmp_path, (), 1)) < 5
+    holder.communicate()
+
+
+def test_a_stage_keeps_its_slot_when_only_the_flow_is_killed(tmp_path: Path) -> None:
+    holder = hold(tmp_path, "2.5")
+    holder.kill()
+    assert seconds_until_free(locks.Slots(tmp_path, (), 1)) > 1
+    holder.communicate()
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [("", ()), ("-1", ()), ("2,5", ("2", "5"))])
+def test_the_gpus_are_those_that_the_user_left_visible(
+    visible: str, gpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert locks.slots().gpus == gpus
+
+
+def test_the_number_of_threads_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KD_CPUS", "3")
+    assert locks.slots().threads == 3

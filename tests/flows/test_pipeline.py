@@ -1,0 +1,125 @@
+"""`python -m flows.pipeline` as a process of its own, ended in every way a process can be."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.flows.toys import SOURCES, Toy, endless, lives, pid_in, timed, wait_until
+
+TWO = {"one": timed("one", 0), "two": timed("two", 0, deps=["one.txt"])}
+
+
+def test_a_flow_after_dvc_repro_says_that_there_is_nothing_to_do(toy: Toy) -> None:
+    toy.write(TWO)
+    toy.dvc("repro")
+    code = (
+        "import sys; from flows.pipeline import main; status = main(); "
+        "assert not {'prefect', 'torch', 'mlflow'} & set(sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=toy.root,
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Nothing to do: all 2 stages are up to date." in done.stdout
+
+
+def test_a_run_against_a_running_server_shows_plan_lines_and_failure(
+    toy: Toy, prefect: str
+) -> None:
+    toy.write(
+        {
+            "one": {"cmd": "echo epoch 1; echo > one.txt", "outs": ["one.txt"]},
+            "two": {"cmd": "echo no space left; exit 3", "deps": ["one.txt"], "outs": ["two.txt"]},
+            "three": timed("three", 0, deps=["two.txt"]),
+        }
+    )
+    process = toy.start(PREFECT_API_URL=prefect)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    lines = [" ".join(each.split()) for each in said.splitlines()]
+    assert lines[0] == "3 of 3 stages to run"
+    assert "two never run" in lines
+    assert "one | epoch 1" in lines
+    assert lines.index("one | epoch 1") < lines.index("one | done")
+    failed = lines.index("two | two ended with exit code 255")
+    assert "two | no space left" in lines[failed:]
+    assert any(each.startswith("three not run") for each in lines)
+    assert "error: " in lines[-1]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_flow_told_to_end_leaves_no_training_and_starts_none(
+    toy: Toy, prefect: str, number: signal.Signals
+) -> None:
+    toy.write({"train": endless("train"), "next": timed("next", 0, deps=["train.txt"])})
+    process = toy.start(PREFECT_API_URL=prefect)
+    pid = pid_in(toy.path("PID"))
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not lives(pid)
+    assert "Traceback" not in said
+    assert "the next run goes on from there" in said
+
+
+def test_a_flow_killed_by_force_leaves_no_training_and_the_next_one_runs(
+    toy: Toy, prefect: str
+) -> None:
+    toy.write({"one": timed("one", 0), "train": endless("train", deps=["one.txt"])})
+    process = toy.start(PREFECT_API_URL=prefect)
+    pid = pid_in(toy.path("PID"))
+    first = toy.path("one.txt").read_text()
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not lives(pid), patience=10)
+    toy.write({"one": timed("one", 0), "train": timed("train", 0, deps=["one.txt"])})
+    again = toy.start(PREFECT_API_URL=prefect)
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert toy.path("one.txt").read_text() == first  # what was finished stays
+    assert toy.status() == {}
+
+
+def test_a_server_that_does_not_answer_is_named_at_once(toy: Toy) -> None:
+    toy.write(TWO)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    process = toy.start(PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"PREFECT_API_URL is http://127.0.0.1:{port}/api, and no Prefect server" in said
+    assert not toy.path("one.txt").exists()
+
+
+def test_a_broken_dvc_yaml_is_an_error_without_a_traceback(toy: Toy) -> None:
+    toy.path("dvc.yaml").write_text("stages: {one: {cmdd: true}}")
+    process = toy.start()
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "error: " in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_without_a_server_and_in_a_cold_home_one_command_does_it_all(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in [each for each in os.environ if each.startswith("PREFECT_")]:
+        monkeypatch.delenv(key)
+    toy.write(TWO)
+    process = toy.start()
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert not {"Traceback", "CancelledError", "WARNING"} & set(said.split())
+    assert toy.path(".kd/prefect/prefect.db").exists()
+    assert toy.path(".kd/prefect/server.log").read_text() == ""
+    assert toy.status() == {}
