@@ -331,8 +331,9 @@ def _sum_of_logs(values_PN: np.ndarray) -> np.ndarray:
         products_PN *= values_PN[:, factor * width : (factor + 1) * width]
     if width and products_PN.min() < tiny / np.finfo(values_PN.dtype).eps:
         products_PN, rest_PN = np.maximum(values_PN, tiny), rest_PN[:, :0]
-    total_P: np.ndarray = np.log(products_PN).sum(axis=1, dtype=np.float64)
-    return total_P + np.log(np.maximum(rest_PN, tiny)).sum(axis=1, dtype=np.float64)
+    total_P: np.ndarray = np.log(np.maximum(rest_PN, tiny)).sum(axis=1, dtype=np.float64)
+    total_P += np.log(products_PN).sum(axis=1, dtype=np.float64)
+    return total_P
 
 
 def _chunks(size: int) -> Iterator[slice]:

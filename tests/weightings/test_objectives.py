@@ -107,12 +107,15 @@ def test_ties_between_equally_wrong_candidates_go_to_the_smaller_nll():
             assert (values_P[first] < values_P[second]) == (nll_P[first] < nll_P[second])
 
 
-def test_nll_survives_members_that_give_a_label_no_chance():
+@pytest.mark.parametrize(("dtype", "rel"), [(np.float64, 1e-9), (np.float32, 1e-5)])
+def test_nll_survives_members_that_give_a_label_no_chance(dtype, rel):
+    """Products of eight such likelihoods underflow; their logarithms must not."""
     logits_KNC, labels_N = random_logits(2, 20, 3)
     logits_KNC[1] = -3000 * np.eye(3)[labels_N]
-    values = MixtureNLL(logits_KNC, labels_N)(np.array([[0.5, 0.5], [1e-6, 1 - 1e-6]]))
+    shares = [0.5, 1e-3, 1e-8, 1e-30]
+    values = MixtureNLL(logits_KNC, labels_N, dtype)(np.array([[w, 1 - w] for w in shares]))
     alone = score([1, 0], logits_KNC, labels_N, "nll", "probabilities")
-    np.testing.assert_allclose(values, [alone + np.log(2), alone - np.log(1e-6)], rtol=1e-9)
+    np.testing.assert_allclose(values, [alone - np.log(w) for w in shares], rtol=rel)
 
 
 def test_float32_likelihoods_are_good_to_a_ten_millionth():
