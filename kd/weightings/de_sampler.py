@@ -14,6 +14,7 @@ Shapes: P population, D dimensions of the search space.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -730,6 +731,7 @@ class GenerationJournalBackend(BaseJournalBackend):
         self._reader = JournalFileBackend(os.fspath(path))
         self._num_written = sum(1 for _ in self._reader.read_logs(0))
         self._trials_per_commit = trials_per_commit
+        self._last: list[bytes] = []  # what the last commit wrote: the storage reads it back
         self._pending: list[bytes] = []
         self._finished = 0
         # Runs at close(), else when the storage is dropped or the interpreter exits.
@@ -737,9 +739,12 @@ class GenerationJournalBackend(BaseJournalBackend):
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Logs from the file, then those not written yet."""
-        if log_number_from < self._num_written:
+        in_memory = self._num_written - len(self._last)
+        if log_number_from < in_memory:
             yield from self._reader.read_logs(log_number_from)
-        for line in self._pending[max(0, log_number_from - self._num_written) :]:
+            log_number_from = self._num_written
+        offset = log_number_from - in_memory
+        for line in itertools.islice(itertools.chain(self._last, self._pending), offset, None):
             yield json.loads(line)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -753,6 +758,7 @@ class GenerationJournalBackend(BaseJournalBackend):
     def commit(self) -> None:
         """Write what is pending: one write, one fsync."""
         self._num_written += len(self._pending)
+        self._last = self._pending.copy()
         _write(self._descriptor, self._pending)
         self._finished = 0
 

@@ -120,6 +120,8 @@ class Evolution:
     memory_F: np.ndarray = field(init=False)
     memory_CR: np.ndarray = field(init=False)
     next_memory: int = field(default=0, init=False)
+    seen: set[bytes] = field(default_factory=set, init=False)
+    """Every row that was ever told a value, as the objective saw it."""
 
     def __post_init__(self) -> None:
         """Start with empty slots: their rows stand in until a value is told."""
@@ -131,6 +133,7 @@ class Evolution:
         memory_size = 1 if rules.strategy == "jade" else rules.memory_size
         self.memory_F = np.full(memory_size, 0.5)
         self.memory_CR = np.full(memory_size, rules.CR)
+        self.seen.update(self._keys(self.rows_PD))
 
     def propose(self, generation: int) -> Offspring:
         """Draw the candidates of `generation`; generation 0 is the initial population."""
@@ -167,6 +170,7 @@ class Evolution:
             CR_P: its crossover rate.
             generation: keys the random choice of what leaves a full archive.
         """
+        self.seen.update(self._keys(rows_PD))
         before_P, was_P = self.values_P[slots], self.violations_P[slots]
         # Ties are accepted: on the plateaus of accuracy the population must be able to drift.
         wins_P = (violations_P < was_P) | ((violations_P == was_P) & (values_P <= before_P))
@@ -187,6 +191,7 @@ class Evolution:
         """Go on in fewer dimensions: `kept_D` is a bool for every present column."""
         self.simplex_D, self.nominal_D = self.simplex_D[kept_D], self.nominal_D[kept_D]
         self.rows_PD, self.archive_AD = self.rows_PD[:, kept_D], self.archive_AD[:, kept_D]
+        self.seen.clear()  # in more columns
 
     def order(self) -> np.ndarray:
         """Slots from best to worst by Deb's rules."""
@@ -267,18 +272,23 @@ class Evolution:
         return inside_PD
 
     def _without_duplicates(self, rng: np.random.Generator, drawn: Offspring) -> Offspring:
-        """Replace rows that an occupant or an earlier slot already shows by fresh points."""
+        """Replace rows that were tried before, or by an earlier slot, by fresh points."""
         size = len(drawn.rows_PD)
-        seen = self.visible(np.concatenate([self.rows_PD, drawn.rows_PD]))
-        _, first = np.unique(seen, axis=0, return_index=True)
-        again_P = np.ones(size, dtype=bool)
-        again_P[first[first >= size] - size] = False
+        again_P = np.zeros(size, dtype=bool)
+        earlier: set[bytes] = set()
+        for slot, key in enumerate(self._keys(drawn.rows_PD)):
+            again_P[slot] = key in self.seen or key in earlier
+            earlier.add(key)
         if not again_P.any():
             return drawn
         fresh_PD = self._drawn(rng, size)
         rows_PD = np.where(again_P[:, None], fresh_PD, drawn.rows_PD)
         F_P, CR_P = (np.where(again_P, np.nan, scale) for scale in (drawn.F_P, drawn.CR_P))
         return Offspring(drawn.number, rows_PD, F_P, CR_P)
+
+    def _keys(self, rows_PD: np.ndarray) -> list[bytes]:
+        """What tells rows apart; + 0.0 makes -0.0 and 0.0 one."""
+        return [row.tobytes() for row in np.ascontiguousarray(self.visible(rows_PD) + 0.0)]
 
     def _archive(self, parents_AD: np.ndarray, generation: int) -> None:
         """Keep defeated parents; random ones leave when there is no more room."""

@@ -167,9 +167,9 @@ class ErrorRate:
     """Share of samples whose label does not win, with every rival that cannot matter removed.
 
     Exact on the simplex, for scores that mix linearly (probabilities, or logits averaged as
-    logits).  A rival that trails the label in every member can never win; one that trails
-    another rival in every member is beaten whenever that one is.  Ties go to the lower class
-    index, as in argmax.
+    logits).  A rival that trails the label in every member can never win; one that leads it in
+    every member always does, which decides the sample; one that trails another rival in every
+    member is beaten whenever that one is.  Ties go to the lower class index, as in argmax.
     """
 
     def __init__(self, scores_KNC: np.ndarray, labels_N: np.ndarray) -> None:
@@ -183,9 +183,9 @@ class ErrorRate:
             _rivals(scores_KNC[:, part].astype(np.float64), labels_N[part], part.start)
             for part in _chunks(self.num_samples)
         ]
-        sample_M, margins_MK, ties_M = (
-            np.concatenate(column) for column in zip(*parts, strict=True)
-        )
+        *pairs, lost = zip(*parts, strict=True)
+        sample_M, margins_MK, ties_M = (np.concatenate(column) for column in pairs)
+        self.num_lost = sum(lost)
         counts_N = np.bincount(sample_M, minlength=self.num_samples)
         place_N = np.empty(self.num_samples, dtype=np.int64)
         place_N[np.argsort(-counts_N, kind="stable")] = np.arange(self.num_samples)
@@ -200,7 +200,7 @@ class ErrorRate:
 
     def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
         """Error rates of the candidates, whose rows are on the simplex."""
-        wrong_P = np.zeros(len(weights_PK))
+        wrong_P = np.full(len(weights_PK), float(self.num_lost))
         for part in _chunks(self.layers[0][0].shape[1] if self.layers else 0):
             wrong_PN = np.zeros((len(weights_PK), part.stop - part.start), dtype=bool)
             for margins_KN, least_N in self.layers:
@@ -288,18 +288,20 @@ def _score(
 
 def _rivals(
     scores_KNC: np.ndarray, labels_N: np.ndarray, start: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """The M (sample, rival) pairs that can decide a sample, in the samples' order.
 
     Returns:
-        Sample index plus `start` (M,), margins label - rival per member (M, K), and whether
-        the rival wins ties (M,).
+        Sample index plus `start` (M,), margins label - rival per member (M, K), whether the
+        rival wins ties (M,), and how many samples every mixture gets wrong.
     """
     samples = np.arange(len(labels_N))
     margins_KNC = scores_KNC[:, samples, labels_N][:, :, None] - scores_KNC
     ties_NC = np.arange(scores_KNC.shape[2]) < labels_N[:, None]
-    can_win_NC = np.where(ties_NC, margins_KNC <= 0, margins_KNC < 0).any(axis=0)
-    can_win_NC[samples, labels_N] = False
+    leads_KNC = np.where(ties_NC, margins_KNC <= 0, margins_KNC < 0)
+    leads_KNC[:, samples, labels_N] = False
+    lost_N = leads_KNC.all(axis=0).any(axis=1)
+    can_win_NC = leads_KNC.any(axis=0) & ~lost_N[:, None]
     most = int(can_win_NC.sum(axis=1).max())
     rivals_NR = np.argsort(~can_win_NC, axis=1, kind="stable")[:, :most]
     kept_NR = np.take_along_axis(can_win_NC, rivals_NR, axis=1)
@@ -314,7 +316,8 @@ def _rivals(
     later_RR = np.arange(most)[:, None] > np.arange(most)
     kept_NR &= ~(implied_NRR & (~equal_NRR | later_RR)).any(axis=2)
     sample_M, rival_M = np.nonzero(kept_NR)
-    return sample_M + start, margins_KNR[:, sample_M, rival_M].T, ties_NR[sample_M, rival_M]
+    margins_MK = margins_KNR[:, sample_M, rival_M].T
+    return sample_M + start, margins_MK, ties_NR[sample_M, rival_M], int(lost_N.sum())
 
 
 def _sum_of_logs(values_PN: np.ndarray) -> np.ndarray:
