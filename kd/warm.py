@@ -59,6 +59,8 @@ class Server:
         self.listener.listen(64)
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+        self.clients: dict[int, socket.socket] = {}
+        """Who waits for which child, by its pidfd."""
         self.loaded_in = os.environ.copy()
         self.folder = os.getcwd()
         for name in PRELOAD:
@@ -102,21 +104,13 @@ class Server:
         if child := os.fork():
             for each in streams:
                 os.close(each)
-            connection.sendall(f"{child}\n".encode())
-            process = os.pidfd_open(child)
-            ended = (process, connection)
-            self.selector.register(
-                process, selectors.EVENT_READ, lambda _: self.report(child, *ended)
-            )
-            self.selector.register(
-                connection, selectors.EVENT_READ, lambda _: self.abandon(*ended)
-            )
+            self.watch(child, connection)
             return None
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-        self.selector.close()
-        self.listener.close()
+        for each in (self.selector, self.listener, *self.clients.values(), connection):
+            each.close()
         for target, each in enumerate(streams):
             os.dup2(each, target)
             os.close(each)
@@ -125,21 +119,32 @@ class Server:
         arguments: list[str] = request["argv"]
         return arguments
 
-    def report(self, child: int, process: int, connection: socket.socket) -> None:
-        """Tell the client how the child ended."""
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        self.selector.unregister(process)
-        os.close(process)
-        if connection in self.selector.get_map():
-            self.selector.unregister(connection)
-            connection.sendall(f"{status if status >= 0 else 128 - status}\n".encode())
-            connection.close()
+    def watch(self, child: int, connection: socket.socket) -> None:
+        """Have `report` called when the child ends, and `abandon` when the client does."""
+        process = os.pidfd_open(child)
+        self.clients[process] = connection
+        connection.sendall(f"{child}\n".encode())
+        self.selector.register(process, selectors.EVENT_READ, self.report)
+        self.selector.register(connection, selectors.EVENT_READ, lambda _: self.abandon(process))
 
-    def abandon(self, process: int, connection: socket.socket) -> None:
-        """The client died, and never says a word before: so dies the process it stands for."""
-        signal.pidfd_send_signal(process, signal.SIGKILL)
-        self.selector.unregister(connection)
-        connection.close()
+    def report(self, process: int) -> None:
+        """Tell the client, if it still is there, how its child ended."""
+        ended = os.waitid(os.P_PIDFD, process, os.WEXITED)
+        assert ended  # it is None under WNOHANG only
+        self.selector.unregister(process)
+        if connection := self.clients.pop(process, None):
+            status = ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
+            connection.sendall(f"{status}\n".encode())
+            self.selector.unregister(connection)
+            connection.close()
+        os.close(process)
+
+    def abandon(self, process: int) -> None:
+        """The client, which never says a word, died: so dies the process that it stands for."""
+        if connection := self.clients.pop(process, None):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            self.selector.unregister(connection)
+            connection.close()
 
 
 def versions() -> dict[str, tuple[int, int]]:

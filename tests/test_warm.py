@@ -1,0 +1,190 @@
+"""The warm process: a stage that runs in a fork of it must not be told from one that does not."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.flows.toys import SOURCES, lives, pid_in, wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pidfd and prctl")
+SERVER = """
+import sys
+from kd import warm
+warm.PRELOAD = ("kd.component",)
+exec(warm.Server(sys.argv[1]).serve()[0])
+"""
+CLIENT = """
+import sys
+from kd import warm
+status = warm.delegate(sys.argv[1:])
+sys.exit(99 if status is None else status)
+"""
+DECLINED = 99
+ENDLESS = "import os, time; open('PID', 'w').write(str(os.getpid())); time.sleep(600)"
+
+
+@pytest.fixture
+def socket_path() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own paths are too long for a socket
+        yield f"{folder}/socket"
+
+
+def start(folder: Path, *command: str, socket_path: str = "", **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(SOURCES), "KD_WARM_SOCKET": socket_path, **env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def server(tmp_path: Path, socket_path: str) -> Iterator[subprocess.Popen[str]]:
+    process = start(tmp_path, "-c", SERVER, socket_path)
+    wait_until(lambda: os.path.exists(socket_path))
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def client(folder: Path, code: str, socket_path: str, **env: str) -> subprocess.Popen[str]:
+    return start(folder, "-c", CLIENT, code, socket_path=socket_path, **env)
+
+
+@pytest.mark.usefixtures("server")
+def test_streams_environment_and_exit_status_are_the_clients(
+    tmp_path: Path, socket_path: str
+) -> None:
+    code = (
+        "import os, sys; print(sys.stdin.read(), os.environ['MINE'], os.environ.get('OTHER')); "
+        "print('err', file=sys.stderr); sys.exit(7)"
+    )
+    one = client(tmp_path, code, socket_path, MINE="1", OTHER="2")
+    assert (*one.communicate("in"), one.returncode) == ("in 1 2\n", "err\n", 7)
+    two = client(tmp_path, code, socket_path, MINE="3")
+    assert (*two.communicate(""), two.returncode) == (" 3 None\n", "err\n", 7)
+
+
+@pytest.mark.usefixtures("server")
+def test_two_stages_run_at_once_and_a_death_by_signal_is_a_failure(
+    tmp_path: Path, socket_path: str
+) -> None:
+    training = client(tmp_path, ENDLESS, socket_path)
+    pid = pid_in(tmp_path / "PID")
+    quick = client(tmp_path, "print('quick')", socket_path)
+    assert (quick.communicate()[0], quick.returncode) == ("quick\n", 0)
+    os.kill(pid, signal.SIGKILL)
+    training.communicate()
+    assert training.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.usefixtures("server")
+def test_a_client_killed_by_force_leaves_no_child(tmp_path: Path, socket_path: str) -> None:
+    training = client(tmp_path, ENDLESS, socket_path)
+    pid = pid_in(tmp_path / "PID")
+    training.kill()
+    training.communicate()
+    wait_until(lambda: not lives(pid), patience=10)
+    again = client(tmp_path, "print('still there')", socket_path)
+    assert again.communicate()[0] == "still there\n"
+
+
+@pytest.mark.usefixtures("server")
+def test_sigterm_reaches_the_stage_which_may_end_its_records(
+    tmp_path: Path, socket_path: str
+) -> None:
+    handler = "import signal, sys; signal.signal(15, lambda *_: (print('closed'), sys.exit(5)));"
+    training = client(tmp_path, handler + ENDLESS, socket_path)
+    pid = pid_in(tmp_path / "PID")
+    training.terminate()
+    assert (training.communicate()[0], training.returncode) == ("closed\n", 5)
+    assert not lives(pid)
+
+
+def test_a_server_killed_by_force_takes_its_children_along_and_the_stage_fails(
+    tmp_path: Path, socket_path: str, server: subprocess.Popen[str]
+) -> None:
+    training = client(tmp_path, ENDLESS, socket_path)
+    pid = pid_in(tmp_path / "PID")
+    server.kill()
+    said = training.communicate()[1]
+    assert training.returncode == 1
+    assert "the warm process that ran this stage was killed" in said
+    wait_until(lambda: not lives(pid), patience=10)
+    later = client(tmp_path, "", socket_path)
+    later.communicate()
+    assert later.returncode == DECLINED
+
+
+@pytest.mark.usefixtures("server")
+def test_what_could_tell_a_fork_from_a_fresh_process_is_declined(
+    tmp_path: Path, socket_path: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    declined = [
+        client(tmp_path / "elsewhere", "", socket_path),
+        client(tmp_path, "", socket_path, OMP_NUM_THREADS="17"),
+        client(tmp_path, "", socket_path, PYTHONHASHSEED="1"),
+        client(tmp_path, "", f"{socket_path}-nowhere"),
+    ]
+    for each in declined:
+        each.communicate()
+    assert [each.returncode for each in declined] == [DECLINED] * 4
+
+
+def test_code_that_was_edited_after_the_server_started_is_not_run_from_memory(
+    tmp_path: Path, socket_path: str
+) -> None:
+    shutil.copytree(SOURCES / "kd", tmp_path / "kd")
+    server = start(tmp_path, "-c", SERVER, socket_path, PYTHONPATH=str(tmp_path))
+    wait_until(lambda: os.path.exists(socket_path))
+    before = client(tmp_path, "", socket_path, PYTHONPATH=str(tmp_path))
+    before.communicate()
+    with (tmp_path / "kd" / "component.py").open("a") as source:
+        source.write("# edited\n")
+    after = client(tmp_path, "", socket_path, PYTHONPATH=str(tmp_path))
+    after.communicate()
+    server.kill()
+    server.communicate()
+    assert (before.returncode, after.returncode) == (0, DECLINED)
+
+
+@pytest.mark.slow
+def test_real_stages_write_the_same_bytes_in_a_fork(tmp_path: Path, socket_path: str) -> None:
+    def artifacts(folder: Path, used_socket: str) -> dict[str, str]:
+        for stage in ("data", "teacher"):
+            done = start(folder, "-m", "kd", stage, socket_path=used_socket)
+            assert (done.communicate()[1], done.returncode) == ("", 0)
+        files = [each for each in (folder / "artifacts").rglob("*") if each.is_file()]
+        return {
+            str(each.relative_to(folder)): hashlib.sha256(each.read_bytes()).hexdigest()
+            for each in files
+            if "runs" not in each.parts
+        }
+
+    params = (SOURCES / "params.yaml").read_text()
+    for old, new in (("tracking: true", "tracking: false"), ("epochs: 20", "epochs: 2")):
+        assert old in params
+        params = params.replace(old, new)
+    for name in ("plain", "warm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "params.yaml").write_text(params)
+    plain = artifacts(tmp_path / "plain", "")
+    server = start(tmp_path / "warm", "-m", "kd.warm", socket_path)
+    wait_until(lambda: os.path.exists(socket_path))
+    warm = artifacts(tmp_path / "warm", socket_path)
+    server.kill()
+    assert server.communicate() == ("", "")
+    assert plain == warm
+    assert "artifacts/teacher/model.safetensors" in warm
