@@ -47,8 +47,8 @@ def overlap(toy: Toy, one: str, other: str) -> float:
 def test_independent_stages_run_at_once_and_dvc_finds_nothing_left_to_do(
     toy: Toy, run: Callable[[], "State"]
 ) -> None:
-    names = [f"part{number}" for number in range(8)]
-    stages = {name: timed(name, 5, deps=["first.txt"]) for name in names}
+    names = [f"part{number}" for number in range(3)]
+    stages = {name: timed(name, 4, deps=["first.txt"]) for name in names}
     stages["first"] = timed("first", 0)
     stages["last"] = timed("last", 0, deps=[f"{name}.txt" for name in names])
     toy.write(stages)
@@ -102,7 +102,7 @@ def test_a_failed_stage_is_run_again_as_often_as_its_meta_says(
 
 
 def test_a_stage_that_takes_too_long_is_ended(toy: Toy, run: Callable[[], "State"]) -> None:
-    toy.write({"train": endless("train", meta={"timeout": 8})})
+    toy.write({"train": endless("train", meta={"timeout": 6})})
     assert run().is_failed()
     assert not lives(pid_in(toy.path("PID")))
 

@@ -56,7 +56,9 @@ def test_a_run_against_a_running_server_shows_plan_lines_and_failure(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_flow_told_to_end_leaves_no_training_and_starts_none(
     toy: Toy, prefect: str, number: signal.Signals
 ) -> None:
