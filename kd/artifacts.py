@@ -26,6 +26,7 @@ from kd.train import Epoch
 ROOT = Path("artifacts")
 CHECKPOINTS = Path(".kd/checkpoints")
 """Outside every stage's folder: DVC empties those before it runs a stage."""
+LEARNING = ("train.py", "recipe.py", "ensemble.py", "methods", "models", "data")
 
 
 class ArtifactError(ConfigError):
@@ -145,11 +146,13 @@ def digest(record: object) -> str:
 
 
 def code_digest() -> str:
-    """SHA-256 over the sources of kd: the version of the code that a model was trained by."""
+    """SHA-256 over the sources that decide what is learned, which are those dvc.yaml watches."""
     package = Path(__file__).parent
     whole = hashlib.sha256()
-    for source in sorted(package.rglob("*.py")):
-        whole.update(str(source.relative_to(package)).encode() + source.read_bytes())
+    for name in LEARNING:
+        path = package / name
+        for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            whole.update(str(source.relative_to(package)).encode() + source.read_bytes())
     return whole.hexdigest()
 
 

@@ -55,7 +55,7 @@ class Manifest:
     sha256: str = ""
     """Of model.safetensors."""
     code: str
-    """SHA-256 over the sources of kd that trained it."""
+    """SHA-256 over the sources that decided what it learned."""
     torch: str = torch.__version__
     device: str
 

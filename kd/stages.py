@@ -83,7 +83,7 @@ def weights(params: Params, name: str, run: Run) -> None:
     artifacts.write_tensors(
         folder / "val_logits.safetensors", {"logits_KNC": logits_KNC, "labels_N": val.labels_N}
     )
-    study = artifacts.ROOT / "runs" / "weights.study.log"
+    study = artifacts.folder("runs") / "weights.study.log"
     names = tuple(params.assistants)
     given = (logits_KNC.numpy(), val.labels_N.numpy())
     found = params.weights.find(*given, names, seed_of(params, "weights"), study)

@@ -340,13 +340,18 @@ def restore(
     if loaded is None:
         return []
     state, history = loaded
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in part(state, "optimizer/").items():
-        index, entry = name.split("/")
-        entries.setdefault(int(index), {})[entry] = tensor
     model.load_state_dict(part(state, "model/"))
     if mean is not None:
         mean.load_state_dict(part(state, "mean/"))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in part(state, "optimizer/").items():
+        index, entry = name.split("/")
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            # In the parameter's memory order, which the fused optimisers take for granted.
+            tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+        entries.setdefault(int(index), {})[entry] = tensor
     optimizer.load_state_dict({**copy.deepcopy(optimizer.state_dict()), "state": entries})
     return history
 

@@ -21,7 +21,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ("torch", "safetensors.torch", "kd.stages", "kd.params", "kd.__main__")
+PRELOAD = ("torch", "torch._dynamo", "safetensors.torch", "kd.stages", "kd.params", "kd.__main__")
+"""Making an optimiser imports torch._dynamo, which takes as long as torch itself."""
 READ_ON_LOAD = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "TORCH_", "PYTHON", "LD_")
 """Beginnings of variables that took effect when the warm process started."""
 PR_SET_PDEATHSIG = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd import stages
+from kd import artifacts, stages
 from kd.__main__ import FAMILIES, STAGES
 
 PROJECT = Path(__file__).parents[1]
@@ -110,7 +110,9 @@ def paths(entries):
 def test_a_stage_writes_its_own_folder_and_its_own_run_record(dag):
     for name, stage in dag.items():
         key = "/${key}" if "foreach" in stage else ""
-        outs = paths(sum((body(stage).get(kind, []) for kind in ("outs", "metrics", "plots")), []))
+        outs = paths(
+            [o for kind in ("outs", "metrics", "plots") for o in body(stage).get(kind, [])]
+        )
         own = (f"artifacts/{name}{key}", f"artifacts/runs/{name}{key}", f"artifacts/runs/{name}.")
         assert all(path.startswith(own) for path in outs), name
         assert f"artifacts/runs/{name}{key}.json" in outs
@@ -138,6 +140,11 @@ def test_stages_watch_the_code_that_they_run(dag):
     for stage in dag.values():
         for path in paths(body(stage)["deps"]):
             assert "${" in path or path.startswith("artifacts") or (PROJECT / path).exists(), path
+
+
+def test_a_manifests_code_version_covers_the_code_that_dvc_watches(dag):
+    watched = {path for path in dag["teacher"]["deps"] if path.startswith("kd/")}
+    assert watched == {f"kd/{name}" for name in artifacts.LEARNING}
 
 
 def test_imports_go_down_only():

@@ -71,7 +71,7 @@ def test_a_damaged_tensor_file_is_named(workspace):
     path = workspace / "t.safetensors"
     artifacts.write_tensors(path, {"a": torch.ones(100)})
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ArtifactError, match="t.safetensors is damaged"):
+    with pytest.raises(ArtifactError, match=r"t\.safetensors is damaged"):
         artifacts.read_tensors(path)
 
 

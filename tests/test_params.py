@@ -99,7 +99,7 @@ def test_what_is_wrong_is_named_by_its_path(raw, path, value, said):
 
 def test_a_missing_section_is_named(raw):
     del raw["weights"]
-    with pytest.raises(ConfigError, match="^weights is missing"):
+    with pytest.raises(ConfigError, match=r"^weights is missing"):
         params.parse(raw)
 
 
