@@ -72,8 +72,11 @@ def read(root: Path) -> Plan:
 
 
 def inputs(root: Path, name: str) -> dict[str, object]:
-    """A stage's inputs as they are now: the content hash of each file, the value of each param."""
-    with Repo(str(root), _wait_for_lock=True) as repo:
+    """A stage's inputs as they are now: the content hash of each file, the value of each param.
+
+    Under DVC's lock, since another stage that ends just then rewrites dvc.lock in place.
+    """
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         stage = _load(repo, root, name)
         stage.save_deps(allow_missing=True)
         seen: dict[str, object] = {}
