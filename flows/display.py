@@ -31,8 +31,18 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print()
 
 
+FURTHER = """\
+Look further:
+  make ui                       every run in MLflow, every stage in Prefect, in the browser
+  . .venv/bin/activate          puts the next commands on your path
+  dvc dag                       what depends on what
+  dvc metrics show              every stage's figures
+  dvc plots show                curves, as a page
+"""
+
+
 def show_report(root: Path, console: Console) -> None:
-    """The result's table, where the pipeline has one."""
+    """The result's table, where the pipeline has one, and where to look further."""
     report = root / "artifacts" / "report" / "report.md"
     if report.exists():
         text = report.read_text()
@@ -40,6 +50,7 @@ def show_report(root: Path, console: Console) -> None:
             console.print(Markdown(text))
         else:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(FURTHER, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -117,9 +128,9 @@ class Progress(logging.Handler):
     def __rich__(self) -> Group:
         """The table as it stands now."""
         table = Table(box=None, pad_edge=False)
-        table.add_column("stage", no_wrap=True)
-        table.add_column("state", no_wrap=True)
-        table.add_column("time", justify="right", no_wrap=True)
+        table.add_column("stage", min_width=self.width)
+        table.add_column("state", min_width=max(map(len, STYLES)))
+        table.add_column("time", justify="right", min_width=len("1000.0 s"))
         table.add_column("last line", no_wrap=True, overflow="ellipsis", style="dim")
         for name, row in self.rows.items():
             state = Text(row.state, style=STYLES.get(row.state, "dim"))

@@ -353,14 +353,14 @@ def _weights_table(weights: Mapping[str, Any]) -> str:
 
 def _exports_table(exports: Sequence[Mapping[str, Any]], latency: Mapping[str, float]) -> str:
     return _table(
-        ["", "size", "largest difference of a logit", "top-1 agreement", "validation", "latency"],
+        ["file", "size", "max difference", "agreement", "validation (eager)", "latency"],
         [
             [
-                f"{one['format']}: {one['file']}",
+                f"artifacts/exports/{one['format']}/{one['file']}",
                 _size(one["size_bytes"]),
                 f"{one['max_abs']:.1e}",
                 _percent(one["top1_agreement"]),
-                f"{_percent(one['val_accuracy'])} (eager {_percent(one['eager_val_accuracy'])})",
+                f"{_percent(one['val_accuracy'])} ({_percent(one['eager_val_accuracy'])})",
                 _milliseconds(latency.get(f"exports/{one['format']}")),
             ]
             for one in exports

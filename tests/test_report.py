@@ -168,7 +168,7 @@ def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
     assert "0.700" in lines["chosen"]
     assert "600" in lines["chosen"]
     for shown in ("12.3 kB", "2.5e-06", "100.00 %", "0.46 ms"):
-        assert shown in lines["onnx: model.onnx"]
+        assert shown in lines["artifacts/exports/onnx/model.onnx"]
     assert "nan" not in text
     assert "None" not in text
 
