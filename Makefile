@@ -26,7 +26,7 @@ demo: install  ## The whole pipeline on the embedded data, then its table
 	@python -m flows.pipeline
 
 test: install  ## The tests, but for the slow ones
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: install  ## The slow tests
 	python -m pytest -m slow
