@@ -215,14 +215,16 @@ def simplex_map(
     labels_N: "NDArray[np.integer[Any]]",
     members: Sequence[str],
     path: Sequence[Row],
+    tried: Sequence[Row] = (),
 ) -> "Figure":
-    """Validation NLL over all weights of three members, with the search's path.
+    """Validation NLL over all weights of three members, with the search's points and path.
 
     Args:
         logits_KNC: Of three members.
         labels_N: Class indices.
         members: Their names, in that order.
         path: Of path.csv: generation, and one column for each member.
+        tried: Of tried.csv: every candidate, one column for each member.
     """
     import numpy as np
 
@@ -233,6 +235,9 @@ def simplex_map(
     levels = np.quantile(nll_P, np.linspace(0, 1, 24))
     filled = axes.tricontourf(x_P, y_P, nll_P, levels=np.unique(levels), cmap="cividis")
     figure.colorbar(filled, label="validation NLL", shrink=0.8, format="%.3f")
+    if tried:
+        x, y = _flat_triangle(np.array([[row[member] for member in members] for row in tried]))
+        axes.plot(x, y, ".", color="black", markersize=2, alpha=0.4, label="tried")
     walk_PK = np.array([[row[member] for member in members] for row in path])
     x, y = _flat_triangle(walk_PK)
     axes.plot(x, y, "o-", color="white", markersize=3, linewidth=1, label="best by generation")

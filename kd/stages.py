@@ -23,7 +23,13 @@ from kd.params import Params
 from kd.roles import Role, learn
 from kd.tracking import Run
 from kd.tracking.weights import log_weight_sets
-from kd.weightings import convergence_rows, path_rows, weight_metrics, weight_record
+from kd.weightings import (
+    convergence_rows,
+    path_rows,
+    tried_rows,
+    weight_metrics,
+    weight_record,
+)
 
 DATA = artifacts.ROOT / "data"
 REGISTERED_NAME = "kd-student"
@@ -94,6 +100,7 @@ def weights(params: Params, name: str, run: Run) -> None:
     artifacts.write_json(folder / "metrics.json", weight_metrics(record))
     artifacts.write_csv(folder / "convergence.csv", convergence_rows(found))
     artifacts.write_csv(folder / "path.csv", path_rows(found))
+    artifacts.write_csv(folder / "tried.csv", tried_rows(found))
     print("  ".join(f"{each} {weight:.3f}" for each, weight in found.weights.items()))
     for warning in found.warnings:
         print(f"warning: {warning}")

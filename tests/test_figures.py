@@ -37,6 +37,7 @@ def every_figure():
         {"name": "student", "role": "student", "size_bytes": 10**4, "test_accuracy": 0.95},
     ]
     bins = [{"confidence": 0.9, "accuracy": 0.8, "count": 7}, {"confidence": 0.1, "count": 0}]
+    logits_KNC = random.normal(size=(3, 50, 3))
     return {
         "curves": figures.curves(epochs),
         "confusion": figures.confusion(labels_N, labels_N[::-1], ["cat", "dog", "ox"]),
@@ -46,7 +47,8 @@ def every_figure():
         "weights": figures.weights(RECORD),
         "weights_path": figures.weights_path(PATH),
         "one_generation": figures.weights_path(PATH[:1]),
-        "simplex": figures.simplex_map(random.normal(size=(3, 50, 3)), labels_N, MEMBERS, PATH),
+        "simplex": figures.simplex_map(logits_KNC, labels_N, MEMBERS, PATH),
+        "simplex_tried": figures.simplex_map(logits_KNC, labels_N, MEMBERS, PATH, PATH),
         "sizes": figures.sizes(rows),
     }
 

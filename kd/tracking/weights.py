@@ -29,7 +29,7 @@ def log_weight_sets(
     """
     record = json.loads((folder / "weights.json").read_text())
     parent.log_figure(figures.weights(record), "weights")
-    for name in ("weights.json", "convergence.csv", "path.csv"):
+    for name in ("weights.json", "convergence.csv", "path.csv", "tried.csv"):
         if (folder / name).exists():
             parent.log_file(folder / name)
     if (folder / "convergence.csv").exists():
@@ -73,10 +73,9 @@ def _log_search(parent: Run, record: Mapping[str, object], folder: Path) -> None
         from safetensors.numpy import load_file
 
         cached = load_file(folder / "val_logits.safetensors")
-        parent.log_figure(
-            figures.simplex_map(cached["logits_KNC"], cached["labels_N"], members, path),
-            "simplex",
-        )
+        given = (cached["logits_KNC"], cached["labels_N"], members)
+        tried = read_numbers(folder / "tried.csv") if (folder / "tried.csv").exists() else []
+        parent.log_figure(figures.simplex_map(*given, path, tried), "simplex")
 
 
 def read_numbers(path: Path) -> list[dict[str, float]]:

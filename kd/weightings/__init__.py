@@ -11,7 +11,7 @@ from kd.weightings.fixed import Fixed
 from kd.weightings.found import Found, History
 from kd.weightings.greedy import Greedy
 from kd.weightings.record import HeldOut, cross_fitted, weight_record
-from kd.weightings.tables import convergence_rows, path_rows, weight_metrics
+from kd.weightings.tables import convergence_rows, path_rows, tried_rows, weight_metrics
 from kd.weightings.uniform import Uniform
 
 Weighting = DifferentialEvolution | ExpectationMaximization | Uniform | BestSingle | Greedy | Fixed
@@ -30,6 +30,7 @@ __all__ = [
     "convergence_rows",
     "cross_fitted",
     "path_rows",
+    "tried_rows",
     "weight_metrics",
     "weight_record",
 ]

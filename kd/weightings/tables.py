@@ -30,6 +30,15 @@ def path_rows(found: Found) -> list[dict[str, float]]:
     ]
 
 
+def tried_rows(found: Found) -> list[dict[str, float]]:
+    """Every candidate of the search in order: its weights, and the objective's value."""
+    history = found.history
+    return [
+        {**dict(zip(found.names, weights_K.tolist(), strict=True)), "value": float(value)}
+        for weights_K, value in zip(history.tried_MK, history.values_M, strict=True)
+    ]
+
+
 def weight_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of weights.json that are compared between experiments: held out, all of them."""
     return {
