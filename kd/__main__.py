@@ -10,11 +10,7 @@ import sys
 import time
 from types import FrameType
 
-from kd import warm
-
-FAMILIES = ("assistants", "baselines", "exports")
-"""Stages that have several names: the keys of their section of params.yaml."""
-STAGES = ("data", "teacher", "assistants", "weights", "student", "baselines", "exports", "report")
+from kd import FAMILIES, STAGES, warm
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd import FAMILIES
 from kd.component import ConfigError
 from kd.ensemble import digest_of_tensors
 from kd.train import Epoch
@@ -177,12 +178,11 @@ def load_model(path: Path, model: nn.Module) -> nn.Module:
 
 
 def remedy(path: Path) -> str:
-    """Which stage makes a file."""
-    try:
-        stage, *rest = path.relative_to(ROOT).parts
-    except ValueError:
+    """Which stage makes a file of the artifacts folder."""
+    if ROOT.name not in path.parts:
         return "delete it and run the stage again"
-    name = f"@{rest[0]}" if stage in ("assistants", "baselines", "exports") and rest else ""
+    stage, *rest = path.parts[path.parts.index(ROOT.name) + 1 :]
+    name = f"@{rest[0]}" if stage in FAMILIES and rest else ""
     return f"run `dvc repro {stage}{name}`"
 
 

@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
+import csv
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
@@ -80,6 +81,12 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file whose cells are all numbers, as the functions below take them."""
+    with path.open(newline="") as file:
+        return [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+
+
 @_styled
 def curves(rows: Sequence[Row], title: str = "Training") -> "Figure":
     """Loss and validation by epoch.
@@ -96,6 +103,27 @@ def curves(rows: Sequence[Row], title: str = "Training") -> "Figure":
     left.legend()
     right.plot(epochs, [100 * row["val_accuracy"] for row in rows], color=BLUE)
     right.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
+    return figure
+
+
+@_styled
+def learning(curves_by_name: Mapping[str, Sequence[Row]]) -> "Figure":
+    """Validation accuracy by epoch, a line for each network.
+
+    Args:
+        curves_by_name: Rows of each network's curves.csv: epoch, val_accuracy.
+    """
+    figure, axes = _axes(size=(8, 4.2))
+    for index, (name, rows) in enumerate(curves_by_name.items()):
+        axes.plot(
+            [row["epoch"] for row in rows],
+            [100 * row["val_accuracy"] for row in rows],
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
+            label=name,
+        )
+    axes.set(title="Validation accuracy while training", xlabel="epoch", ylabel="%")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

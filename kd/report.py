@@ -5,14 +5,12 @@ test split and hands in what it measured there as `Test`; everything else is rea
 that the stages left in artifacts/.
 """
 
-import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kd import figures
+from kd import artifacts, figures
 from kd.component import ConfigError
 
 # N samples, C classes
@@ -23,8 +21,6 @@ BINS = 15
 """Of the reliability diagram."""
 VERDICTS = {1: "is better than", -1: "is worse than", 0: "cannot be told apart from"}
 """By the sign of a clear difference."""
-FAMILIES = ("assistants", "baselines", "exports")
-"""Stages of which an experiment has several."""
 WEIGHTED, UNIFORM = "ensemble/weighted", "ensemble/uniform"
 """The rows of the two ensembles; every other row is a run name, teacher or assistants/large."""
 
@@ -85,7 +81,7 @@ def build(root: Path, names: Names, test: Test) -> dict[str, Any]:
     Raises:
         ConfigError: a record or a test score is missing; the message names it.
     """
-    weights = _read(root / "weights/weights.json")
+    weights = artifacts.read_json(root / "weights/weights.json")
     rows = [
         _network(root, "teacher", "teacher", test),
         *(_network(root, f"assistants/{name}", "assistant", test) for name in names.assistants),
@@ -168,7 +164,12 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
             _weights_table(report["weights"]),
             "Held out: found on four folds of the validation split, scored on the fifth.",
             *(
-                ["## Exports", _exports_table(report["exports"], latency)]
+                [
+                    "## Exports",
+                    _exports_table(report["exports"], latency),
+                    "Max difference (of any logit) and agreement (of the predicted class) are "
+                    "with the student, over the validation images.",
+                ]
                 * bool(report["exports"])
             ),
             "",
@@ -178,6 +179,7 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
 
 def write(
     folder: Path,
+    root: Path,
     report: Mapping[str, Any],
     names: Names,
     test: Test,
@@ -186,22 +188,31 @@ def write(
     """Write report.json, metrics.json, latency.json, report.md, CSVs and figures.
 
     All but latency.json and report.md, which hold times, are the same for the same records.
+
+    Args:
+        folder: Where they go.
+        root: The artifacts folder, for the networks' curves.
+        report: What `build` returned.
+        names: What the experiment consists of.
+        test: What was measured on the test split.
+        latency_ms: As in `to_markdown`.
     """
     pictures = folder / "figures"
     pictures.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "report.json", report)
-    _write_json(folder / "metrics.json", metrics(report))
-    _write_json(folder / "latency.json", latency_ms)
+    artifacts.write_json(folder / "report.json", report)
+    artifacts.write_json(folder / "metrics.json", metrics(report))
+    artifacts.write_json(folder / "latency.json", latency_ms)
     (folder / "report.md").write_text(to_markdown(report, latency_ms))
     named = [
         {"actual": names.class_names[actual], "predicted": names.class_names[predicted]}
         for actual, predicted in zip(test.labels_N, test.predicted_N, strict=True)
     ]
     bins = reliability_bins(test.confidence_N, test.labels_N, test.predicted_N)
-    _write_csv(folder / "confusion.csv", named)
-    _write_csv(folder / "reliability.csv", bins)
-    _write_csv(folder / "results.csv", report["rows"])
+    artifacts.write_csv(folder / "confusion.csv", named)
+    artifacts.write_csv(folder / "reliability.csv", bins)
+    artifacts.write_csv(folder / "results.csv", report["rows"])
     for name, figure in {
+        "curves": figures.learning(_curves(root, report)),
         "confusion": figures.confusion(test.labels_N, test.predicted_N, names.class_names),
         "reliability": figures.reliability(bins),
         "sizes": figures.sizes(report["rows"]),
@@ -230,10 +241,18 @@ def reliability_bins(
     ]
 
 
+def _curves(root: Path, report: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """The rows of each trained network's curves.csv."""
+    curves = {}
+    for name in (row["name"] for row in report["rows"] if row["role"] != "ensemble"):
+        curves[name] = figures.read_rows(root / name / "curves.csv")
+    return curves
+
+
 def _network(root: Path, name: str, role: str, test: Test) -> dict[str, Any]:
     """The table's row of a trained network."""
     path = root / name / "metrics.json"
-    record = _read(path)
+    record = artifacts.read_json(path)
     wanted = ("val_accuracy", "val_nll", "parameters", "multiply_adds", "size_bytes")
     return {
         "name": name,
@@ -272,7 +291,7 @@ def _scores(test: Test, name: str) -> dict[str, float]:
 def _export(root: Path, name: str) -> dict[str, Any]:
     """An export's file and how it compares with the student it was made from."""
     path = root / "exports" / name / "parity.json"
-    record = _read(path)
+    record = artifacts.read_json(path)
     wanted = (
         "file",
         "max_abs",
@@ -401,33 +420,7 @@ def _mean(values: Iterable[float], otherwise: float) -> float:
     return sum(listed) / len(listed) if listed else otherwise
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A record; ConfigError with the stage to run if it is not there or no JSON object."""
-    folder = path.parent
-    stage = folder.name if folder.parent.name not in FAMILIES else "@".join(folder.parts[-2:])
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: run `dvc repro {stage}`") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): run `dvc repro {stage}`") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path} holds no record: run `dvc repro {stage}`")
-    return record
-
-
 def _get(record: Mapping[str, Any], key: str, path: Path) -> Any:
     if key not in record:
         raise ConfigError(f"{path} has no {key!r}: run its stage again")
     return record[key]
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -112,6 +112,10 @@ def learn(role: Role, run: Run) -> None:
     }
     artifacts.write_json(folder / "metrics.json", metrics)
     checkpoint.remove()
+    run.log_final(final_figures(metrics))
+    for name in ("manifest.json", "metrics.json", "curves.csv"):
+        run.log_file(folder / name)
+    run.log_tags({"kd.sha256": written.sha256})
 
 
 def prepare_device(recipe: Recipe) -> str:
@@ -176,6 +180,17 @@ def validation_figures(module: nn.Module, described: Manifest) -> dict[str, floa
         teacher, _ = manifest.load(artifacts.folder("teacher"))
         figures["val_agreement"] = agreement(logits_NC, predict(teacher, val))
     return figures
+
+
+def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What tracked runs are compared by; sizes in millions."""
+    return {
+        **{name: value for name, value in metrics.items() if name.startswith("val_")},
+        "params_m": metrics["parameters"] / 1e6,
+        "multiply_adds_m": metrics["multiply_adds"] / 1e6,
+        "size_mb": metrics["size_bytes"] / 1e6,
+        "samples_seen": metrics["samples_seen"],
+    }
 
 
 def check_disk(module: nn.Module) -> None:

@@ -161,7 +161,7 @@ def report(params: Params, name: str, run: Run) -> None:
     names, test = names_of(params), examine(params)
     record = reporting.build(artifacts.ROOT, names, test)
     folder = artifacts.folder("report")
-    reporting.write(folder, record, names, test, latencies(params))
+    reporting.write(folder, artifacts.ROOT, record, names, test, latencies(params))
     student = next(row for row in record["rows"] if row["name"] == "student")
     run.log_final({key: value for key, value in student.items() if isinstance(value, float)})
     for path in sorted(folder.rglob("*.*")):

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd import artifacts, stages
-from kd.__main__ import FAMILIES, STAGES
+from kd import FAMILIES, STAGES, artifacts, stages
 
 PROJECT = Path(__file__).parents[1]
 KD = sorted((PROJECT / "kd").rglob("*.py"))

@@ -3,7 +3,6 @@
 Reads what the stage wrote to artifacts/weights, and nothing else.
 """
 
-import csv
 import json
 import shlex
 from collections.abc import Mapping
@@ -51,8 +50,8 @@ def log_weight_sets(
 
 def _log_search(parent: Run, record: Mapping[str, object], folder: Path) -> None:
     """The search by generation: convergence, the best weights' path, and for K = 3 the map."""
-    convergence = read_numbers(folder / "convergence.csv")
-    path = read_numbers(folder / "path.csv")
+    convergence = figures.read_rows(folder / "convergence.csv")
+    path = figures.read_rows(folder / "path.csv")
     parent.log_curve(
         {
             int(row["generation"]): {f"search.{k}": row[k] for k in ("best", "median", "worst")}
@@ -74,14 +73,8 @@ def _log_search(parent: Run, record: Mapping[str, object], folder: Path) -> None
 
         cached = load_file(folder / "val_logits.safetensors")
         given = (cached["logits_KNC"], cached["labels_N"], members)
-        tried = read_numbers(folder / "tried.csv") if (folder / "tried.csv").exists() else []
+        tried = figures.read_rows(folder / "tried.csv") if (folder / "tried.csv").exists() else []
         parent.log_figure(figures.simplex_map(*given, path, tried), "simplex")
-
-
-def read_numbers(path: Path) -> list[dict[str, float]]:
-    """The rows of a CSV file whose cells are all numbers."""
-    with path.open(newline="") as file:
-        return [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
 
 
 def _finals(found: Mapping[str, object]) -> dict[str, float]:
