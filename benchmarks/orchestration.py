@@ -130,7 +130,8 @@ def run(folder: Path, commands: Sequence[Sequence[str]], **env: str) -> Cost:
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=folder,
-            env={**kept, "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "true", **env},
+            # Temporary files of its own: slots and recorders are shared by all runs of a user.
+            env={**kept, "TMPDIR": str(folder.parent), "DO_NOT_TRACK": "true", **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -116,8 +116,14 @@ def slots() -> Slots:
     return Slots(
         folder=Path(tempfile.gettempdir()) / f"kd-slots-{os.getuid()}",
         gpus=_gpus(),
-        threads=int(os.environ.get("KD_CPUS") or len(os.sched_getaffinity(0))),
+        threads=int(os.environ.get("KD_CPUS") or _cpus()),
     )
+
+
+def _cpus() -> int:
+    """The CPUs this process may use; macOS knows only those that there are."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def _gpus() -> tuple[str, ...]:
