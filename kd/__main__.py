@@ -5,6 +5,7 @@ params.yaml are known to be good.
 """
 
 import argparse
+import errno
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ def main() -> int:
 
 def run(argv: list[str]) -> int:
     """Run the stage that the arguments name; 2 where the input is at fault, 1 for a failure."""
-    from kd.component import ConfigError
+    from kd.component import ConfigError, Refused
 
     arguments = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, interrupt)
@@ -31,9 +32,12 @@ def run(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if type(error) is RuntimeError:  # not one of ours, so its traceback tells more
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        print(f"error: the disk is full ({error}); nothing half-written was kept", file=sys.stderr)
+        return 1
+    except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -28,6 +28,10 @@ class ConfigError(ValueError):
     """What a user wrote cannot be used.  The message names the key or file, and the remedy."""
 
 
+class Refused(RuntimeError):
+    """The work was done, but its result must not count.  The message says why."""
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def component(cls: type[C]) -> type[C]:
     """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys and wrong types.

@@ -16,7 +16,7 @@ import pydantic
 import yaml
 
 from kd.component import ConfigError, component, require
-from kd.data import Dataset, Splits
+from kd.data import Dataset, ImageFolder, Splits
 from kd.exporters import Exporter
 from kd.methods import Method
 from kd.models import Model
@@ -43,6 +43,9 @@ class DataParams:
 
     def __post_init__(self) -> None:
         require(self.image_size >= 4, "image_size", self.image_size, "at least 4 pixels")
+        if isinstance(self.dataset, ImageFolder):
+            root = self.dataset.root
+            require(self.source == root, "source", self.source, f"{root!r}, as dataset.root is")
 
 
 @component

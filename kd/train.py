@@ -18,17 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from kd.component import Refused
 from kd.data import Augment, Images, order_for
 from kd.ensemble import Ensemble, Targets, cache_pays, cached_targets, online_targets
 from kd.methods import Method, hard_loss, label_probs
 from kd.recipe import Recipe
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Refused):
     """The loss became infinite or not a number; the message names the step."""
 
 
-class TeacherChanged(RuntimeError):
+class TeacherChanged(Refused):
     """A frozen member's parameters or buffers changed while the student trained."""
 
 

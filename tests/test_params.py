@@ -79,6 +79,7 @@ def set_at(raw, path, value):
         ("recipe.schedule", {"kind": "steps", "milestones": [0.9, 0.5]}, "recipe.schedule.mile"),
         ("data.channels", 2, "data.channels is 2"),
         ("data.dataset.kind", "cifar", "data.dataset.kind is 'cifar'"),
+        ("data.dataset", {"kind": "image_folder", "root": "mine"}, "data.source is 'kd/data'; it"),
         ("data.splits.val", 1.5, "data.splits.val is 1.5"),
         ("assistants", {}, "assistants is {}; it must be at least one"),
         ("assistants.Big One", {"model": {"kind": "plain_cnn", "depth": 4}}, "assistants.Big One"),

@@ -227,7 +227,10 @@ def test_a_student_is_not_trained_by_assistants_of_another_teacher(finished, tmp
         ({}, ["teacher"], r"data\.json is missing: run `dvc repro data`"),
         ({}, ["assistants", "huge"], "assistants has no 'huge' in params.yaml; it has large"),
         (
-            {"data.dataset": {"kind": "image_folder", "root": "nowhere"}},
+            {
+                "data.dataset": {"kind": "image_folder", "root": "nowhere"},
+                "data.source": "nowhere",
+            },
             ["data"],
             "nowhere",
         ),

@@ -126,7 +126,8 @@ def test_the_same_records_give_the_same_files_but_for_the_times(artifacts, measu
     assert {str(file) for file in files} == {
         "report.json", "metrics.json", "latency.json", "report.md",
         "confusion.csv", "reliability.csv", "results.csv",
-        "figures/confusion.png", "figures/curves.png", "figures/reliability.png", "figures/sizes.png",
+        "figures/confusion.png", "figures/curves.png", "figures/reliability.png",
+        "figures/sizes.png",
         "figures/weights.png",
     }  # fmt: skip
 

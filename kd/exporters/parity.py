@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from kd.component import component, require
+from kd.component import Refused, component, require
 from kd.exporters.files import Runner, for_export, torch_threads
 
 
-class ExportRefused(RuntimeError):
+class ExportRefused(Refused):
     """The exported file does not compute what the network computes; nothing was published."""
 
 
