@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.scm import SCMError
 from rich.console import Console
 
 from flows import child, display, graph, locks, server
@@ -45,6 +46,12 @@ def main() -> int:
             display.show_report(root, console)
             return 0
         return run(plan, root, console)
+    except (NotDvcRepoError, SCMError) as error:
+        complaints.print(
+            f"error: {error}: work in a clone of the project, or run `git init` and `dvc init` here",
+            markup=False,
+        )
+        return 1
     except (DvcException, *OURS) as error:
         complaints.print(f"error: {error}", markup=False)
         return 1
