@@ -48,7 +48,7 @@ def main() -> int:
         return run(plan, root, console)
     except (NotDvcRepoError, SCMError) as error:
         complaints.print(
-            f"error: {error}: work in a clone of the project, or run `git init` and `dvc init` here",
+            f"error: {error}: work in a clone of the project, or `git init` and `dvc init` here",
             markup=False,
         )
         return 1
