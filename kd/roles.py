@@ -6,7 +6,7 @@ one, a student by an ensemble of many, and all of them go the same way.
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
 from kd.methods import Method
-from kd.models import Model, build_model, count
+from kd.models import Model, count
 from kd.recipe import Recipe
 from kd.tracking import Run
 from kd.train import Epoch, fit, key, steps_in_epoch
@@ -58,29 +58,10 @@ def learn(role: Role, run: Run) -> None:
     images, epoch_steps = training_images(role, device)
     val = Images.load(artifacts.folder(DATA), "val", device=device)
     members, origins = load_teachers(role, record["data_hash"])
-    module = new_model(role, record)
+    described = describe(role, record, origins, device)
+    torch.manual_seed(key("weights", role.seed))
+    module = described.build()
     check_disk(module)
-    shape = (record["channels"], record["image_size"], record["image_size"])
-    counts = count(module, shape)
-    described = Manifest(
-        name=role.run_name,
-        role=role.role,
-        model=asdict(role.model),
-        channels=record["channels"],
-        image_size=record["image_size"],
-        class_names=tuple(record["class_names"]),
-        mean=tuple(record["mean"]),
-        std=tuple(record["std"]),
-        data_hash=record["data_hash"],
-        teachers=origins,
-        weights_K=tuple(role.teachers.values()),
-        mixing=role.mixing,
-        method=asdict(role.method) if role.method and role.teachers else None,
-        recipe=asdict(role.recipe),
-        seed=role.seed,
-        code=artifacts.code_digest(),
-        device=device,
-    )
     checkpoint = artifacts.DiskCheckpoint(role.run_name, asdict(described))
     module, history = fit(
         module,
@@ -91,31 +72,45 @@ def learn(role: Role, run: Run) -> None:
         epoch_steps=epoch_steps,
         method=role.method,
         ensemble=Ensemble(members, described.weights_K, role.mixing) if members else None,
-        validate=lambda model: {
-            name: value
-            for name, value in asdict(scores(predict(model, val), val.labels_N)).items()
-            if name in ("accuracy", "nll")
-        },
+        validate=lambda model: progress_figures(model, val),
         on_epoch=Progress(role, run),
         checkpoint=checkpoint,
     )
     folder = artifacts.folder(role.run_name)
     written = manifest.save(folder, module.cpu(), described)
     artifacts.write_curves(folder / "curves.csv", history)
-    metrics = {
-        **validation_figures(module, written),
-        "parameters": counts.parameters,
-        "multiply_adds": counts.multiply_adds,
-        "size_bytes": (folder / "model.safetensors").stat().st_size,
-        "epochs": role.recipe.epochs,
-        "samples_seen": history[-1].step * role.recipe.batch_size,
-    }
+    metrics = measure(module, written, history)
     artifacts.write_json(folder / "metrics.json", metrics)
     checkpoint.remove()
     run.log_final(final_figures(metrics))
     for name in ("manifest.json", "metrics.json", "curves.csv"):
         run.log_file(folder / name)
     run.log_tags({"kd.sha256": written.sha256})
+
+
+def describe(
+    role: Role, record: Mapping[str, Any], teachers: tuple[Origin, ...], device: str
+) -> Manifest:
+    """All that decides what the role learns; `record` is the data's."""
+    return Manifest(
+        name=role.run_name,
+        role=role.role,
+        model=asdict(role.model),
+        channels=record["channels"],
+        image_size=record["image_size"],
+        class_names=tuple(record["class_names"]),
+        mean=tuple(record["mean"]),
+        std=tuple(record["std"]),
+        data_hash=record["data_hash"],
+        teachers=teachers,
+        weights_K=tuple(role.teachers.values()),
+        mixing=role.mixing,
+        method=asdict(role.method) if role.method and role.teachers else None,
+        recipe=asdict(role.recipe),
+        seed=role.seed,
+        code=artifacts.code_digest(),
+        device=device,
+    )
 
 
 def prepare_device(recipe: Recipe) -> str:
@@ -154,23 +149,18 @@ def load_teachers(role: Role, data_hash: str) -> tuple[tuple[nn.Module, ...], tu
     return tuple(module for module, _ in loaded), origins
 
 
-def new_model(role: Role, record: Mapping[str, Any]) -> nn.Module:
-    """The untrained network, its weights decided by the role's seed."""
-    torch.manual_seed(key("weights", role.seed))
-    return build_model(
-        role.model,
-        channels=record["channels"],
-        image_size=record["image_size"],
-        num_classes=len(record["class_names"]),
-    )
+def progress_figures(model: nn.Module, val: Images) -> dict[str, float]:
+    """What is looked at on the validation split while training."""
+    found = scores(predict(model, val), val.labels_N)
+    return {"accuracy": found.accuracy, "nll": found.nll}
 
 
-def validation_figures(module: nn.Module, described: Manifest) -> dict[str, float]:
-    """A trained network's figures on the validation split, with its agreement with the teacher."""
+def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) -> dict[str, float]:
+    """A trained network's metrics.json: validation, agreement with the teacher, size, budget."""
     val = Images.load(artifacts.folder(DATA), "val")
     logits_NC = predict(module, val)
     found = scores(logits_NC, val.labels_N)
-    figures = {
+    figures: dict[str, float] = {
         "val_accuracy": found.accuracy,
         "val_nll": found.nll,
         "val_ece": found.ece,
@@ -179,7 +169,15 @@ def validation_figures(module: nn.Module, described: Manifest) -> dict[str, floa
     if described.role != "teacher":
         teacher, _ = manifest.load(artifacts.folder("teacher"))
         figures["val_agreement"] = agreement(logits_NC, predict(teacher, val))
-    return figures
+    counts = count(module, val.image_shape)
+    weights = artifacts.folder(described.name) / "model.safetensors"
+    return figures | {
+        "parameters": counts.parameters,
+        "multiply_adds": counts.multiply_adds,
+        "size_bytes": weights.stat().st_size,
+        "epochs": len(history),
+        "samples_seen": history[-1].step * described.recipe["batch_size"],
+    }
 
 
 def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
