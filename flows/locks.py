@@ -6,6 +6,7 @@ process inherits its slot: a killed flow's training keeps it until that process 
 
 import contextlib
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -20,6 +21,10 @@ from flows.child import Stopped
 
 POLL = 0.2
 """Seconds between attempts to take a slot."""
+
+
+LAST_RITES = 15.0
+"""Seconds that a killed flow's stages are given to end: they are killed after ten."""
 
 
 class WorkspaceBusyError(Exception):
@@ -39,7 +44,7 @@ def workspace(root: Path) -> Iterator[int]:
     path = root / ".kd" / "flow.lock"
     path.parent.mkdir(exist_ok=True)
     with _opened(path) as descriptor:
-        if not filelock.lock_descriptor(descriptor, blocking=False):
+        if not _taken(descriptor, path):
             raise WorkspaceBusyError(
                 f"{path.read_text().strip() or 'another flow'} works in {root}: "
                 "wait for it, or stop it"
@@ -47,6 +52,27 @@ def workspace(root: Path) -> Iterator[int]:
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"a flow (process {os.getpid()}, since {time.ctime()})".encode(), 0)
         yield descriptor
+
+
+def _taken(descriptor: int, path: Path) -> bool:
+    """Take the lock; where its holder is dead, wait until that flow's last processes are too."""
+    deadline = time.monotonic() + LAST_RITES
+    while not filelock.lock_descriptor(descriptor, blocking=False):
+        holder = re.search(r"process (\d+)", path.read_text())
+        if not holder or _lives(int(holder[1])) or time.monotonic() > deadline:
+            return False
+        time.sleep(POLL)
+    return True
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @dataclass(frozen=True)
