@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import psutil
 
 from flows.child import Stopped
 
@@ -59,19 +60,9 @@ def _taken(descriptor: int, path: Path) -> bool:
     deadline = time.monotonic() + LAST_RITES
     while not filelock.lock_descriptor(descriptor, blocking=False):
         holder = re.search(r"process (\d+)", path.read_text())
-        if not holder or _lives(int(holder[1])) or time.monotonic() > deadline:
+        if not holder or psutil.pid_exists(int(holder[1])) or time.monotonic() > deadline:
             return False
         time.sleep(POLL)
-    return True
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
     return True
 
 
