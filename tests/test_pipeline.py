@@ -220,6 +220,17 @@ def test_a_student_is_not_trained_by_assistants_of_another_teacher(finished, tmp
             run_stages(["student"])
 
 
+def test_truncated_images_are_named_before_training(finished, tmp_path):
+    shutil.copytree(finished / "artifacts/data", tmp_path / "artifacts/data")
+    experiment(tmp_path)
+    images = tmp_path / "artifacts/data/train/images.npy"
+    images.write_bytes(images.read_bytes()[:-100])
+    done = kd(tmp_path, "teacher")
+    assert done.returncode == 2
+    assert "holds no prepared data" in done.stderr
+    assert "epoch" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "said"),
     [
