@@ -16,7 +16,10 @@ help:  ## What can be made
 install: $(INSTALLED)  ## The environment, from the lock file
 
 $(INSTALLED): requirements.lock pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "error: make needs Python 3.11 with venv; name it by PYTHON=..."; exit 1; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; name it by PYTHON=..."; rm -rf $(VENV); exit 1; }
 	@echo "installing the locked dependencies into $(VENV): 7 GB, a few minutes the first time"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

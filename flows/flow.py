@@ -19,7 +19,7 @@ from prefect.states import Cancelled
 
 from flows import graph, locks, results
 from flows.child import Stopped
-from flows.stage import StageFailedError, reproduce
+from flows.stage import reproduce
 
 CANCEL_POLL = 3.0
 """Seconds between questions to the server whether the run was cancelled there."""
@@ -44,8 +44,8 @@ def run_stage(stage: graph.Stage, root: Path, workspace: int, stop: threading.Ev
                 stop=stop,
                 hold=[*slot.descriptors, workspace],
             )
-        except (StageFailedError, Stopped) as error:
-            state = "failed" if isinstance(error, StageFailedError) else "stopped"
+        except Exception as error:  # DVC's own too: dvc.yaml may be edited while we run
+            state = "stopped" if isinstance(error, Stopped) else "failed"
             log.error("%s", str(error) or "stopped", extra={"stage_state": state})
             raise
     log.info("done", extra={"stage_state": "done"})

@@ -23,17 +23,14 @@ GRACE = 10.0
 def main(command: list[str]) -> int:
     """Run `command` in its own process group; return its exit code."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    let_go = threading.Event()
-    threading.Thread(target=_hold, args=(child.pid, let_go), daemon=True).start()
+    threading.Thread(target=_hold, args=(child.pid,), daemon=True).start()
     code = child.wait()
-    if let_go.is_set():
-        _end_group(child.pid)
+    _end_group(child.pid)  # also where the command itself was killed, and left its children
     return code if code >= 0 else 128 - code
 
 
-def _hold(group: int, let_go: threading.Event) -> None:
+def _hold(group: int) -> None:
     os.read(0, 1)
-    let_go.set()
     _end_group(group)
 
 

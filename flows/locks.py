@@ -129,11 +129,18 @@ class Slots:
 
 
 def slots() -> Slots:
-    """This machine's slots.  KD_CPUS says how many threads there are, where the count is wrong."""
+    """This machine's slots.  KD_CPUS says how many threads there are, where the count is wrong.
+
+    Raises:
+        ValueError: KD_CPUS is no whole number of 1 or more.
+    """
+    threads = os.environ.get("KD_CPUS") or str(_cpus())
+    if not threads.isdecimal() or int(threads) < 1:
+        raise ValueError(f"KD_CPUS is {threads!r}; it must be a whole number of 1 or more")
     return Slots(
         folder=Path(tempfile.gettempdir()) / f"kd-slots-{os.getuid()}",
         gpus=_gpus(),
-        threads=int(os.environ.get("KD_CPUS") or _cpus()),
+        threads=int(threads),
     )
 
 

@@ -66,6 +66,7 @@ def run(plan: graph.Plan, root: Path, console: Console) -> int:
     Raises:
         flows.server.NoServerError: PREFECT_API_URL does not answer, or our own did not start.
     """
+    locks.slots()  # a wrong KD_CPUS is told before anything starts
     display.show_plan(plan, console)
     server.configure(root)
     api = os.environ.get("PREFECT_API_URL")

@@ -6,6 +6,7 @@ params.yaml are known to be good.
 
 import argparse
 import errno
+import shutil
 import signal
 import sys
 import time
@@ -33,7 +34,8 @@ def run(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and shutil.disk_usage(".").free > 2**20:  # numpy's errors have no number
             raise
         print(f"error: the disk is full ({error}); nothing half-written was kept", file=sys.stderr)
         return 1
@@ -66,8 +68,11 @@ def run_stage(stage: str, name: str) -> None:
     if params.tracking:
         tracking.start()[0].close()  # MLflow is imported elsewhere while torch is imported here
 
+    import torch
+
     from kd import artifacts, stages
 
+    torch.set_num_threads(1)  # sums must not depend on the machine; a recipe may set its own
     run_name = f"{stage}/{name}" if name else stage
     artifacts.check_foreign({family: set(getattr(params, family)) for family in FAMILIES})
     started = time.time()

@@ -27,7 +27,16 @@ from kd.train import Epoch
 ROOT = Path("artifacts")
 CHECKPOINTS = Path(".kd/checkpoints")
 """Outside every stage's folder: DVC empties those before it runs a stage."""
-LEARNING = ("train.py", "recipe.py", "ensemble.py", "methods", "models", "data")
+LEARNING = (
+    "roles.py",
+    "train.py",
+    "recipe.py",
+    "ensemble.py",
+    "evaluate.py",
+    "methods",
+    "models",
+    "data",
+)
 
 
 class ArtifactError(ConfigError):
@@ -47,6 +56,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
     A crash leaves either the old file or the new one, never a half.
     """
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+        left_over.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -110,11 +121,11 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write named tensors as safetensors; shared storage is written once for each name."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
-        save_file(plain, str(temporary), dict(metadata or {}))
+        temporary.write_bytes(save(plain, dict(metadata or {})))  # an OSError if the disk is full
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -79,7 +79,7 @@ def paired(right_N: Tensor, other_N: Tensor) -> Paired:
 
 def latencies(params: Params) -> dict[str, float]:
     """Median milliseconds for one image on one thread, all candidates in turns of one run."""
-    example = Images.load(artifacts.ROOT / "data", "val").batch(torch.tensor([0]))
+    example = Images.load(artifacts.ROOT / "data", "test").batch(torch.tensor([0]))
     eager = {name: manifest.load(artifacts.folder(name))[0] for name in run_names(params)}
     files = {}
     for name, exporter in params.exports.items():

@@ -113,6 +113,14 @@ def read(folder: Path) -> Manifest:
             f"{path} has format {record.get('format')!r}, this version reads {FORMAT}: "
             f"{artifacts.remedy(path)}"
         )
+    try:
+        return from_record(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error!r}): {artifacts.remedy(path)}") from None
+
+
+def from_record(record: Mapping[str, Any]) -> Manifest:
+    """The manifest that a JSON record holds."""
     plain: dict[str, Any] = {
         key: tuple(v) if isinstance(v, list) else v for key, v in record.items()
     }

@@ -16,7 +16,7 @@ import pydantic
 import yaml
 
 from kd.component import ConfigError, component, require
-from kd.data import Dataset, ImageFolder, Splits
+from kd.data import CustomDataset, Dataset, ImageFolder, Splits
 from kd.exporters import Exporter
 from kd.methods import Method
 from kd.models import Model
@@ -46,6 +46,9 @@ class DataParams:
         if isinstance(self.dataset, ImageFolder):
             root = self.dataset.root
             require(self.source == root, "source", self.source, f"{root!r}, as dataset.root is")
+        if isinstance(self.dataset, CustomDataset):
+            wanted = "the path that your data set changes with: its files, or its code"
+            require(self.source != "kd/data", "source", self.source, wanted)
 
 
 @component

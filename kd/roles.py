@@ -6,10 +6,10 @@ one, a student by an ensemble of many, and all of them go the same way.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
 from kd.methods import Method
-from kd.models import Model, count
+from kd.models import Model, build_model, count
 from kd.recipe import Recipe
 from kd.tracking import Run
 from kd.train import Epoch, fit, key, steps_in_epoch
@@ -86,6 +86,33 @@ def learn(role: Role, run: Run) -> None:
     for name in ("manifest.json", "metrics.json", "curves.csv"):
         run.log_file(folder / name)
     run.log_tags({"kd.sha256": written.sha256})
+
+
+def seed_of(seed: int, run_name: str) -> int:
+    """The experiment's seed made different for each network: equal seeds make equal assistants."""
+    return key(run_name, seed)
+
+
+class Section(Protocol):
+    """A section of params.yaml that has a model."""
+
+    @property
+    def model(self) -> Model: ...  # noqa: D102
+
+
+def try_models(sections: Iterable[Section], record: Mapping[str, Any]) -> None:
+    """Build every model once for these data, so that a bad one is found before any training.
+
+    Raises:
+        ConfigError: a model cannot be built, or does not turn these images into logits.
+    """
+    for section in sections:
+        build_model(
+            section.model,
+            channels=record["channels"],
+            image_size=record["image_size"],
+            num_classes=len(record["class_names"]),
+        )
 
 
 def describe(

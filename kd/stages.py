@@ -7,7 +7,7 @@ Each stage reads what earlier ones wrote under artifacts/, and writes a folder o
 only `report` opens the test split.
 """
 
-import hashlib
+import json
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,7 +20,7 @@ from kd.evaluate import predict
 from kd.examine import examine, latencies, names_of
 from kd.exporters import export_and_check
 from kd.params import Params
-from kd.roles import Role, learn
+from kd.roles import Role, learn, seed_of, try_models
 from kd.tracking import Run
 from kd.tracking.weights import log_weight_sets
 from kd.weightings import (
@@ -46,6 +46,7 @@ def data(params: Params, name: str, run: Run) -> None:
         seed=params.seed,
         folder=artifacts.folder("data"),
     )
+    try_models([params.teacher, *params.assistants.values(), params.student], record)
     counts = {split: found["count"] for split, found in record["splits"].items()}
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
     run.log_final({f"num_{split}": count for split, count in counts.items()})
@@ -60,7 +61,7 @@ def teacher(params: Params, name: str, run: Run) -> None:
         role="teacher",
         model=section.model,
         recipe=section.recipe,
-        seed=seed_of(params, "teacher"),
+        seed=seed_of(params.seed, "teacher"),
     )
     learn(role, run)
 
@@ -73,7 +74,7 @@ def assistants(params: Params, name: str, run: Run) -> None:
         role="assistant",
         model=section.model,
         recipe=section.recipe,
-        seed=seed_of(params, f"assistants/{name}"),
+        seed=seed_of(params.seed, f"assistants/{name}"),
         method=section.method,
         teachers={"teacher": 1.0},
     )
@@ -86,16 +87,18 @@ def weights(params: Params, name: str, run: Run) -> None:
     val = Images.load(DATA, "val")
     logits_KNC = torch.stack([predict(module, val) for module, _ in members])
     folder = artifacts.folder("weights")
+    names = tuple(params.assistants)
+    sha256 = {each: m.sha256 for each, (_, m) in zip(names, members, strict=True)}
     artifacts.write_tensors(
-        folder / "val_logits.safetensors", {"logits_KNC": logits_KNC, "labels_N": val.labels_N}
+        folder / "val_logits.safetensors",
+        {"logits_KNC": logits_KNC, "labels_N": val.labels_N},
+        {"members": json.dumps(sha256)},
     )
     study = artifacts.folder("runs") / "weights.study.log"
-    names = tuple(params.assistants)
     given = (logits_KNC.numpy(), val.labels_N.numpy())
-    found = params.weights.find(*given, names, seed_of(params, "weights"), study)
-    record = weight_record(params.weights, found, *given, seed_of(params, "weights"))
-    record["sha256"] = {each: m.sha256 for each, (_, m) in zip(names, members, strict=True)}
-    record |= {"shrinkage": found.shrinkage, "warnings": list(found.warnings)}
+    found = params.weights.find(*given, names, seed_of(params.seed, "weights"), study)
+    record = weight_record(params.weights, found, *given, seed_of(params.seed, "weights"))
+    record |= {"sha256": sha256, "shrinkage": found.shrinkage, "warnings": list(found.warnings)}
     artifacts.write_json(folder / "weights.json", record)
     artifacts.write_json(folder / "metrics.json", weight_metrics(record))
     artifacts.write_csv(folder / "convergence.csv", convergence_rows(found))
@@ -122,10 +125,13 @@ def baselines(params: Params, name: str, run: Run) -> None:
     teachers = {"teacher": 1.0} if section.teachers == "teacher" else {}
     mixing: Mixing = "probabilities"
     if section.weighting is not None:
-        tensors, _ = artifacts.read_tensors(artifacts.ROOT / "weights/val_logits.safetensors")
+        path = artifacts.ROOT / "weights/val_logits.safetensors"
+        tensors, metadata = artifacts.read_tensors(path)
+        members = json.loads(metadata["members"])
+        check_weighed(members)
         logits_KNC, labels_N = tensors["logits_KNC"].numpy(), tensors["labels_N"].numpy()
-        names, seed = tuple(params.assistants), seed_of(params, "weights")
-        found = section.weighting.find(logits_KNC, labels_N, names, seed)
+        seed = seed_of(params.seed, "weights")
+        found = section.weighting.find(logits_KNC, labels_N, tuple(members), seed)
         teachers = of_assistants(found.weights)
         mixing = getattr(section.weighting, "mixing", mixing)
     learn(student_role(params, f"baselines/{name}", teachers, mixing), run)
@@ -192,12 +198,6 @@ def tags(stage: str) -> dict[str, str]:
     }
 
 
-def seed_of(params: Params, run_name: str) -> int:
-    """The experiment's seed made different for each network: equal seeds make equal assistants."""
-    digest = hashlib.sha256(f"{params.seed} {run_name}".encode()).digest()
-    return int.from_bytes(digest[:4])
-
-
 def of_assistants(weights_by_name: Mapping[str, float]) -> dict[str, float]:
     """The same weights by run name."""
     return {f"assistants/{each}": weight for each, weight in weights_by_name.items()}
@@ -213,7 +213,7 @@ def student_role(
         role="student",
         model=section.model,
         recipe=section.recipe,
-        seed=seed_of(params, "student"),
+        seed=seed_of(params.seed, "student"),
         method=section.method,
         teachers=teachers,
         mixing=mixing,

@@ -24,6 +24,9 @@ from kd.ensemble import Ensemble, Targets, cache_pays, cached_targets, online_ta
 from kd.methods import Method, hard_loss, label_probs
 from kd.recipe import Recipe
 
+CALM = "lower recipe.optimizer.lr, or set recipe.clip_norm"
+"""What helps against training that diverges."""
+
 
 class NonFiniteLoss(Refused):
     """The loss became infinite or not a number; the message names the step."""
@@ -128,6 +131,7 @@ def fit(
                 mean.update_parameters(model)
             watch.see(step, loss.detach())
         train_loss = watch.mean(epoch + 1)
+        check_finite(model, epoch + 1)
         seconds = time.perf_counter() - started
         learned.eval()
         history.append(
@@ -302,11 +306,15 @@ class LossWatch:
     def mean(self, epoch: int) -> float:
         """The epoch's mean loss; NonFiniteLoss where a step's was not finite."""
         if (step := int(self.bad_step)) >= 0:
-            raise NonFiniteLoss(
-                f"the loss was not finite at step {step} (epoch {epoch}); "
-                "lower recipe.optimizer.lr, or set recipe.clip_norm"
-            )
+            raise NonFiniteLoss(f"the loss was not finite at step {step} (epoch {epoch}); {CALM}")
         return float(self.total) / self.count
+
+
+def check_finite(model: nn.Module, epoch: int) -> None:
+    """Refuse weights that are not finite, before they become a checkpoint."""
+    finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()])
+    if not finite.all():
+        raise NonFiniteLoss(f"weights were not finite after epoch {epoch}; {CALM}")
 
 
 def ema_of(model: nn.Module, decay: float | None) -> AveragedModel | None:

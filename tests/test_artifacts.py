@@ -1,9 +1,11 @@
+import errno
 import json
 
 import pytest
 import torch
 
 from kd import artifacts
+from kd.__main__ import run
 from kd.artifacts import ArtifactError, DiskCheckpoint
 from kd.train import Epoch
 from tests.learners import network
@@ -43,6 +45,34 @@ def test_a_crash_while_writing_leaves_the_old_file_and_nothing_else(workspace):
         crash()
     assert path.read_text() == "old"
     assert list(workspace.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(workspace):
+    left_over = workspace / ".r.json.99999.tmp"
+    left_over.write_text("{")
+    artifacts.write_json(workspace / "r.json", {})
+    assert [path.name for path in workspace.iterdir()] == ["r.json"]
+
+
+def test_a_full_disk_is_told_in_one_line(workspace, monkeypatch, capsys):
+    """A file size limit stands for the full disk; both refuse a write in the kernel."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            artifacts.save_model(workspace / "m.safetensors", network(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(workspace.iterdir()) == []
+
+    def full(stage, name):
+        raise OSError(errno.ENOSPC, "No space left on device", "model")
+
+    monkeypatch.setattr("kd.__main__.run_stage", full)
+    assert run(["teacher"]) == 1
+    assert "error: the disk is full" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,16 @@ def test_weights_that_were_swapped_are_refused(tmp_path, described):
 def test_a_manifest_of_another_format_is_refused(tmp_path, described):
     manifest.save(tmp_path, described.build(), replace(described, format=99))
     with pytest.raises(ArtifactError, match="has format 99"):
+        manifest.read(tmp_path)
+
+
+def test_a_manifest_that_lacks_something_is_damaged(tmp_path, described):
+    manifest.save(tmp_path, described.build(), described)
+    path = tmp_path / "manifest.json"
+    record = json.loads(path.read_text())
+    del record["data_hash"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=r"is damaged .*data_hash"):
         manifest.read(tmp_path)
 
 

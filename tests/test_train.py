@@ -230,6 +230,28 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
         train(model=Bomb())
 
 
+def test_weights_that_are_not_finite_never_become_a_checkpoint():
+    memory = Memory()
+    model = network()
+
+    class LastStepExplodes(SGD):
+        def build(self, parameters):
+            optimizer = super().build(parameters)
+
+            def explode(*_):
+                if len(memory.saved[1] if memory.saved else []) == 1:
+                    with torch.no_grad():
+                        model[0].weight[0] = math.inf
+
+            optimizer.register_step_post_hook(explode)
+            return optimizer
+
+    with pytest.raises(NonFiniteLoss, match="epoch 2"):
+        train(model=model, checkpoint=memory, optimizer=LastStepExplodes(lr=0.05))
+    assert len(memory.saved[1]) == 1
+    assert all(tensor.isfinite().all() for tensor in memory.saved[0].values())
+
+
 def test_the_watch_names_the_first_bad_step():
     watch = LossWatch(torch.device("cpu"))
     for step, loss in enumerate([1.0, math.inf, math.nan, 2.0]):
