@@ -191,9 +191,11 @@ def test_a_stage_killed_in_mid_training_goes_on_to_the_same_bytes(finished, tmp_
     first = training.stdout.readline()
     assert b"epoch 1/3" in first
     checkpoints = tmp_path / ".kd/checkpoints" / stage
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while not list(checkpoints.glob("*.safetensors")) and time.monotonic() < until:
-        time.sleep(0.01)
+        training.send_signal(signal.SIGCONT)  # in short steps, so that it cannot end meanwhile
+        time.sleep(0.02)
+        training.send_signal(signal.SIGSTOP)
     training.send_signal(signal.SIGKILL)
     training.wait()
     training.stdout.close()
