@@ -9,8 +9,11 @@ same process; CPU time where computing decides, wall time where fsync does.  Exi
 bar does not hold.
 
 Data: *digits* = scikit-learn's digits, 20 MLPs of 10 widths on bootstraps of 600 images, 500
-validation images; *mc* = make_classification, 10 classes, the same on 3000 samples, 2000 for
-validation.  For K < 20 every seed draws its own K of the 20 members.
+validation images; *mc* = make_classification, 10 classes, 10 of 20 features informative, the same
+on 3000 samples, 2000 for validation.  All else of the MLPs is scikit-learn's default.  The best
+mixture of the 20 uses 2 of them on digits and 10 on mc.  For K < 20 every seed draws its own K.
+The lead over scipy is one on sparse optima: with 12 informative features, where the best mixture
+uses 13, the ratio at K = 10 is 0.61 and scipy solves 2 of 7 at K = 20; here it is 0.47, and none.
 
 Shapes: P candidates, K members, N samples, C classes.
 """
@@ -29,6 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import optuna
@@ -53,7 +57,6 @@ NAMES = tuple(f"w{k}" for k in range(5))
 SPACE = {name: FloatDistribution(0.0, 1.0) for name in NAMES}
 TARGET = np.array([0.4, 0.3, 0.2, 0.1, 0.0])
 STRATEGIES: tuple[Strategy, ...] = ("rand1", "best1", "current-to-best1", "jade", "shade")
-HAS_HUB = importlib.util.find_spec("optunahub") is not None
 TOLERANCE = 1e-6
 
 
@@ -139,7 +142,7 @@ def members_of(dataset: str) -> tuple[np.ndarray, np.ndarray]:
         samples, labels = make_classification(
             25_000,
             20,
-            n_informative=12,
+            n_informative=10,
             n_redundant=4,
             n_classes=10,
             class_sep=1.5,
@@ -150,9 +153,7 @@ def members_of(dataset: str) -> tuple[np.ndarray, np.ndarray]:
     logits = []
     for member in range(20):
         drawn = np.random.default_rng([1, member]).integers(trained, size=trained)
-        network = MLPClassifier(
-            (widths[member % 10],), max_iter=50, random_state=member, learning_rate_init=0.005
-        )
+        network = MLPClassifier((widths[member % 10],), random_state=member)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network.fit(samples[drawn], labels[drawn])
@@ -208,8 +209,8 @@ def bar_1_and_2(quick: bool) -> Iterator[Row]:
         run("random", optuna.samplers.RandomSampler(seed=repeat))
         run("shade", de_sampler(seed=repeat))
         run("define-by-run", DESampler(population_size=50, seed=repeat))
-        if HAS_HUB:
-            run("hub", _hub_sampler(repeat))
+        if isinstance(theirs := hub(), ModuleType):
+            run("hub", theirs.DESampler(search_space=SPACE, population_size=50, seed=repeat))
     run("cma", optuna.samplers.CmaEsSampler(seed=0))
     cost = {name: statistics.median(seconds) for name, seconds in spent.items()}
     label = f"CPU of {trials} trials in memory, K=5"
@@ -218,21 +219,28 @@ def bar_1_and_2(quick: bool) -> Iterator[Row]:
         1, f"{label}: define-by-run / RandomSampler", cost["define-by-run"] / cost["random"], 0.75
     )
     yield at_most(1, f"{label}: DESampler / CmaEsSampler", cost["shade"] / cost["cma"], 0.05)
-    if HAS_HUB:
+    if "hub" in cost:
         yield at_most(1, f"{label}: DESampler / OptunaHub's", cost["shade"] / cost["hub"], 0.85)
     else:
-        yield info(1, f"{label}: DESampler / OptunaHub's", "absent: optunahub is not installed")
+        yield info(1, f"{label}: DESampler / OptunaHub's", str(hub()))
     yield info(1, "CPU ms per trial, DESampler", f"{1000 * cost['shade'] / trials:.3f}")
     growth = statistics.median(statistics.median(b[5:]) / b[0] for b in blocks)
     yield at_most(2, "CPU per trial, second half / first tenth", growth, 1.25)
     yield at_most(2, "whole-history reads per generation", _reads_per_generation(), 1, "")
 
 
-def _hub_sampler(seed: int) -> optuna.samplers.BaseSampler:
+@cache
+def hub() -> ModuleType | str:
+    """OptunaHub's sampler, which its package fetches over the network; or why it is absent."""
+    if importlib.util.find_spec("optunahub") is None:
+        return "absent: optunahub is not installed"
     import optunahub
 
-    module = optunahub.load_module("samplers/differential_evolution")
-    return module.DESampler(search_space=SPACE, population_size=50, seed=seed)
+    try:
+        module: ModuleType = optunahub.load_module("samplers/differential_evolution")
+    except Exception as error:  # git, HTTP or import errors: whatever keeps it away
+        return f"absent: {type(error).__name__} on loading it from its registry"
+    return module
 
 
 def _reads_per_generation() -> float:
@@ -250,48 +258,66 @@ def _reads_per_generation() -> float:
 
 def bar_3(quick: bool) -> Iterator[Row]:
     """Durable storages, on this disk, by the clock."""
-    trials = 100 if quick else 300
-    rates: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    rounds: list[dict[str, float]] = []
+    attributes = 0
+    for _ in range(1 if quick else 5):
+        with tempfile.TemporaryDirectory() as folder:
+            rates, written = _durable_rates(Path(folder), 100 if quick else 300)
+        rounds.append(rates)
+        attributes += written
 
-        def journal(name: str) -> JournalStorage:
-            return JournalStorage(JournalFileBackend(f"{folder}/{name}"))
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(rates[name] / rates[base] for rates in rounds)
 
-        def rate(name: str, count: int, work: Callable[[], object]) -> None:
-            rates[name] = count / wall(work)
-
-        one = study_with(de_sampler(), journal("one"))
-        rate("journal optimize", trials, lambda: one.optimize(PrefetchObjective(batch), trials))
-        whole = study_with(de_sampler(), journal("whole"))
-        rate("journal add", trials, lambda: optimize_population(whole, batch, trials // 50))
-        with GenerationJournalBackend(f"{folder}/group", 50) as backend:
-            group = study_with(de_sampler(), JournalStorage(backend))
-            objective = PrefetchObjective(batch)
-            rate("journal group", trials, lambda: group.optimize(objective, trials))
-        few = trials // 4
-        sql = study_with(de_sampler(25), f"sqlite:///{folder}/one.db")
-        rate("sqlite optimize", few, lambda: sql.optimize(PrefetchObjective(batch), few))
-        sql_add = study_with(de_sampler(25), f"sqlite:///{folder}/add.db")
-        rate("sqlite add", few, lambda: optimize_population(sql_add, batch, few // 25))
-        attributes = sum(
-            len(trial.system_attrs)
-            for study in (one, whole, group, sql, sql_add)
-            for trial in study.get_trials(deepcopy=False)
-        )
-    slow = rates["journal optimize"]
-    yield at_least(3, "journal: add_trials / optimize, trials/s", rates["journal add"] / slow, 4)
-    yield at_least(3, "journal: group commit / optimize", rates["journal group"] / slow, 8)
-    yield at_least(
-        3, "sqlite: add_trials / optimize", rates["sqlite add"] / rates["sqlite optimize"], 2
-    )
+    slow = "journal optimize"
+    yield at_least(3, "journal: add_trials / optimize, trials/s", ratio("journal add", slow), 4)
+    yield at_least(3, "journal: group commit / optimize", ratio("journal group", slow), 8)
+    yield at_least(3, "sqlite: add_trials / optimize", ratio("sqlite add", "sqlite optimize"), 2)
     yield at_most(3, "system attributes written per trial", attributes, 0, "")
-    yield info(3, "trials/s", ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
+    medians = {name: statistics.median(rates[name] for rates in rounds) for name in rounds[0]}
+    yield info(3, "trials/s", ", ".join(f"{name} {rate:.0f}" for name, rate in medians.items()))
+
+
+def _durable_rates(folder: Path, trials: int) -> tuple[dict[str, float], int]:
+    """Trials per second by way of keeping them, and the system attributes that were written."""
+    rates, studies = {}, []
+
+    def search(
+        name: str,
+        storage: optuna.storages.BaseStorage | str,
+        count: int,
+        run: Callable[[optuna.Study], object],
+    ) -> None:
+        study = study_with(de_sampler(25), storage)
+        rates[name] = count / wall(lambda: run(study))
+        studies.append(study)
+
+    def journal(name: str) -> JournalStorage:
+        return JournalStorage(JournalFileBackend(f"{folder}/{name}"))
+
+    def one_by_one(study: optuna.Study, count: int = trials) -> None:
+        study.optimize(PrefetchObjective(batch), count)
+
+    def added(study: optuna.Study, count: int = trials) -> None:
+        optimize_population(study, batch, count // 25)
+
+    search("journal optimize", journal("one"), trials, one_by_one)
+    search("journal add", journal("added"), trials, added)
+    with GenerationJournalBackend(folder / "group", 25) as backend:
+        search("journal group", JournalStorage(backend), trials, one_by_one)
+    with GenerationJournalBackend(folder / "both", 25) as backend:
+        search("journal group add", JournalStorage(backend), trials, added)
+    few = trials // 4
+    sqlite = f"sqlite:///{folder}/"
+    search("sqlite optimize", f"{sqlite}one.db", few, lambda study: one_by_one(study, few))
+    search("sqlite add", f"{sqlite}added.db", few, lambda study: added(study, few))
+    trials_of = (study.get_trials(deepcopy=False) for study in studies)
+    return rates, sum(len(trial.system_attrs) for each in trials_of for trial in each)
 
 
 def bar_4(quick: bool) -> Iterator[Row]:
     """Whole generations under study.optimize."""
-    trials, repeats = (1000, 1) if quick else (5000, 5)
-    spent: dict[str, list[float]] = {"free": [], "prefetch": [], "ask and tell": []}
+    trials, repeats = (1000, 1) if quick else (5000, 7)
 
     def free(trial: optuna.Trial) -> float:
         for name in NAMES:
@@ -301,37 +327,30 @@ def bar_4(quick: bool) -> Iterator[Row]:
     def zeros(rows_PK: np.ndarray) -> np.ndarray:
         return np.zeros(len(rows_PK))
 
-    def spend(name: str, seed: int, work: Callable[[optuna.Study], object]) -> None:
-        study = study_with(de_sampler(seed=seed))
-        spent[name].append(cpu(lambda: work(study)))
-
+    ways: dict[str, Callable[[optuna.Study], object]] = {
+        "free": lambda study: study.optimize(free, n_trials=trials),
+        "prefetch": lambda study: study.optimize(PrefetchObjective(zeros), n_trials=trials),
+        "ask and tell": lambda study: optimize_population(study, zeros, trials // 50, "trials"),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(repeats):
-        spend("free", seed, lambda study: study.optimize(free, n_trials=trials))
-        spend(
-            "prefetch",
-            seed,
-            lambda study: study.optimize(PrefetchObjective(zeros), n_trials=trials),
-        )
-        spend(
-            "ask and tell",
-            seed,
-            lambda study: optimize_population(study, zeros, trials // 50, "trials"),
-        )
-    cost = {name: statistics.median(seconds) for name, seconds in spent.items()}
+        for name, work in ways.items():
+            study = study_with(de_sampler(seed=seed))
+            spent[name].append(cpu(lambda: work(study)))  # noqa: B023 - called at once
+
+    def ratio(name: str) -> float:
+        pairs = zip(spent[name], spent["prefetch"], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    yield at_least(4, "PrefetchObjective / a free objective, trials/s", ratio("free"), 0.9)
     yield at_least(
-        4, "PrefetchObjective / a free objective, trials/s", cost["free"] / cost["prefetch"], 0.9
-    )
-    yield at_least(
-        4,
-        "PrefetchObjective / public ask and tell, trials/s",
-        cost["ask and tell"] / cost["prefetch"],
-        1.2,
+        4, "PrefetchObjective / public ask and tell, trials/s", ratio("ask and tell"), 1.2
     )
 
 
 def bar_5(quick: bool) -> Iterator[Row]:
     """Objectives on 10 000 samples: 50 candidates at once against one at a time in full."""
-    repeats = 2 if quick else 7
+    repeats = 2 if quick else 15
     yield from _objective_rows(10, 8, repeats)
     yield from _objective_rows(100, 60, repeats)
 
@@ -360,15 +379,17 @@ def _objective_rows(classes: int, nll_bar: float, repeats: int) -> Iterator[Row]
     fast = MixtureNLL(logits_KNC, labels_N, np.float32)
     exact = MixtureNLL(logits_KNC, labels_N)
     errors = ErrorRate(np.exp(log_probs(logits_KNC)), labels_N)
+    works: dict[str, tuple[Callable[[], object], int]] = {
+        "nll": (plain_nll, 20),
+        "fast nll": (lambda: [fast(weights_PK) for _ in range(10)], 500),
+        "float64 nll": (lambda: [exact(weights_PK) for _ in range(10)], 500),
+        "accuracy": (plain_errors, 20),
+        "fast accuracy": (lambda: [errors(weights_PK) for _ in range(10)], 500),
+    }
+    rounds = [{name: cpu(work) for name, (work, _) in works.items()} for _ in range(repeats)]
     times = {
-        name: min(cpu(work) for _ in range(repeats)) / candidates
-        for name, work, candidates in (
-            ("nll", plain_nll, 20),
-            ("fast nll", lambda: [fast(weights_PK) for _ in range(10)], 500),
-            ("float64 nll", lambda: [exact(weights_PK) for _ in range(10)], 500),
-            ("accuracy", plain_errors, 20),
-            ("fast accuracy", lambda: [errors(weights_PK) for _ in range(10)], 500),
-        )
+        name: min(each[name] for each in rounds) / candidates
+        for name, (_, candidates) in works.items()
     }
     where = f"N=10 000, C={classes}"
     yield at_least(5, f"{where}: NLL, speed-up", times["nll"] / times["fast nll"], nll_bar)
@@ -566,7 +587,7 @@ def bar_9(quick: bool) -> Iterator[Row]:
     study = study_with(de_sampler(20))
     study.enqueue_trial(dict(zip(NAMES, TARGET.tolist(), strict=True)))
     study.optimize(single, n_trials=20)
-    joined = study.sampler.population(study)[1].min() == 0  # type: ignore[attr-defined]
+    joined = study.sampler.population(study)[1].min() == 0  # type: ignore[union-attr]
     yield at_least(9, "an enqueued optimum is in the population", int(joined), 1, "")
     trials = 2000 if quick else 10_000
     for size in (20, 50):
@@ -577,8 +598,10 @@ def bar_9(quick: bool) -> Iterator[Row]:
 def _replay_seconds(size: int, trials: int) -> float:
     study = study_with(de_sampler(size))
     study.optimize(PrefetchObjective(batch), n_trials=trials)
-    fresh = de_sampler(size)
-    return cpu(lambda: fresh.generation(study))
+    return statistics.median(
+        cpu(lambda fresh=fresh: fresh.generation(study))
+        for fresh in (de_sampler(size) for _ in range(3))
+    )
 
 
 def bar_10(quick: bool) -> Iterator[Row]:
@@ -653,7 +676,7 @@ def main() -> int:
     print(
         f"optuna {optuna.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, "
         f"Python {platform.python_version()}, {os.cpu_count()} cores, load {load:.1f} at the "
-        f"start; OptunaHub's sampler: {'loaded' if HAS_HUB else 'absent'}.\n"
+        f"start; OptunaHub's sampler: {hub() if isinstance(hub(), str) else 'loaded'}.\n"
     )
     print("| bar | what | wanted | measured | holds |\n| --- | --- | --- | --- | --- |")
     rows = []

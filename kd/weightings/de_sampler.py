@@ -6,8 +6,9 @@ a counter generator keyed (seed, generation), and only trials numbered below g N
 generation g.  So nothing but trials is written to the storage, a new process rebuilds everything
 by replaying them, and sequential, batched and resumed searches are bit-identical.
 
-This is kd's only importer of optuna, and the one place that reads its private `_storage` and
-`_study_id`, as Optuna's own samplers do: the public way copies every trial.
+This is kd's only importer of optuna, and the one place that uses what is private of it:
+`_storage` and `_study_id`, as Optuna's own samplers do (the public way copies every trial), and
+`Trial._suggest`.
 
 Shapes: P population, D dimensions of the search space.
 """
@@ -21,7 +22,8 @@ import os
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +58,11 @@ BatchObjective = Callable[[np.ndarray], np.ndarray]
 SEED_ATTRIBUTE = "de_sampler:seed"
 REMEMBERED = 3  # generations whose rows are kept, for trials that finish late
 UNKNOWN_SPACE_POPULATION = 20
+
+ATTRIBUTES = frozenset({"user_attr", "system_attr", "user_attrs", "system_attrs"})
+"""Keys of a journal's lines that hold what users gave."""
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -567,7 +574,8 @@ class PrefetchObjective:
         """The trial's value; nan, which fails the trial, where the objective says nan."""
         sampler = _de_sampler(trial.study)
         generation = sampler.generation_of(trial.study, trial.number)
-        row = [_suggest(trial, name, d) for name, d in generation.distributions.items()]
+        # As Study.ask does; suggest_float and its like make, and check, the distribution anew.
+        row = [trial._suggest(name, d) for name, d in generation.distributions.items()]
         slot = trial.number - generation.first_trial
         if row == generation.rows[slot]:
             return self._values(generation)[slot]
@@ -662,18 +670,6 @@ def _de_sampler(study: optuna.Study) -> DESampler:
     return study.sampler
 
 
-def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
-    """Suggest by the public method that belongs to the distribution."""
-    match distribution:
-        case FloatDistribution(low=low, high=high, step=step, log=log):
-            return trial.suggest_float(name, low, high, step=step, log=log)
-        case IntDistribution(low=low, high=high, step=step, log=log):
-            return trial.suggest_int(name, low, high, step=step, log=log)
-        case CategoricalDistribution(choices=choices):
-            return trial.suggest_categorical(name, choices)
-    raise ValueError(f"DESampler knows no {type(distribution).__name__}")
-
-
 class DEConvergedCallback:
     """Stops `study.optimize` when the population's values have come together.
 
@@ -704,7 +700,8 @@ class GenerationJournalBackend(BaseJournalBackend):
     """A journal file written once per generation instead of once per operation.
 
     Its file is a plain Optuna journal: `JournalFileBackend` and optuna-dashboard read it.  What a
-    killed process had not written yet is lost, and evaluated again on resuming, bit for bit.
+    killed process had not written yet is lost, and evaluated again on resuming, bit for bit.  The
+    disk is waited for while the next generation is made, so a power failure may cost two.
     One process may write at a time; a second one is refused.
 
         with GenerationJournalBackend("study.log") as backend:
@@ -721,45 +718,53 @@ class GenerationJournalBackend(BaseJournalBackend):
     def __init__(self, path: str | os.PathLike[str], trials_per_commit: int = 20) -> None:
         if trials_per_commit < 1:
             raise ValueError(f"trials_per_commit is {trials_per_commit}; it must be at least 1")
-        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            _lock_or_refuse(self._descriptor, path)
+            _lock_or_refuse(descriptor, path)
         except RuntimeError:
-            os.close(self._descriptor)
+            os.close(descriptor)
             raise
-        _cut_torn_line(self._descriptor)
+        _cut_torn_line(descriptor)
         self._reader = JournalFileBackend(os.fspath(path))
-        self._num_written = sum(1 for _ in self._reader.read_logs(0))
         self._trials_per_commit = trials_per_commit
-        self._last: list[bytes] = []  # what the last commit wrote: the storage reads it back
-        self._pending: list[bytes] = []
         self._finished = 0
+        # Logs from number `_first` on are at hand: those of the last commit, which the storage
+        # reads back, then those that are pending.
+        self._first = sum(1 for _ in self._reader.read_logs(0))
+        self._num_committed = 0
+        self._recent: list[dict[str, Any]] = []
+        self._file = _GroupedFile(descriptor)
         # Runs at close(), else when the storage is dropped or the interpreter exits.
-        self._close = weakref.finalize(self, _write_and_close, self._descriptor, self._pending)
+        self._close = weakref.finalize(self, self._file.close)
 
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """Logs from the file, then those not written yet."""
-        in_memory = self._num_written - len(self._last)
-        if log_number_from < in_memory:
-            yield from self._reader.read_logs(log_number_from)
-            log_number_from = self._num_written
-        offset = log_number_from - in_memory
-        for line in itertools.islice(itertools.chain(self._last, self._pending), offset, None):
-            yield json.loads(line)
+        if log_number_from >= self._first:
+            return self._recent[log_number_from - self._first :]
+        written = self._reader.read_logs(log_number_from)
+        return itertools.chain(written, self._recent[self._num_committed :])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Take logs; write them when enough trials have finished."""
         for log in logs:
-            self._pending.append(json.dumps(log, separators=(",", ":")).encode() + b"\n")
+            line = _encode(log)
+            self._file.pending.append(line)
+            # Attributes may change later: they are read back as the file will have them.
+            self._recent.append(log if ATTRIBUTES.isdisjoint(log) else json.loads(line))
             self._finished += _finishes_trial(log)
         if self._finished >= self._trials_per_commit:
             self.commit()
 
     def commit(self) -> None:
-        """Write what is pending: one write, one fsync."""
-        self._num_written += len(self._pending)
-        self._last = self._pending.copy()
-        _write(self._descriptor, self._pending)
+        """Write what is pending: one write, one fsync.
+
+        Raises:
+            OSError: the disk is full, or failed to keep what the last commit wrote.
+        """
+        self._file.commit()
+        del self._recent[: self._num_committed]
+        self._first += self._num_committed
+        self._num_committed = len(self._recent)
         self._finished = 0
 
     def close(self) -> None:
@@ -795,19 +800,46 @@ def _finishes_trial(log: dict[str, Any]) -> bool:
     return log.get("state") is not None and TrialState(log["state"]).is_finished()
 
 
-def _write(descriptor: int, pending: list[bytes]) -> None:
-    """Append all of `pending`, and empty it."""
-    content = memoryview(b"".join(pending))
-    while content:
-        content = content[os.write(descriptor, content) :]
-    os.fsync(descriptor)
-    pending.clear()
+class _GroupedFile:
+    """Lines are appended in groups; the disk takes one while the next is made.
 
+    Args:
+        descriptor: the file, opened for appending; closed with this.
+    """
 
-def _write_and_close(descriptor: int, pending: list[bytes]) -> None:
-    if pending:
-        _write(descriptor, pending)
-    os.close(descriptor)
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.pending: list[str] = []
+        self._disk = ThreadPoolExecutor(1)
+        self._synced: Future[None] | None = None
+
+    def commit(self) -> None:
+        """Append what is pending; on a full disk nothing, to be tried again."""
+        self._append()
+        self._synced = self._disk.submit(os.fsync, self._descriptor)
+
+    def close(self) -> None:
+        """Append what is pending, and let go of the file when the disk has it."""
+        try:
+            self._append()
+            os.fsync(self._descriptor)  # here: when the interpreter exits, no thread would start
+        finally:
+            self._disk.shutdown()
+            os.close(self._descriptor)
+
+    def _append(self) -> None:
+        if self._synced is not None:
+            synced, self._synced = self._synced, None
+            synced.result()
+        size = os.fstat(self._descriptor).st_size
+        content = memoryview("".join(f"{line}\n" for line in self.pending).encode())
+        try:
+            while content:
+                content = content[os.write(self._descriptor, content) :]
+        except OSError:
+            os.ftruncate(self._descriptor, size)
+            raise
+        self.pending.clear()
 
 
 def _lock_or_refuse(descriptor: int, path: object) -> None:

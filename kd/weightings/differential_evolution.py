@@ -3,12 +3,14 @@
 Shapes: K members, N samples, C classes, M candidates, D = K, or K + 1 with a temperature.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from kd.component import component, require
+from kd.weightings.accuracy_guard import held_out_contest
 from kd.weightings.evolution import (
     Evolution,
     Rules,
@@ -30,7 +32,9 @@ from kd.weightings.objectives import (
     Mixing,
     MixtureNLL,
     Objective,
+    mixed_log_probs,
     objective_on,
+    sample_scores,
     temperature_of,
 )
 from kd.weightings.shrinkage import shrinkage_by_cross_validation
@@ -45,7 +49,7 @@ class DifferentialEvolution:
     """Search the simplex with SHADE through an Optuna study, then shrink to uniform.
 
     Validation accuracy of searched weights is optimistic by up to several points, hence the
-    guard: NLL by default, and weights moved to uniform as far as cross-validation asks.
+    guard: NLL by default, and weights that cross-validation has the last word on.
     """
 
     kind: Literal["differential_evolution"] = "differential_evolution"
@@ -64,7 +68,9 @@ class DifferentialEvolution:
     tolerance: float = 1e-9
     """Stop when the standard deviation of the population's values is below this."""
     shrink: bool = True
-    """Move the weights to uniform by the share that 5-fold cross-validation chooses."""
+    """Guard against overfitting by 5-fold cross-validation: move the weights to uniform by the
+    share that it chooses; for accuracy, average the folds' weights, and keep to those of the
+    least NLL where that is not better by more than one standard error."""
     study: bool = True
     """Search through an Optuna study; false takes the same steps, bit for bit, without one."""
 
@@ -83,7 +89,7 @@ class DifferentialEvolution:
         seed: int,
         study_path: Path | None = None,
     ) -> Found:
-        """Search, then shrink.
+        """Search, then let held-out samples correct what was found.
 
         Args:
             logits_KNC: every member's validation logits.
@@ -104,9 +110,7 @@ class DifferentialEvolution:
         members = len(names)
         tried_MD, values_M = self._search(objective, names, seed, study_path)
         best_D = tried_MD[np.nanargmin(values_M)]
-        share = self._share(logits_KNC, labels_N, seed) if self.shrink else None
-        point_D = best_D.copy()
-        point_D[:members] = toward_uniform(best_D[:members], share or 0.0)
+        point_D, share, doubts = self._guarded(best_D, logits_KNC, labels_N, seed)
         history = population_history(tried_MD[:, :members], values_M, self._size(members))
         return Found(
             names,
@@ -117,8 +121,8 @@ class DifferentialEvolution:
             gap=self._gap(objective, best_D),
             searched_K=best_D[:members],
             shrinkage=share,
-            temperature=temperature_of(best_D[-1]) if self.fit_temperature else None,
-            warnings=few_samples_warning(len(labels_N), members),
+            temperature=temperature_of(point_D[-1]) if self.fit_temperature else None,
+            warnings=few_samples_warning(len(labels_N), members) + doubts,
         )
 
     def _objective(self, logits_KNC: np.ndarray, labels_N: np.ndarray) -> Objective:
@@ -167,27 +171,67 @@ class DifferentialEvolution:
             study_path,
         )
 
-    def _share(self, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int) -> float:
-        """How far cross-validation wants the weights moved to uniform."""
-        members = len(logits_KNC)
-        convex = self._is_convex_nll()
+    def _guarded(
+        self, best_D: np.ndarray, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, float | None, tuple[str, ...]]:
+        """What held-out samples leave of the search: candidate, share of uniform, warnings."""
+        if not self.shrink:
+            return best_D, None, ()
+        if self.objective != "accuracy":
+            share = self._share(logits_KNC, labels_N, seed)
+            return _shrunk(best_D, share, len(logits_KNC)), share, ()
+        return self._accuracy_guarded(logits_KNC, labels_N, seed)
+
+    def _accuracy_guarded(
+        self, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, float | None, tuple[str, ...]]:
+        """The folds' average where held-out samples prefer it, else the least NLL's weights."""
+        nll = replace(self, objective="nll")
+        share = nll._share(logits_KNC, labels_N, seed)
 
         def fit(samples: np.ndarray) -> np.ndarray:
-            logits, labels = logits_KNC[:, samples], labels_N[samples]
-            if convex:  # the same optimum in a millisecond
-                return ExpectationMaximization(tolerance=1e-7).minimum(MixtureNLL(logits, labels))[
-                    0
-                ]
-            tried_MD, values_M = self._search_in_numpy(
-                self._objective(logits, labels), members, seed
-            )
-            best_D: np.ndarray = tried_MD[np.nanargmin(values_M)]
-            return best_D
+            return self._fit(logits_KNC[:, samples], labels_N[samples], seed)
+
+        def nll_fit(samples: np.ndarray) -> np.ndarray:
+            found_D = nll._fit(logits_KNC[:, samples], labels_N[samples], seed)
+            return _shrunk(found_D, share, len(logits_KNC))
+
+        def is_right(point_D: np.ndarray, samples: np.ndarray) -> np.ndarray:
+            temperature = temperature_of(point_D[-1]) if self.fit_temperature else 1.0
+            ensemble = point_D[: len(logits_KNC)], logits_KNC[:, samples], self.mixing
+            logs_NC = mixed_log_probs(*ensemble, temperature)
+            return sample_scores(logs_NC, labels_N[samples])[1]
+
+        contest = held_out_contest(fit, nll_fit, is_right, labels_N, seed)
+        if contest.is_won:
+            return contest.mean_D, None, ()
+        doubt = (
+            f"held out, weights searched for accuracy gain {contest.gain:+.4f} +- "
+            f"{contest.error:.4f} over those of the least NLL, not more than one standard error: "
+            "the latter are used"
+        )
+        return nll_fit(np.arange(len(labels_N))), share, (doubt,)
+
+    def _share(self, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int) -> float:
+        """How far cross-validation wants the weights moved to uniform."""
+
+        def fit(samples: np.ndarray) -> np.ndarray:
+            return self._fit(logits_KNC[:, samples], labels_N[samples], seed)
 
         def on(samples: np.ndarray) -> Objective:
             return self._objective(logits_KNC[:, samples], labels_N[samples])
 
-        return shrinkage_by_cross_validation(fit, on, labels_N, members, seed)
+        return shrinkage_by_cross_validation(fit, on, labels_N, len(logits_KNC), seed)
+
+    def _fit(self, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int) -> np.ndarray:
+        """The best candidate (D,), without a study, without a guard."""
+        if self._is_convex_nll():  # the same optimum in a millisecond
+            nll = MixtureNLL(logits_KNC, labels_N)
+            return ExpectationMaximization(tolerance=1e-7).minimum(nll)[0]
+        objective = self._objective(logits_KNC, labels_N)
+        tried_MD, values_M = self._search_in_numpy(objective, len(logits_KNC), seed)
+        best_D: np.ndarray = tried_MD[np.nanargmin(values_M)]
+        return best_D
 
     def _is_convex_nll(self) -> bool:
         """Whether the objective is the one that EM solves."""
@@ -201,3 +245,9 @@ class DifferentialEvolution:
         optimum_K, gap, _ = ExpectationMaximization().minimum(objective)
         value, least = objective(np.stack([best_D, optimum_K]))
         return max(0.0, float(value - least)) + gap
+
+
+def _shrunk(point_D: np.ndarray, share: float, members: int) -> np.ndarray:
+    """The candidate with its weights moved to uniform, its temperature as it was."""
+    weights_K = toward_uniform(point_D[:members], share)
+    return np.concatenate([weights_K, point_D[members:]])

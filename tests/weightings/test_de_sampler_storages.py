@@ -1,5 +1,6 @@
 """DESampler on durable storages: several processes, a killed process, the group-commit journal."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -190,6 +191,56 @@ def test_a_torn_last_line_is_cut_and_its_trials_are_evaluated_again(folder):
     assert len(study.trials) == 29
     optimize_population(study, batch, 2)
     assert params(study) == expected(40)
+
+
+def test_a_full_disk_costs_what_was_not_written_and_no_more(folder, monkeypatch):
+    path = folder / "study"
+    backend = GenerationJournalBackend(path, 10)
+    study = optuna.create_study(
+        study_name="s",
+        storage=JournalStorage(backend),
+        sampler=DESampler(simplex=SIMPLEX, population_size=10, seed=5),
+    )
+    optimize_population(study, batch, 1)
+    content, write = path.read_bytes(), os.write
+
+    def half(descriptor, data):
+        if len(data) < 100:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[: len(data) // 2])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", half)
+        with pytest.raises(OSError, match="No space left"):
+            optimize_population(study, batch, 1)
+    assert path.read_bytes() == content
+    backend.close()  # with room again
+    assert params(open_study("journal", path)) == expected(20)
+
+
+def test_a_disk_that_fails_is_told_of_by_the_next_commit(folder, monkeypatch):
+    def fails(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with GenerationJournalBackend(folder / "study", 10) as backend:
+        study = optuna.create_study(
+            storage=JournalStorage(backend),
+            sampler=DESampler(simplex=SIMPLEX, population_size=10, seed=5),
+        )
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fails)
+            optimize_population(study, batch, 1)
+            with pytest.raises(OSError, match="Input/output"):
+                optimize_population(study, batch, 1)
+
+
+def test_attributes_are_kept_as_they_were_when_set(folder):
+    with GenerationJournalBackend(folder / "study") as backend:
+        study = optuna.create_study(storage=JournalStorage(backend))
+        note = {"sizes": (1, 2)}
+        study.set_user_attr("note", note)
+        note["sizes"] = (3,)
+        assert study.user_attrs == {"note": {"sizes": [1, 2]}}
 
 
 def test_a_second_writer_is_refused_and_the_file_is_free_again_afterwards(folder):

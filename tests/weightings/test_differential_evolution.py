@@ -1,7 +1,12 @@
 import ast
 import dataclasses
+import json
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import get_args
 
@@ -14,9 +19,10 @@ from optuna.storages.journal import JournalFileBackend
 import kd
 from kd.component import ConfigError
 from kd.weightings import DifferentialEvolution, ExpectationMaximization
+from kd.weightings.accuracy_guard import held_out_contest
 from kd.weightings.evolution import Strategy
 from kd.weightings.objectives import Measure, Mixing, MixtureNLL, objective_on
-from kd.weightings.shrinkage import SHARES, shrinkage_by_cross_validation
+from kd.weightings.shrinkage import SHARES, folds, shrinkage_by_cross_validation
 from tests.checks_weightings import names
 from tests.reference_weightings import random_logits
 
@@ -94,6 +100,83 @@ def test_held_out_samples_see_through_weights_that_only_fit_noise():
     assert shrinkage_by_cross_validation(one, on, labels_N, 4, 0) == 0
 
 
+def timid_but_right(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Member a is right 9 times of 10 and never sure; b and c are sure, and right 6 times."""
+    rng = np.random.default_rng(0)
+    labels_N = rng.integers(4, size=samples)
+
+    def member(right, sure):
+        guess_N = np.where(rng.random(samples) < right, labels_N, (labels_N + 1) % 4)
+        return np.log(np.where(np.eye(4)[guess_N] == 1, sure, (1 - sure) / 3))
+
+    return np.stack([member(0.9, 0.3), member(0.6, 0.8), member(0.6, 0.8)]), labels_N
+
+
+def test_accuracy_that_holds_on_held_out_samples_keeps_the_average_of_the_folds():
+    logits_KNC, labels_N = timid_but_right(400)
+    weighting = DifferentialEvolution(objective="accuracy", study=False, generations=15)
+    found = weighting.find(logits_KNC, labels_N, names(3), 0)
+    searched = [
+        dataclasses.replace(weighting, shrink=False).find(
+            logits_KNC[:, fitted], labels_N[fitted], names(3), 0
+        )
+        for fitted, _ in folds(labels_N, 0)
+    ]
+    np.testing.assert_allclose(found.weights_K, np.mean([f.weights_K for f in searched], axis=0))
+    assert found.shrinkage is None
+    assert found.warnings == ()
+    nll = dataclasses.replace(weighting, objective="nll").find(logits_KNC, labels_N, names(3), 0)
+    objective = objective_on(logits_KNC, labels_N, "accuracy")
+    assert found.objective < objective(nll.weights_K[None])[0] - 0.1
+
+
+@pytest.mark.parametrize(("temperature", "generations"), [(False, 40), (True, 8)])
+def test_accuracy_that_does_not_gives_way_to_the_weights_of_the_least_nll(
+    temperature, generations
+):
+    logits_KNC, _ = random_logits(2, 200, 4)
+    labels_N = np.random.default_rng(2).integers(4, size=200)
+    weighting = DifferentialEvolution(
+        objective="accuracy", fit_temperature=temperature, study=False, generations=generations
+    )
+    given = logits_KNC, labels_N, names(2), 0
+    found = weighting.find(*given)
+    nll = dataclasses.replace(weighting, objective="nll").find(*given)
+    assert found.shrinkage == nll.shrinkage
+    assert found.temperature == nll.temperature
+    np.testing.assert_allclose(found.weights_K, nll.weights_K, atol=1e-4)
+    assert len(found.warnings) == 1
+    assert "those of the least NLL" in found.warnings[0]
+
+
+def test_a_contest_is_fought_on_samples_that_neither_side_has_seen():
+    labels_N = np.repeat([0, 1], 50)
+    seen = []
+
+    def fit(samples):
+        seen.append(set(samples.tolist()))
+        return np.array([1.0, 0.0]) if len(seen) % 2 else np.array([0.0, 1.0])
+
+    def is_right(point_D, samples):
+        assert not seen[-1] & set(samples.tolist())
+        return samples % 4 != 0 if point_D[0] else samples % 2 == 0
+
+    def rival_fit(samples):
+        assert set(samples.tolist()) == seen[-1]
+        return np.array([0.5, 0.5])
+
+    contest = held_out_contest(fit, rival_fit, is_right, labels_N, 0)
+    np.testing.assert_allclose(contest.mean_D, [0.6, 0.4])
+    assert set.union(*(set(range(100)) - each for each in seen)) == set(range(100))
+    # The rival is right on the samples not divisible by 4, as is whoever returns [1, 0].
+    odd = sorted(set(range(100)) - seen[1]) + sorted(set(range(100)) - seen[3])
+    gains_N = np.zeros(100)
+    gains_N[odd] = [(n % 2 == 0) * 1.0 - (n % 4 != 0) for n in odd]
+    assert contest.gain == pytest.approx(gains_N.mean())
+    assert contest.error == pytest.approx(gains_N.std(ddof=1) / 10)
+    assert not contest.is_won
+
+
 def test_the_study_is_a_journal_that_optuna_opens(tmp_path):
     given = *random_logits(3, 100, 4), names(3), 0
     path = tmp_path / "study.log"
@@ -104,6 +187,36 @@ def test_the_study_is_a_journal_that_optuna_opens(tmp_path):
     assert len(study.trials) == found.evaluations == 200
     assert list(study.best_params) == ["a", "b", "c"]
     assert study.best_value == found.history.best_G[-1]
+
+
+@pytest.mark.slow
+def test_optuna_dashboard_shows_the_study(tmp_path):
+    pytest.importorskip("optuna_dashboard")
+    path = tmp_path / "study.log"
+    given = *random_logits(3, 100, 4), names(3), 0
+    DifferentialEvolution(generations=10).find(*given, study_path=path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("optuna-dashboard"), path, "--port", str(port)]
+    dashboard = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        [study] = _answer(f"http://127.0.0.1:{port}/api/studies")["study_summaries"]
+        url = f"http://127.0.0.1:{port}/api/studies/{study['study_id']}"
+        assert len(_answer(url)["trials"]) == 200
+    finally:
+        dashboard.terminate()
+        dashboard.wait()
+
+
+def _answer(url: str) -> dict:
+    """What the server says, once it is up."""
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(url) as answer:
+                return json.load(answer)
+        except urllib.error.URLError:
+            time.sleep(0.5)
+    raise TimeoutError(url)
 
 
 def test_a_study_cut_short_is_resumed_to_the_same_weights_and_a_finished_one_is_read(tmp_path):

@@ -82,14 +82,25 @@ def test_pruned_rivals_never_change_a_single_sample(members, classes, samples, s
 
 
 def test_pruning_is_exact_over_chunks_and_removes_most_rivals():
-    logits_KNC, labels_N = random_logits(5, 3000, 20, spread=1.0)
+    logits_KNC, labels_N = random_logits(5, 6000, 20, spread=1.0)
     errors = ErrorRate(logits_KNC, labels_N)
     weights_PK = candidates(50, 5)
     mixed_PNC = np.tensordot(weights_PK, logits_KNC.astype(float), axes=1)
     expected_P = (mixed_PNC.argmax(axis=2) != labels_N).mean(axis=1)
     np.testing.assert_array_equal(errors(weights_PK), expected_P)
-    kept = sum(margins_KN.shape[1] for margins_KN, _ in errors.layers)
-    assert kept < 0.2 * 3000 * 20
+    assert len(errors.blocks) > 1
+    assert sum(sum(block.widths) for block in errors.blocks) < 0.2 * 6000 * 20
+
+
+def test_what_float32_cannot_tell_is_counted_in_float64():
+    """Margins of the even mixture: -1e-10, 0 and 1e-10, for a rival that does not win ties."""
+    scores_KNC = np.zeros((2, 3, 2))
+    scores_KNC[0, :, 1] = 1.0
+    scores_KNC[1, :, 0] = 1.0 + 2e-10 * np.array([-1.0, 0.0, 1.0])
+    weights_PK = np.array([[0.5, 0.5], [0.25, 0.75], [0.75, 0.25], [1, 0]])
+    for label, wrong in ((0, [1, 0, 3, 3]), (1, [2, 3, 0, 0])):
+        errors = ErrorRate(scores_KNC, np.full(3, label))
+        np.testing.assert_array_equal(errors(weights_PK), np.array(wrong) / 3)
 
 
 def test_ties_between_equally_wrong_candidates_go_to_the_smaller_nll():
