@@ -29,6 +29,11 @@ class SGD:
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
 
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """What it keeps of each parameter."""
+        return ("momentum",) if self.momentum else ()
+
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser over `parameters`, fused: one kernel for all of them."""
         return torch.optim.SGD(
@@ -57,6 +62,11 @@ class AdamW:
         require(self.lr > 0, "lr", self.lr, "above 0")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "each in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """What it keeps of each parameter."""
+        return ("mean", "square")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser over `parameters`, fused: one kernel for all of them."""
@@ -132,30 +142,53 @@ class Recipe:
     augment: Augment = Augment()
     """Random shifts and flips; student and teachers see the same view of an image."""
     mixup: float = 0.0
-    """Parameter of the Beta distribution that images are mixed by; 0: never (kd/train.py)."""
+    """Parameter of the Beta distribution that images are mixed by (mixup); 0: never."""
     label_smoothing: float = 0.0
     """Share of a label's probability spread evenly over all classes, in [0, 1)."""
     clip_norm: float | None = None
     """Largest length of the gradient, above 0; null: no clipping."""
     ema: float | None = None
     """Decay of the running mean of the weights, in (0, 1), which is then kept; null: no mean."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the network's forward and backward in bfloat16 autocast; losses stay in fp32."""
-    targets: Literal["auto", "cached", "online"] = "auto"
-    """cached computes the soft targets of every view of every image once, online at each step;
-    auto caches where views are fewer than epochs, memory allows and nothing is mixed."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16 runs the network's forward and backward in bfloat16 autocast; losses stay in fp32.
+    A processor without bfloat16 instructions emulates them, which is many times slower: auto
+    measures both on this machine once, and takes bf16 where that is faster by a fifth."""
+    compile: bool = False
+    """Compile the network with torch.compile: takes a while, and may pay in long trainings."""
+    targets: Literal["auto", "cached", "online", "stacked"] = "auto"
+    """online asks the teachers at each step, one by one; stacked asks teachers of one architecture
+    all at once, which a GPU may prefer (a CPU does not); cached asks them once for every view of
+    every image and keeps their answers under .kd/targets; auto caches where views are fewer than
+    epochs and nothing is mixed, and asks online elsewhere."""
+    views: int | None = None
+    """Views of an image that a taught network is shown while targets are cached, at least 1: after
+    so many passes they recur.  null: all views that `augment` has."""
     threads: int = 1
     """CPU threads, at least 1.  Sums are taken in another order with another number of threads,
     so this belongs to what decides the result, not to what the machine happens to have."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
+    devices: int = 1
+    """GPUs, or processes on a CPU, that share every batch, at least 1: for a large network."""
+    checkpoint_minutes: float = 1.0
+    """Minutes of training, at most, that a crash can lose; at least 0 (save at each step)."""
+    checkpoint_steps: int | None = None
+    """Steps between two checkpoints beside those by the clock, at least 1; null: the clock's."""
     validate_every: int = 1
     """Epochs between two looks at the validation split, at least 1; the last is always seen."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "threads", "validate_every"):
+        for name in ("epochs", "threads", "devices", "validate_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        even = self.devices == 1 or self.batch_size % (2 * self.devices) == 0
+        wanted = f"a multiple of {2 * self.devices}, twice recipe.devices"
+        require(even, "batch_size", self.batch_size, wanted)
+        for name in ("views", "checkpoint_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1, or null")
+        minutes = self.checkpoint_minutes
+        require(minutes >= 0, "checkpoint_minutes", minutes, "at least 0")
         require(self.mixup >= 0, "mixup", self.mixup, "at least 0")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")

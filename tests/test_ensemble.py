@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from kd.component import ConfigError
-from kd.ensemble import Ensemble, cached_targets, digest_of_tensors, mix, online_targets
-from kd.methods import soft_loss
+from kd.ensemble import Ensemble, SoftTargets, digest_of_tensors, mix
 from tests import reference
 from tests.learners import network, pictures
 
@@ -34,8 +33,9 @@ def test_mixing_logits_is_another_estimator():
 def test_an_ensemble_of_one_is_the_lone_teacher():
     teacher, images = network(), pictures()
     batch = images.batch(torch.arange(8))
-    alone = F.log_softmax(teacher.eval()(batch) / 4.0, 1)
-    torch.testing.assert_close(Ensemble((teacher,), (1.0,)).log_probs(batch, 4.0), alone)
+    ensemble = Ensemble((teacher,), (1.0,))
+    rows = SoftTargets((1.0,), (4.0,))(ensemble.logits(batch), images.labels_N[:8])
+    torch.testing.assert_close(rows, F.log_softmax(teacher(batch) / 4.0, 1))
 
 
 def test_extreme_logits_mix_to_finite_probabilities():
@@ -49,7 +49,7 @@ def test_members_are_frozen_and_their_batch_statistics_stand_still():
     ensemble = Ensemble((member,), (1.0,))
     before = ensemble.fingerprint()
     for _ in range(3):
-        ensemble.log_probs(pictures().batch(torch.arange(8)), 1.0)
+        ensemble.logits(pictures().batch(torch.arange(8)))
     assert ensemble.fingerprint() == before
     assert not member.training
     assert not any(parameter.requires_grad for parameter in member.parameters())
@@ -61,28 +61,6 @@ def test_the_fingerprint_sees_one_changed_statistic():
     before = ensemble.fingerprint()
     member[1].running_mean[3] += 1e-6
     assert ensemble.fingerprint() != before
-
-
-def test_targets_may_enter_a_loss_that_learns():
-    ensemble = Ensemble((network(),), (1.0,))
-    batch = pictures().batch(torch.arange(8))
-    student = network(1)
-    targets = ensemble.log_probs(batch, 2.0)
-    soft_loss(student(batch), targets, 2.0).backward()
-    assert not targets.requires_grad
-
-
-def test_cached_targets_are_the_targets_of_the_very_view_shown():
-    ensemble = Ensemble((network(0), network(1)), (0.3, 0.7))
-    images = pictures()
-    cached = cached_targets(ensemble, 4.0, images, batch_size=16)
-    online = online_targets(ensemble, 4.0)
-    for view in range(images.augment.num_views):
-        indices = torch.randperm(len(images))[:8]
-        views = torch.full((8,), view)
-        batch = images.batch(indices, views)
-        ours, reference_targets = cached(batch, indices, views), online(batch, indices, views)
-        torch.testing.assert_close(ours, reference_targets, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.6), (-0.5, 1.5), (1.0,), (float("nan"), 1.0)])

@@ -4,6 +4,7 @@ Shape suffixes: N samples, B batch, H W image, channels last where the name ends
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +17,17 @@ from torch.nn import functional as F
 from kd.component import ConfigError
 from kd.data.augment import Augment
 
+HELD_BYTES = 2 * 2**30
+"""Images up to this size are held on the device: 700,000 of 32 x 32, 14,000 of 224 x 224."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
     """One split, or several joined, with the views that batches may show."""
 
     pixels_NHWC: Tensor
-    """uint8 on the device; on the CPU a single split is a memory map, read as it is needed."""
+    """uint8 on the device, or, where they are too many for it, a memory map on the host, whose
+    images are brought to the device as batches need them."""
 
     labels_N: Tensor
     """int64 on the device; -1 where unlabelled."""
@@ -36,6 +41,12 @@ class Images:
     augment: Augment = Augment()  # noqa: RUF009  (frozen)
     """The views that `batch` knows by number."""
 
+    beyond_NHWC: tuple[Tensor, ...] = ()
+    """Further memory maps, whose images follow these: splits that are too large to be joined."""
+
+    source: str = ""
+    """Hash of the prepared data and names of the splits; "" where the pixels themselves tell."""
+
     @classmethod
     def load(
         cls,
@@ -44,6 +55,7 @@ class Images:
         *,
         device: str = "cpu",
         augment: Augment | None = None,
+        held_bytes: int = HELD_BYTES,
     ) -> "Images":
         """Open splits of prepared data.
 
@@ -52,6 +64,7 @@ class Images:
             splits: "train", "pool", "val" or "test", or several of them to be joined in order.
             device: "cpu" or "cuda".
             augment: the views that batches may show; None for the plain images alone.
+            held_bytes: images of more bytes than this are read from disk as they are needed.
 
         Raises:
             ConfigError: `folder` holds no prepared data, or it is damaged.
@@ -65,13 +78,28 @@ class Images:
             raise ConfigError(
                 f"{folder} holds no prepared data ({error}); run stage data"
             ) from error
+        filled = [part for part in pixels if len(part)] or pixels[:1]
+        if sum(part.nbytes for part in filled) <= held_bytes:
+            filled = [_join(filled).to(device)]
         return cls(
-            pixels_NHWC=_join(pixels).to(device),
+            pixels_NHWC=filled[0],
+            beyond_NHWC=tuple(filled[1:]),
             labels_N=_join(labels).to(device),
             mean=tuple(record["mean"]),
             std=tuple(record["std"]),
             augment=augment or Augment(),
+            source=f"{record['data_hash']} {' '.join(names)}",
         )
+
+    @property
+    def identity(self) -> str:
+        """Names these images in this order, whatever their views: equal only where they are."""
+        if self.source:
+            return self.source
+        digest = hashlib.sha256()
+        for part_NHWC in (self.pixels_NHWC, *self.beyond_NHWC):
+            digest.update(part_NHWC.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -96,11 +124,23 @@ class Images:
         Returns:
             float32 (B, channels, H, W) on the device, in channels_last memory.
         """
-        device = self.pixels_NHWC.device
-        pixels_BHWC = self.pixels_NHWC.index_select(0, indices_B.to(device))
+        device = self.labels_N.device
+        pixels_BHWC = self._gather(indices_B.to(self.pixels_NHWC.device)).to(device)
         if views_B is not None:
             pixels_BHWC = self._crop(pixels_BHWC, views_B.to(device))
         return self._normalise(pixels_BHWC)
+
+    def _gather(self, indices_B: Tensor) -> Tensor:
+        """The chosen images as they are, from wherever they lie."""
+        if not self.beyond_NHWC:
+            return self.pixels_NHWC.index_select(0, indices_B)
+        chosen_BHWC = self.pixels_NHWC.new_empty((len(indices_B), *self.pixels_NHWC.shape[1:]))
+        start = 0
+        for part_NHWC in (self.pixels_NHWC, *self.beyond_NHWC):
+            here_B = (indices_B >= start) & (indices_B < start + len(part_NHWC))
+            chosen_BHWC[here_B] = part_NHWC.index_select(0, indices_B[here_B] - start)
+            start += len(part_NHWC)
+        return chosen_BHWC
 
     def _crop(self, pixels_BHWC: Tensor, views_B: Tensor) -> Tensor:
         """Pad the batch once and gather every pixel of every view in one step."""

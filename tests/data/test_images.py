@@ -144,3 +144,20 @@ def test_data_that_is_not_there_or_damaged_is_refused(prepared: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ConfigError, match="holds no prepared data"):
         Images.load(prepared, "val")
+
+
+def test_splits_too_large_to_be_held_are_read_as_they_are_needed(prepared: Path) -> None:
+    augment = Augment(shift=1, flip=True)
+    held = Images.load(prepared, ("train", "pool"), augment=augment)
+    mapped = Images.load(prepared, ("train", "pool"), augment=augment, held_bytes=0)
+    assert len(mapped.beyond_NHWC) == 1
+    assert len(mapped) == len(held)
+    assert mapped.identity == held.identity
+    assert (
+        dataclasses.replace(mapped, source="").identity
+        == dataclasses.replace(held, source="").identity
+    )
+    indices_B = torch.randperm(len(held))
+    views_B = torch.randint(augment.num_views, (len(held),))
+    assert torch.equal(mapped.batch(indices_B, views_B), held.batch(indices_B, views_B))
+    assert torch.equal(mapped.batch(indices_B[:1]), held.batch(indices_B[:1]))

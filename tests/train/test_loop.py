@@ -10,9 +10,11 @@ from kd.evaluate import predict, scores
 from kd.methods import KD
 from kd.recipe import SGD, AdamW, Cosine, Steps
 from kd.train import (
+    Lesson,
     LossWatch,
     NonFiniteLoss,
     Plan,
+    Stopped,
     TeacherChanged,
     batch_of,
     fit,
@@ -26,7 +28,8 @@ from tests.learners import CLASSES, network, pictures, recipe
 def train(seed=0, model=None, images=None, checkpoint=None, **changes):
     model = network(0) if model is None else model
     images = pictures() if images is None else images
-    settings = {k: changes.pop(k) for k in ("method", "ensemble", "epoch_steps") if k in changes}
+    ours = ("method", "ensemble", "epoch_steps", "tables", "stop")
+    settings = {k: changes.pop(k) for k in ours if k in changes}
     return fit(
         model,
         images,
@@ -52,10 +55,11 @@ def taught(members=2):
 
 
 class Memory:
-    """A checkpoint that keeps its states, and stops the training after the given epoch."""
+    """A checkpoint that keeps its states, and stops the training after so many saves."""
 
     def __init__(self, stop_after=None):
         self.saved = None
+        self.saves = 0
         self.stop_after = stop_after
 
     def load(self):
@@ -65,7 +69,8 @@ class Memory:
         # Contiguous, as a file would bring them back.
         plain = {n: t.clone(memory_format=torch.contiguous_format) for n, t in state.items()}
         self.saved = (plain, list(history))
-        if len(history) == self.stop_after:
+        self.saves += 1
+        if self.saves == self.stop_after:
             raise KeyboardInterrupt
 
 
@@ -108,33 +113,56 @@ def test_another_seed_gives_other_weights():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stop_after", [1, 2])
+@pytest.mark.parametrize("stop_after", [1, 5, 8, 15], ids="after_step_{}".format)
 def test_a_stopped_run_resumes_to_the_same_bits(variant, stop_after):
-    whole, history = train(model=model_for(variant), **settings_for(variant))
+    """3 epochs of 5 steps: stopped at an epoch's first step, at its last, amid it, at the end."""
+    settings = {**settings_for(variant), "checkpoint_steps": 1}
+    whole, history = train(model=model_for(variant), **settings)
     memory = Memory(stop_after)
     with pytest.raises(KeyboardInterrupt):
-        train(model=model_for(variant), checkpoint=memory, **settings_for(variant))
-    memory.stop_after = None
+        train(model=model_for(variant), checkpoint=memory, **settings)
     fresh = network(99, dropout=VARIANTS[variant].get("model", 0.0))
-    resumed, resumed_history = train(model=fresh, checkpoint=memory, **settings_for(variant))
+    resumed, resumed_history = train(model=fresh, checkpoint=memory, **settings)
     assert weights_of(resumed) == weights_of(whole)
     assert [e.train_loss for e in resumed_history] == [e.train_loss for e in history]
+
+
+def test_a_run_that_is_asked_to_stop_saves_its_state_and_goes_on_from_there():
+    whole, _ = train(checkpoint_minutes=1e9)
+    memory, steps = Memory(), iter([False] * 6 + [True] * 99)
+    with pytest.raises(Stopped, match="after step 4"):  # asked twice in a step
+        train(checkpoint=memory, checkpoint_minutes=1e9, stop=lambda: next(steps))
+    assert memory.saves == 1
+    resumed, _ = train(model=network(99), checkpoint=memory, checkpoint_minutes=1e9)
+    assert memory.saves == 1
+    assert weights_of(resumed) == weights_of(whole)
+
+
+def test_a_state_is_saved_as_often_as_the_recipe_says():
+    for settings, expected in (
+        ({"checkpoint_steps": 4, "checkpoint_minutes": 1e9}, 3),
+        ({"checkpoint_minutes": 0.0}, 15),
+        ({"checkpoint_minutes": 1e9}, 0),
+    ):
+        memory = Memory()
+        train(checkpoint=memory, **settings)
+        assert memory.saves == expected
 
 
 def test_every_pass_shows_every_image_once_and_every_batch_is_full():
     num, size, passes = 13, 4, 8
     augment = Augment(shift=1)
     batches = [batch_of(step, size, num, augment, seed=3) for step in range(num * passes // size)]
-    assert all(len(indices) == len(views) == size for indices, views in batches)
-    seen = torch.cat([indices for indices, _ in batches]).view(passes, num)
+    assert all(len(shown.indices_B) == len(shown.views_B) == size for shown in batches)
+    seen = torch.cat([shown.indices_B for shown in batches]).view(passes, num)
     assert all(sorted(row.tolist()) == list(range(num)) for row in seen)
     assert len({tuple(row.tolist()) for row in seen}) == passes
-    views = torch.cat([views for _, views in batches])
+    views = torch.cat([shown.views_B for shown in batches])
     assert views.unique().numel() == augment.num_views
 
 
 def test_a_batch_may_be_larger_than_the_images():
-    indices, _ = batch_of(0, 10, 4, Augment(), seed=0)
+    indices = batch_of(0, 10, 4, Augment(), seed=0).indices_B
     assert indices.bincount().tolist() == [3, 3, 2, 2] or sorted(indices.bincount()) == [
         2,
         2,
@@ -157,6 +185,20 @@ def test_unlabelled_images_teach_nothing_without_teachers():
     before = model[-1].weight.clone()
     fit(model, images, recipe(optimizer=SGD(weight_decay=0.0)), seed=0, num_classes=CLASSES)
     torch.testing.assert_close(model[-1].weight, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", [None, KD(alpha=0.0)])
+def test_the_hard_loss_is_the_mean_over_the_labelled_images_however_they_fall(method):
+    images, settings = pictures(40, labelled=10, augment=Augment()), recipe(batch_size=8)
+    model = network(0).eval()  # else each batch would be normalised by itself
+    known = {} if method is None else taught()
+    lesson = Lesson(images, settings, 0, CLASSES, method, known.get("ensemble"))
+    losses = torch.stack([lesson.loss(model, step) for step in range(5)])
+    labelled = images.labels_N >= 0
+    assert labelled.sum() == 10
+    logits = model(images.batch(labelled.nonzero()[:, 0], torch.zeros(10, dtype=torch.int64)))
+    expected = nn.functional.cross_entropy(logits, images.labels_N[labelled])
+    torch.testing.assert_close(losses.mean(), expected)
 
 
 def test_a_student_learns_from_unlabelled_images():
@@ -246,9 +288,10 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint():
             optimizer.register_step_post_hook(explode)
             return optimizer
 
+    settings = {"checkpoint_steps": 1, "optimizer": LastStepExplodes(lr=0.05)}
     with pytest.raises(NonFiniteLoss, match="epoch 2"):
-        train(model=model, checkpoint=memory, optimizer=LastStepExplodes(lr=0.05))
-    assert len(memory.saved[1]) == 1
+        train(model=model, checkpoint=memory, **settings)
+    assert memory.saves == 6
     assert all(tensor.isfinite().all() for tensor in memory.saved[0].values())
 
 
@@ -257,7 +300,7 @@ def test_the_watch_names_the_first_bad_step():
     for step, loss in enumerate([1.0, math.inf, math.nan, 2.0]):
         watch.see(step, torch.tensor(loss))
     with pytest.raises(NonFiniteLoss, match="step 1"):
-        watch.mean(1)
+        watch.check(1)
 
 
 @pytest.mark.parametrize("kind", [Cosine(warmup=0.25), Steps(milestones=(0.5,), warmup=0.25)])

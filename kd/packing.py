@@ -1,0 +1,63 @@
+"""What an exporter is given: the trained student, calibration pictures, and a first look before.
+
+N images, H W image, channels last.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd import artifacts, manifest
+from kd.data import Images
+from kd.exporters import Exporter, Int8, Trained
+from kd.exporters.files import captured, for_export
+from kd.exporters.trained import evenly
+from kd.manifest import Manifest
+from kd.models import Model, build_model
+
+DATA = artifacts.ROOT / "data"
+
+
+def student_to_export(exporter: Exporter) -> tuple[Trained, Manifest]:
+    """The trained student with what its file needs, and its manifest."""
+    module, described = manifest.load(artifacts.folder("student"))
+    trained = Trained(
+        module=module,
+        image_size=described.image_size,
+        class_names=described.class_names,
+        mean=described.mean,
+        std=described.std,
+        calibration_NHWC=calibration(exporter.int8),
+        metadata={"student": described.sha256, "data": described.data_hash},
+    )
+    return trained, described
+
+
+def calibration(int8: Int8 | None) -> Tensor | None:
+    """As many training pictures as asked for, spread evenly over train and pool; None for None."""
+    if int8 is None:
+        return None
+    num = int8.calibration_images
+    splits = [Images.load(DATA, split).pixels_NHWC for split in ("train", "pool")]
+    total = sum(map(len, splits))
+    return torch.cat(
+        [
+            pixels_NHWC[evenly(len(pixels_NHWC), -(-num * len(pixels_NHWC) // total))]
+            for pixels_NHWC in splits
+            if len(pixels_NHWC)
+        ]
+    )
+
+
+def try_export(model: Model, record: Mapping[str, Any]) -> None:
+    """Trace the student untrained, so that one that no format can take is found before training.
+
+    Raises:
+        ConfigError: what it does depends on the values in an image.
+    """
+    size, channels = record["image_size"], record["channels"]
+    num_classes = len(record["class_names"])
+    module = build_model(model, channels=channels, image_size=size, num_classes=num_classes)
+    captured(for_export(module), torch.zeros(1, channels, size, size))

@@ -1,0 +1,107 @@
+"""What a network is shown at a step, and how far it is from what it should say.
+
+B batch, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kd.data import Images
+from kd.ensemble import Ensemble
+from kd.methods import Labels, Method, Shown, label_probs
+from kd.recipe import Recipe
+from kd.train.plan import Batch, batch_of, key
+from kd.train.targets import Tables, Targets, autocast, targets_of
+
+
+class Lesson:
+    """What a model is shown at each step, and how far it is from what it should say."""
+
+    def __init__(
+        self,
+        images: Images,
+        recipe: Recipe,
+        seed: int,
+        num_classes: int,
+        method: Method | None,
+        ensemble: Ensemble | None,
+        tables: Tables | None = None,
+        num_steps: int = 1,
+    ) -> None:
+        self.images = images
+        self.recipe = recipe
+        self.seed = seed
+        self.num_classes = num_classes
+        self.num_steps = num_steps
+        self.method = (method or Labels()).resolved()
+        self.targets: Targets | None = None
+        self.members = None
+        self.labelled = float((images.labels_N >= 0).float().mean()) or 1.0
+        if ensemble is not None:
+            self.members = ensemble.described()
+            if reduction := self.method.reduction(self.members):
+                self.targets = targets_of(ensemble, reduction, images, recipe, num_classes, tables)
+        elif self.method.needs == "teachers":
+            self.method = Labels()
+
+    def loss(self, model: nn.Module, step: int, share: int = 0, shares: int = 1) -> Tensor:
+        """The loss of step `step`, a scalar; teachers see the very view that the model sees.
+
+        Args:
+            model: Who learns; it answers with logits, or with logits and what else is in
+                `Shown.also`.
+            step: Its number, from 0.
+            share: Which part of the batch is looked at.
+            shares: How many equal parts there are; their losses' mean is the whole batch's.
+        """
+        shown = batch_of(
+            step,
+            self.recipe.batch_size,
+            len(self.images),
+            self.images.augment,
+            self.seed,
+            self.targets.views if self.targets else None,
+            str(self.images.labels_N.device),
+        )
+        if shares > 1:
+            shown = shown.share(share, shares)
+        return self.loss_of(model, shown, step)
+
+    def probe(self, model: nn.Module, size: int) -> Tensor:
+        """The loss of the first `size` images, for counting the memory that it takes."""
+        device = str(self.images.labels_N.device)
+        first = batch_of(0, size, len(self.images), self.images.augment, self.seed, 1, device)
+        return self.loss_of(model, first, 0)
+
+    def loss_of(self, model: nn.Module, shown: Batch, step: int) -> Tensor:
+        """The loss of the images shown."""
+        recipe, device = self.recipe, self.images.labels_N.device
+        images_B = self.images.batch(shown.indices_B, shown.views_B)
+        labels_B = self.images.labels_N[shown.indices_B]
+        labels_BC = label_probs(labels_B, self.num_classes, recipe.label_smoothing)
+        if recipe.mixup:
+            images_B, labels_BC = mixed(images_B, labels_BC, recipe.mixup, self.seed, step)
+        with autocast(device, recipe):
+            said = model(images_B)
+        logits_BC, also = said if isinstance(said, tuple) else (said, {})
+        rows_BR = self.targets.rows(images_B, shown) if self.targets else None
+        progress = step / self.num_steps
+        given = Shown(logits_BC, labels_BC, rows_BR, self.members, progress, self.labelled, also)
+        return self.method.loss(given)
+
+
+def mixed(
+    images_B: Tensor, labels_BC: Tensor, alpha: float, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """The batch mixed with itself in reverse order (mixup, Zhang et al., 2018, equation 1).
+
+    Batches are shuffled already, so the reverse order pairs images at random.  An unlabelled
+    image adds nothing to the pair's labels, which then sum to less than 1.
+    """
+    generator = torch.Generator().manual_seed(key("mixup", seed, step))
+    gammas = torch._standard_gamma(torch.full((2,), alpha), generator=generator)
+    share = float(gammas[0] / gammas.sum())
+    return (
+        share * images_B + (1 - share) * images_B.flip(0),
+        share * labels_BC + (1 - share) * labels_BC.flip(0),
+    )

@@ -1,0 +1,302 @@
+"""fit(): the only training loop.  Teacher, assistants and students differ only in who teaches.
+
+B batch, C classes.  What a step sees (which images, in which view, mixed how, at which learning
+rate) is a pure function of the seed and the step's number, so a resumed run needs nothing but
+the weights, the optimiser's state and that number to end in the same bits.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kd.component import Refused
+from kd.data import Images
+from kd.ensemble import Ensemble
+from kd.methods import Learner, Method
+from kd.recipe import Recipe
+from kd.train.lesson import Lesson
+from kd.train.memory import check_memory, halved, predict_memory
+from kd.train.plan import Plan, key, steps_in_epoch
+from kd.train.ranks import (
+    is_first,
+    position,
+    spread,
+    sum_over_ranks,
+    with_global_statistics,
+)
+from kd.train.state import (
+    Checkpoint,
+    Epoch,
+    Saves,
+    generators,
+    joined,
+    optimizer_state,
+    part,
+    restore_generators,
+    restore_optimizer,
+)
+from kd.train.targets import Tables
+
+CALM = "lower recipe.optimizer.lr, or set recipe.clip_norm"
+"""What helps against training that diverges."""
+
+
+class NonFiniteLoss(Refused):
+    """The loss became infinite or not a number; the message names the step."""
+
+
+class Stopped(Refused):
+    """Training was asked to stop, and saved its state."""
+
+
+class TeacherChanged(Refused):
+    """A frozen member's parameters or buffers changed while the student trained."""
+
+
+def fit(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    *,
+    seed: int,
+    num_classes: int,
+    epoch_steps: int | None = None,
+    method: Method | None = None,
+    ensemble: Ensemble | None = None,
+    validate: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
+    on_step: Callable[[int], None] = lambda done: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    checkpoint: Checkpoint | None = None,
+    tables: Tables | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[nn.Module, list[Epoch]]:
+    """Train `model` in place, from labels alone or under an ensemble.
+
+    Args:
+        model: The network that learns; it is moved to the device of `images`.
+        images: What it learns from: labelled images and, under an ensemble, unlabelled ones too,
+            with the views that student and teachers are shown.
+        recipe: The budget and how it is spent.
+        seed: Decides the order of images, their views and their mixing.
+        num_classes: C.
+        epoch_steps: Steps in an epoch; by default one pass over `images`.  A role that sees
+            labelled images alone is given the steps of the whole data, for an equal budget.
+        method: How it learns from soft targets; needed with an ensemble, unused without.
+        ensemble: Who teaches; None trains on labels alone.
+        validate: Figures of the model on the validation split, called in evaluation mode.
+        on_step: Called after each step with the number of steps done.
+        on_epoch: Called after each epoch.
+        checkpoint: Where to resume from, and to save to as often as the recipe says.
+        tables: Where members' logits are kept for later trainings; None: nowhere.
+        stop: Asked after each step; once it says yes, the state is saved and training ends.
+
+    Returns:
+        The trained network in evaluation mode (the running mean of the weights where the recipe
+        keeps one, else `model` itself) and the epochs' figures.
+
+    Raises:
+        NonFiniteLoss: the loss of a step was infinite or not a number.
+        ConfigError: it cannot fit into memory.
+        TeacherChanged: a member was changed by training.
+        Stopped: `stop` said yes; the next call with the same checkpoint goes on.
+    """
+    plan = Plan(recipe, epoch_steps or steps_in_epoch(len(images), recipe.batch_size))
+    lesson = Lesson(images, recipe, seed, num_classes, method, ensemble, tables, plan.total)
+    model = model.to(images.labels_N.device)
+    check_memory(predict_memory(model, lesson, recipe, ensemble, position()[1]), images, recipe)
+    training = Training(model, lesson, plan)
+    history = training.resume(checkpoint)
+    saves = Saves(recipe, stop)
+    fingerprint = ensemble.fingerprint() if ensemble else None
+
+    for epoch in range(len(history), recipe.epochs):
+        started, first = time.perf_counter(), training.done
+        training.enter(epoch)
+        for step in range(first, plan.steps(epoch).stop):
+            training.step(step)
+            if checkpoint is not None and is_first() and saves.due(training.done):
+                training.check(epoch + 1)
+                checkpoint.save(training.state(), history)
+            on_step(training.done)
+            if stop():
+                raise Stopped(f"stopped after step {training.done}; run it again to go on")
+        training.watch.gather()
+        training.check(epoch + 1)
+        seconds = time.perf_counter() - started
+        learned = training.learned().eval()
+        history.append(
+            Epoch(
+                number=epoch + 1,
+                step=training.done,
+                lr=plan.lr(training.done - 1),
+                train_loss=training.watch.mean(),
+                validation=dict(validate(learned)) if plan.validates(epoch) else {},
+                images_per_second=(training.done - first) * recipe.batch_size / seconds,
+            )
+        )
+        on_epoch(history[-1])
+    if ensemble and ensemble.fingerprint() != fingerprint:
+        raise TeacherChanged("a teacher's parameters or buffers changed during training")
+    return training.learned().eval(), history
+
+
+class Training:
+    """A network in training: all that changes from step to step, and how."""
+
+    def __init__(self, model: nn.Module, lesson: Lesson, plan: Plan) -> None:
+        self.model = with_global_statistics(model).to(memory_format=torch.channels_last)
+        self.network = spread(compiled(self.model) if plan.recipe.compile else self.model)
+        self.lesson = lesson
+        self.plan = plan
+        self.recipe = plan.recipe
+        self.optimizer = self.recipe.optimizer.build(model.parameters())
+        self.mean = ema_of(model, self.recipe.ema)
+        self.watch = LossWatch(next(model.parameters()).device)
+        self.parts = 1
+        self.done = 0
+
+    def enter(self, epoch: int) -> None:
+        """Begin an epoch, or go on within it."""
+        self.model.train()
+        if self.done == self.plan.steps(epoch).start:
+            rank, _ = position()  # each rank drops units of its own
+            torch.manual_seed(key("epoch", self.lesson.seed, epoch) + rank)  # for dropout etc.
+            self.watch.clear()
+
+    def step(self, step: int) -> None:
+        """Learn from one batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr(step)
+        loss = self.gradient(step)
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        if isinstance(self.model, Learner):
+            self.model.after_step()
+        if self.mean is not None:
+            self.mean.update_parameters(self.model)
+        self.watch.see(step, loss)
+        self.done = step + 1
+
+    def gradient(self, step: int) -> Tensor:
+        """Set the gradient of a step's loss, in as many parts as fit into memory; the loss."""
+        rank, ranks = position()
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            total = torch.zeros((), device=self.watch.total.device)
+            for part in range(self.parts):
+                share, shares = rank + ranks * part, ranks * self.parts
+                loss = self.lesson.loss(self.network, step, share, shares) / self.parts
+                loss.backward()
+                total += loss.detach()
+            return total
+        except torch.OutOfMemoryError as error:
+            if ranks > 1:  # the others wait for this part's gradient
+                raise
+            self.parts = halved(self.parts, self.lesson, self.model, error)
+        return self.gradient(step)
+
+    def check(self, epoch: int) -> None:
+        """Refuse losses and weights that are not finite, before they become a checkpoint."""
+        self.watch.check(epoch)
+        finite = torch.stack([each.isfinite().all() for each in self.model.parameters()])
+        if not finite.all():
+            raise NonFiniteLoss(f"weights were not finite in epoch {epoch}; {CALM}")
+
+    def learned(self) -> nn.Module:
+        """What is trained: the running mean where one is kept."""
+        return self.model if self.mean is None else self.mean.module
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the steps to come depend on."""
+        return joined(
+            {
+                "model": self.model.state_dict(),
+                "mean": {} if self.mean is None else self.mean.state_dict(),
+                "optimizer": optimizer_state(self.optimizer),
+                "watch": self.watch.state(),
+                "generators": generators(),
+                "progress": {"done": torch.tensor(self.done)},
+            }
+        )
+
+    def resume(self, checkpoint: Checkpoint | None) -> list[Epoch]:
+        """Put the checkpoint's state in place, and return the epochs that it covers."""
+        loaded = checkpoint.load() if checkpoint is not None else None
+        if loaded is None:
+            return []
+        state, history = loaded
+        self.model.load_state_dict(part(state, "model"))
+        if self.mean is not None:
+            self.mean.load_state_dict(part(state, "mean"))
+        restore_optimizer(self.optimizer, part(state, "optimizer"))
+        self.watch.restore(part(state, "watch"))
+        restore_generators(part(state, "generators"))
+        self.done = int(part(state, "progress")["done"])
+        return history
+
+
+class LossWatch:
+    """Sums the losses of an epoch and remembers the first bad step, without asking the device.
+
+    Reading a loss makes the host wait for the GPU; so the check is made there, and read once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros((), device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_step = torch.full((), -1, device=device)
+
+    def clear(self) -> None:
+        """Forget all losses."""
+        self.total.zero_()
+        self.count.zero_()
+        self.bad_step.fill_(-1)
+
+    def see(self, step: int, loss: Tensor) -> None:
+        """Take the loss of a step."""
+        self.total += loss
+        self.count += 1
+        bad = (self.bad_step < 0) & ~torch.isfinite(loss)
+        self.bad_step = torch.where(bad, step, self.bad_step)
+
+    def gather(self) -> None:
+        """Take in what the other ranks saw; a bad loss of theirs shows in the shared weights."""
+        sum_over_ranks(self.total)
+        sum_over_ranks(self.count)
+
+    def check(self, epoch: int) -> None:
+        """NonFiniteLoss where a step's loss was not finite."""
+        if (step := int(self.bad_step)) >= 0:
+            raise NonFiniteLoss(f"the loss was not finite at step {step} (epoch {epoch}); {CALM}")
+
+    def mean(self) -> float:
+        """The mean of the losses seen."""
+        return float(self.total) / int(self.count)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was seen."""
+        return {"total": self.total, "count": self.count, "bad_step": self.bad_step}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model compiled; on a GPU as CUDA graphs, since small networks wait for launches."""
+    on_gpu = next(model.parameters()).is_cuda
+    made = torch.compile(model, mode="reduce-overhead" if on_gpu else "default")
+    return cast(nn.Module, made)
+
+
+def ema_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """A running mean of the model's weights and buffers, or None."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,119 @@
+"""Which images a step sees, in which view, at which learning rate: pure functions of its number.
+
+B batch, N samples.  Nothing here depends on what happened before, so a resumed run needs no
+sampler's state.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kd.data import Augment, order_for
+from kd.recipe import Recipe
+
+
+class Plan:
+    """Which steps an epoch has, at which learning rate, and when it is validated."""
+
+    def __init__(self, recipe: Recipe, per_epoch: int) -> None:
+        self.recipe = recipe
+        self.per_epoch = per_epoch
+        self.total = per_epoch * recipe.epochs
+
+    def steps(self, epoch: int) -> range:
+        """Numbers of the steps of epoch `epoch`, from 0."""
+        return range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch)
+
+    def lr(self, step: int) -> float:
+        """The schedule at the middle of the step, so that no step is taken at rate 0."""
+        return self.recipe.optimizer.lr * self.recipe.schedule.factor((step + 0.5) / self.total)
+
+    def validates(self, epoch: int) -> bool:
+        """Whether the validation split is looked at after epoch `epoch`."""
+        done = epoch + 1
+        return done % self.recipe.validate_every == 0 or done == self.recipe.epochs
+
+
+def key(purpose: str, *parts: int) -> int:
+    """A seed from whole numbers: neighbouring parts, and other purposes, give unrelated ones."""
+    digest = hashlib.sha256(" ".join([purpose, *map(str, parts)]).encode()).digest()
+    return int.from_bytes(digest[:4])  # PyTorch's CPU generator looks at 32 bits of its seed
+
+
+def steps_in_epoch(num_images: int, batch_size: int) -> int:
+    """Steps of one pass over the images, every batch full; at least 1."""
+    return max(1, math.ceil(num_images / batch_size))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which images a step shows, and how."""
+
+    indices_B: Tensor
+    """Positions in the images."""
+    views_B: Tensor
+    """View of each (kd/data/augment.py)."""
+    passes_B: Tensor
+    """Number of the pass that each is shown in, modulo `views` where views recur."""
+
+    def share(self, index: int, count: int) -> "Batch":
+        """Part `index` of `count` equal ones.
+
+        Image i from the start goes with image i from the end, as mixup pairs them.
+        """
+        size = len(self.indices_B)
+        head = torch.arange(size // 2)[index::count]
+        taken = torch.cat([head, (size - 1 - head).flip(0)]).to(self.indices_B.device)
+        return Batch(self.indices_B[taken], self.views_B[taken], self.passes_B[taken])
+
+
+@lru_cache(maxsize=4)
+def pass_of(
+    number: int, num_images: int, augment: Augment, seed: int, views: int | None, device: str
+) -> Batch:
+    """The whole of pass `number`: what every image is shown in, in the pass's order."""
+    recurring = number if views is None else number % views
+    # Recurring views do not depend on the seed: students of all seeds can share their targets.
+    views_N = augment.views_for(seed if views is None else 0, recurring, num_images)
+    order_N = order_for(seed, number, num_images)
+    passes_N = torch.full_like(order_N, recurring)
+    return Batch(order_N.to(device), views_N[order_N].to(device), passes_N.to(device))
+
+
+def batch_of(
+    step: int,
+    batch_size: int,
+    num_images: int,
+    augment: Augment,
+    seed: int,
+    views: int | None = None,
+    device: str = "cpu",
+) -> Batch:
+    """What a step shows.
+
+    Batches are cut from an endless chain of shuffled passes, so every batch is full, also at
+    the end of a pass and where there are fewer images than a batch holds.
+
+    Args:
+        step: Its number, from 0.
+        batch_size: B.
+        num_images: N.
+        augment: The views there are.
+        seed: Decides the order of images, and their views where these do not recur.
+        views: Passes after which views recur; None: each pass draws new ones.
+        device: Where the tensors are wanted.
+    """
+    parts = []
+    position = step * batch_size
+    end = position + batch_size
+    while position < end:
+        number, offset = divmod(position, num_images)
+        whole = pass_of(number, num_images, augment, seed, views, device)
+        taken = slice(offset, offset + end - position)
+        parts.append((whole.indices_B[taken], whole.views_B[taken], whole.passes_B[taken]))
+        position += len(parts[-1][0])
+    return Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

@@ -1,0 +1,111 @@
+"""What is remembered of a training: its epochs' figures, and its state as named tensors."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kd.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch showed."""
+
+    number: int
+    """From 1."""
+    step: int
+    """Steps done so far."""
+    lr: float
+    """Learning rate of the epoch's last step."""
+    train_loss: float
+    """Mean loss over the epoch's steps."""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """What the caller's `validate` returned; empty where it was not the turn."""
+    images_per_second: float = 0.0
+    """Training speed without validation; not reproducible, so kept out of the artifacts."""
+
+
+class Checkpoint(Protocol):
+    """Where fit() keeps its state between steps; kd.artifacts has the one on disk."""
+
+    def load(self) -> tuple[dict[str, Tensor], list[Epoch]] | None:
+        """The last state saved and the epochs it covers, or None for a fresh start."""
+
+    def save(self, state: dict[str, Tensor], history: list[Epoch]) -> None:
+        """Replace the state by this one, atomically."""
+
+
+class Saves:
+    """When a state is due to be saved: after so many steps or minutes, and when asked to stop."""
+
+    def __init__(self, recipe: Recipe, stop: Callable[[], bool]) -> None:
+        self.recipe = recipe
+        self.stop = stop
+        self.last = time.monotonic()
+
+    def due(self, done: int) -> bool:
+        """Whether the state is to be saved now that `done` steps are."""
+        every, minutes = self.recipe.checkpoint_steps, self.recipe.checkpoint_minutes
+        by_steps = every is not None and done % every == 0
+        if self.stop() or by_steps or time.monotonic() - self.last >= 60 * minutes:
+            self.last = time.monotonic()
+            return True
+        return False
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimiser remembers of each parameter, as `index/entry`."""
+    return {
+        f"{index}/{name}": torch.as_tensor(value)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_state` gave."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        index, entry = name.split("/")
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            # In the parameter's memory order, which the fused optimisers take for granted.
+            tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+        entries.setdefault(int(index), {})[entry] = tensor
+    optimizer.load_state_dict({**copy.deepcopy(optimizer.state_dict()), "state": entries})
+
+
+def generators() -> dict[str, Tensor]:
+    """The state of the random generators that dropout or a user's model draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: Mapping[str, Tensor]) -> None:
+    """Put back what `generators` gave."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One state of several, as copies that training cannot touch."""
+    return {
+        f"{name}/{entry}": tensor.detach().to("cpu", copy=True)
+        for name, part in parts.items()
+        for entry, tensor in part.items()
+    }
+
+
+def part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The part of a joined state that `name` names."""
+    return {n.removeprefix(f"{name}/"): t for n, t in state.items() if n.startswith(f"{name}/")}

@@ -1,0 +1,247 @@
+"""Where a step's soft targets come from: tables made beforehand, or the members themselves.
+
+Weights and members are fixed before the student learns, so whatever it is shown twice need not
+be asked twice.  What is kept is each member's logits for a finite set of views: weights,
+temperatures, methods and students' seeds may then change and share them.  At the start they are
+reduced to the one row per image and view that the loss needs.
+
+B batch, N images, V views of an image, K members, C classes, R entries of a row.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from kd.component import ConfigError
+from kd.data import Images
+from kd.ensemble import Ensemble, digest_of_tensors
+from kd.methods import Reduction
+from kd.recipe import Recipe
+from kd.train.plan import Batch
+
+TABLE_BYTES = 2**30
+"""Largest table of rows that is held in memory; larger ones are reduced anew at each step."""
+
+CHUNK = 256
+"""Images that a member is asked about at once."""
+
+
+class Tables(Protocol):
+    """Where members' logits are kept between trainings; kd.artifacts has the one on disk."""
+
+    def table(
+        self, record: Mapping[str, object], shape: tuple[int, ...], fill: Callable[[Tensor], None]
+    ) -> Tensor:
+        """The float16 table that `record` names; made by `fill` where there is none.
+
+        A table that differs from `record` in anything, or was damaged, is never given back.
+        """
+
+
+class InMemory:
+    """Tables that are made anew each time."""
+
+    def table(
+        self, record: Mapping[str, object], shape: tuple[int, ...], fill: Callable[[Tensor], None]
+    ) -> Tensor:
+        """See `Tables`."""
+        table = torch.empty(shape, dtype=torch.float16)
+        fill(table)
+        return table
+
+
+class Targets(Protocol):
+    """Gives a step its rows."""
+
+    views: int | None
+    """Passes after which an image's views recur; None: each pass draws new ones."""
+
+    nbytes: int
+    """Memory on the device that is held from step to step."""
+
+    def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
+        """Rows (B, R) for images as they are shown, free of any graph."""
+
+
+def targets_of(
+    ensemble: Ensemble,
+    reduction: Reduction,
+    images: Images,
+    recipe: Recipe,
+    num_classes: int,
+    tables: Tables | None = None,
+) -> Targets:
+    """The targets of every step, by the path that params chose or that pays."""
+    for member in ensemble.members:
+        member.to(images.labels_N.device).to(memory_format=torch.channels_last)
+    cached = recipe.targets == "cached" or (
+        recipe.targets == "auto" and cache_pays(images, recipe)
+    )
+    if not cached:
+        return Online(ensemble, reduction, images, recipe)
+    return Cached(ensemble, reduction, images, recipe, num_classes, tables or InMemory())
+
+
+def cache_pays(images: Images, recipe: Recipe) -> bool:
+    """Whether computing each view once costs less than asking the members at each step."""
+    num_views = min(images.augment.num_views, recipe.views or images.augment.num_views)
+    return recipe.mixup == 0 and num_views < recipe.epochs
+
+
+class Online:
+    """Rows computed from the very images that the student sees."""
+
+    views: int | None = None
+    nbytes = 0
+
+    def __init__(
+        self, ensemble: Ensemble, reduction: Reduction, images: Images, recipe: Recipe
+    ) -> None:
+        self.ensemble = ensemble
+        self.reduction = reduction
+        self.labels_N = images.labels_N
+        self.recipe = recipe
+        self.logits = stacked(ensemble) if recipe.targets == "stacked" else ensemble.logits
+
+    def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
+        """See `Targets`."""
+        with torch.inference_mode(), autocast(images_B.device, self.recipe):
+            logits_KBC = self.logits(images_B)
+        with torch.inference_mode():
+            rows_BR = self.reduction(logits_KBC, self.labels_N[shown.indices_B])
+        return rows_BR.clone()  # a clone made outside inference mode may enter a loss
+
+
+def stacked(ensemble: Ensemble) -> Callable[[Tensor], Tensor]:
+    """What `ensemble.logits` gives, by one batched call for all members.
+
+    Raises:
+        ConfigError: the members are not of one architecture.
+    """
+    members = list(ensemble.members)
+    if len({str(member) for member in members}) > 1:
+        raise ConfigError("recipe.targets is stacked, but the teachers differ: set it to online")
+    parameters, buffers = stack_module_state(members)
+    form = copy.deepcopy(members[0]).to("meta")  # its tensors are never used
+
+    def of_member(
+        parameters: dict[str, Tensor], buffers: dict[str, Tensor], images_B: Tensor
+    ) -> Tensor:
+        logits_BC: Tensor = functional_call(form, (parameters, buffers), (images_B,))
+        return logits_BC.float()
+
+    of_all = vmap(of_member, in_dims=(0, 0, None))
+    return lambda images_B: of_all(parameters, buffers, images_B)
+
+
+class Cached:
+    """Rows looked up by image and view.
+
+    Exact: a view's number names its shift and flip, so the row that is looked up was computed
+    from the same pixels that the student sees.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        reduction: Reduction,
+        images: Images,
+        recipe: Recipe,
+        num_classes: int,
+        tables: Tables,
+    ) -> None:
+        num_views = images.augment.num_views
+        recurs = recipe.views is not None and recipe.views < num_views
+        self.views: int | None = recipe.views if recurs else None
+        self.reduction = reduction
+        self.labels_N = images.labels_N
+        shape = (self.views or num_views, len(images), num_classes)
+        self.members = [
+            tables.table(
+                table_record(member, images, recipe, self.views),
+                shape,
+                partial(fill, member=member, images=images, recipe=recipe, views=self.views),
+            )
+            for member in ensemble.members
+        ]
+        self.rows_VNR = self.reduced()
+        self.nbytes = 0 if self.rows_VNR is None else self.rows_VNR.nbytes
+
+    def reduced(self) -> Tensor | None:
+        """All rows at once, on the device; None where they are too many."""
+        num_views, num_images, _ = self.members[0].shape
+        everyone = torch.arange(num_images, device=self.labels_N.device)
+        width = self.of(torch.zeros_like(everyone[:1]), everyone[:1]).shape[1]
+        if 4 * num_views * num_images * width > TABLE_BYTES:
+            return None
+        rows_VNR = torch.empty((num_views, num_images, width), device=everyone.device)
+        for slot in range(num_views):
+            for part in everyone.split(2**14):
+                rows_VNR[slot, part] = self.of(torch.full_like(part, slot), part)
+        return rows_VNR
+
+    def of(self, slots_B: Tensor, indices_B: Tensor) -> Tensor:
+        """Rows reduced from the members' logits."""
+        host = slots_B.cpu(), indices_B.cpu()
+        found = [table[host].to(indices_B.device).float() for table in self.members]
+        return self.reduction(torch.stack(found), self.labels_N[indices_B])
+
+    def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
+        """See `Targets`."""
+        slots_B = shown.views_B if self.views is None else shown.passes_B
+        if self.rows_VNR is None:
+            return self.of(slots_B, shown.indices_B)
+        return self.rows_VNR[slots_B, shown.indices_B]
+
+
+def table_record(
+    member: nn.Module, images: Images, recipe: Recipe, views: int | None
+) -> dict[str, object]:
+    """All that decides a member's table; two trainings with equal records may share it."""
+    return {
+        "images": images.identity,
+        "augment": asdict(images.augment),
+        "views": views,
+        "member": digest_of_tensors(member.state_dict()),
+        "architecture": str(member),
+        "precision": recipe.precision,
+        "device": images.labels_N.device.type,
+        "torch": torch.__version__,
+    }
+
+
+def fill(
+    table_VNC: Tensor, member: nn.Module, images: Images, recipe: Recipe, views: int | None
+) -> None:
+    """Write the member's logits for every view of every image.
+
+    Raises:
+        ConfigError: a logit is not finite in half precision.
+    """
+    augment, everyone = images.augment, torch.arange(len(images), device=images.labels_N.device)
+    for slot, row_NC in enumerate(table_VNC):
+        if views is None:
+            views_N = torch.full_like(everyone, slot)
+        else:
+            views_N = augment.views_for(0, slot, len(images)).to(everyone.device)
+        for part in everyone.split(CHUNK):
+            shown = images.batch(part, views_N[part])
+            with torch.inference_mode(), autocast(everyone.device, recipe):
+                logits_BC = member(shown)
+            row_NC[part.cpu()] = logits_BC.to(row_NC.device, torch.float16)
+        if not row_NC.isfinite().all():
+            raise ConfigError(
+                "a teacher's logits do not fit half precision (beyond 65,504 or not a number): "
+                "set recipe.targets to online"
+            )
+
+
+def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
+    """The precision in which networks are evaluated, learners and members alike."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
