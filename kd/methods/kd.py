@@ -1,28 +1,30 @@
 """Knowledge distillation as Hinton, Vinyals and Dean wrote it (arXiv 1503.02531)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kd.component import component, require
-from kd.methods.losses import hard_loss, soft_loss
+from kd.component import component
+from kd.methods.losses import soft_losses
+from kd.methods.shown import Shown
+from kd.methods.taught import SoftMethod
 
 
 @component
-class KD:
-    """alpha * soft loss + (1 - alpha) * hard loss (Hinton et al., 2015, section 2)."""
+class KD(SoftMethod):
+    """alpha T^2 KL(soft targets || student) + (1 - alpha) cross-entropy (section 2).
+
+    Under a fixed ensemble this is AVER of the multi-teacher papers; taught by an earlier copy of
+    the student it is born-again distillation and Tf-KD_self; with alpha 1, temperature 1 and
+    mixup in the recipe it is "patient and consistent" teaching (Beyer et al., CVPR 2022).
+    """
 
     kind: Literal["kd"] = "kd"
-    temperature: float = 4.0
-    """Divides the logits before the softmax, in teachers and student alike; above 0."""
-    alpha: float = 0.9
-    """Weight of the soft loss, in [0, 1]; the hard loss gets the rest."""
 
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "above 0")
-        require(0 <= self.alpha <= 1, "alpha", self.alpha, "in [0, 1]")
+    alone: ClassVar[bool] = True
 
-    def loss(self, logits_BC: Tensor, soft_log_probs_BC: Tensor, label_probs_BC: Tensor) -> Tensor:
-        """The loss of a batch, a scalar; arguments as in kd/methods/losses.py."""
-        soft = soft_loss(logits_BC, soft_log_probs_BC, self.temperature)
-        return self.alpha * soft + (1 - self.alpha) * hard_loss(logits_BC, label_probs_BC)
+    def soft(
+        self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
+    ) -> Tensor:
+        """T^2 KL of each image (B,)."""
+        return soft_losses(logits_BC, soft_log_probs_BC, temperature)

@@ -1,8 +1,8 @@
-"""The two terms that every distillation loss is made of.
+"""What every distillation loss is made of.
 
 B batch, C classes.  Probabilities of labels and soft targets are over classes and sum to 1,
 but for an unlabelled row of `label_probs_BC`, which is all zeros and so has no hard loss.
-Both losses are means over the batch and sums over classes, in float32 whatever the network's
+Losses are means over images and sums over classes, in float32 at least whatever the network's
 precision: dividing by C as well is how the soft term becomes C times too weak in public code.
 """
 
@@ -11,32 +11,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def wide(values: Tensor) -> Tensor:
+    """The same values in float32 at least: logarithms and sums lose too much in half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def log_probs(logits_BC: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-softmax over the last dimension, at `temperature`."""
+    return F.log_softmax(wide(logits_BC) / temperature, dim=-1)
+
+
+def rescaled(loss: Tensor, temperature: float) -> Tensor:
+    """T^2 times the loss: its gradient then keeps its scale at any T (Hinton 2015, section 2)."""
+    return temperature**2 * loss
+
+
+def soft_losses(logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(soft targets || student at T) of each image (B,), zero when equal.
+
+    Args:
+        logits_BC: The student's logits.
+        soft_log_probs_BC: Log of the soft targets, which are already at `temperature`.
+        temperature: T, which divides the logits.
+    """
+    targets_BC = wide(soft_log_probs_BC)
+    log_probs_BC = log_probs(logits_BC, temperature)
+    terms_BC = F.kl_div(log_probs_BC, targets_BC, log_target=True, reduction="none")
+    return rescaled(terms_BC.sum(dim=1), temperature)
+
+
 def soft_loss(logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(soft targets || student at T), zero when equal (Hinton et al., 2015, section 2.1).
+    """T^2 KL(soft targets || student at T), mean over images (Hinton et al., 2015, section 2.1).
 
     Args:
         logits_BC: The student's logits.
         soft_log_probs_BC: Log of the soft targets, which are already at `temperature`.
         temperature: T, which divides the logits; T^2 keeps the gradient's scale at any T.
     """
-    log_probs_BC = F.log_softmax(logits_BC.float() / temperature, dim=1)
-    divergence = F.kl_div(
-        log_probs_BC, soft_log_probs_BC.float(), log_target=True, reduction="batchmean"
-    )
-    return temperature**2 * divergence
+    return soft_losses(logits_BC, soft_log_probs_BC, temperature).mean()
 
 
-def hard_loss(logits_BC: Tensor, label_probs_BC: Tensor) -> Tensor:
-    """Cross-entropy with the labels at T = 1, mean over the whole batch.
+def hard_loss(logits_BC: Tensor, label_probs_BC: Tensor, labelled: float = 1.0) -> Tensor:
+    """Cross-entropy with the labels at T = 1, mean over the images that have one.
+
+    The sum is divided by the labelled images that a batch of B has on average, not by those it
+    happens to have: so every label counts alike, however labels fall into batches.
 
     Args:
         logits_BC: The student's logits.
         label_probs_BC: One row per image: one-hot, smoothed or mixed; zeros where unlabelled.
-            The mean counts unlabelled rows too, so that the gradient of a mixed batch is the
-            gradient of the sum over all images, however labels fall into batches.
+        labelled: Share of the training's images that have labels, above 0.
     """
-    log_probs_BC = F.log_softmax(logits_BC.float(), dim=1)
-    return -(label_probs_BC * log_probs_BC).sum(dim=1).mean()
+    return -(label_probs_BC * log_probs(logits_BC)).sum(dim=1).mean() / labelled
 
 
 def label_probs(labels_B: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
@@ -49,5 +75,10 @@ def label_probs(labels_B: Tensor, num_classes: int, smoothing: float = 0.0) -> T
     """
     labelled_B1 = (labels_B >= 0).unsqueeze(1)
     onehot_BC = F.one_hot(labels_B.clamp(min=0), num_classes).float()
-    smoothed_BC = (1 - smoothing) * onehot_BC + smoothing / num_classes
-    return torch.where(labelled_B1, smoothed_BC, torch.zeros_like(smoothed_BC))
+    return torch.where(labelled_B1, smoothed(onehot_BC, smoothing), torch.zeros_like(onehot_BC))
+
+
+def smoothed(label_probs_BC: Tensor, smoothing: float) -> Tensor:
+    """The labels with a share of each spread evenly over all classes; zeros stay zeros."""
+    spread_B1 = label_probs_BC.mean(dim=1, keepdim=True)
+    return (1 - smoothing) * label_probs_BC + smoothing * spread_B1

@@ -1,0 +1,78 @@
+"""FFL: feature fusion learning (Kim et al., ICPR 2020, arXiv 1904.09058).
+
+M networks (the student first), B batch, C classes, D features.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd.component import component, require
+from kd.methods.learner import Answer, Cohort, last_linear, with_features
+from kd.methods.losses import hard_loss
+from kd.methods.peers import Together, hard_losses, pulled, ramp
+from kd.methods.shown import Members, Shown
+
+
+class FusedCohort(Cohort):
+    """A cohort with one more classifier, on the features of all."""
+
+    def __init__(self, student: nn.Module, peers: Sequence[nn.Module], width: int) -> None:
+        super().__init__(student, peers)
+        heads = [last_linear(network) for network in self.networks]
+        self.fusion = nn.Sequential(
+            nn.Linear(sum(head.in_features for head in heads), width, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Linear(width, heads[0].out_features),
+        )
+
+    def answer(self, images: Tensor) -> Answer:
+        """Everybody's logits, and the fused classifier's as `fused_BC`."""
+        answers = [with_features(network, images) for network in self.networks]
+        logits_MBC = torch.stack([logits_BC for logits_BC, _ in answers])
+        fused_BC = self.fusion(torch.cat([features_BD for _, features_BD in answers], dim=1))
+        return logits_MBC[0], {"logits_MBC": logits_MBC, "fused_BC": fused_BC}
+
+
+@component
+class FFL(Together):
+    """Hard losses + rise * weight * (fused to the mean of all, and all to the fused one).
+
+    The mean is of logits; every target is held fast.  The paper fuses feature maps by
+    convolution; here the features before the last layer are fused, which fits any two networks
+    (this project's own reading).  What is kept is the student, the paper's sub-network.
+    """
+
+    kind: Literal["ffl"] = "ffl"
+    temperature: float = 3.0
+    """Divides the logits before the softmax, above 0."""
+    weight: float = 1.0
+    """Of the soft losses once they have risen, at least 0."""
+    rise: float = 0.27
+    """Share of the training in which the soft losses rise, in [0, 1]; 80 of 300 epochs."""
+    width: int = 64
+    """Features of the fused classifier, at least 1."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.weight >= 0, "weight", self.weight, "at least 0")
+        require(0 <= self.rise <= 1, "rise", self.rise, "in [0, 1]")
+        require(self.width >= 1, "width", self.width, "at least 1")
+
+    def learner(
+        self, student: nn.Module, peers: Sequence[nn.Module], members: Members | None = None
+    ) -> nn.Module:
+        """The cohort and its fused classifier."""
+        return FusedCohort(student, peers, self.width)
+
+    def loss(self, shown: Shown) -> Tensor:
+        """The sum of all losses."""
+        logits_MBC, fused_BC = shown.also["logits_MBC"], shown.also["fused_BC"]
+        soft = [pulled(fused_BC, logits_MBC.mean(dim=0), self.temperature)]
+        soft += [pulled(own_BC, fused_BC, self.temperature) for own_BC in logits_MBC]
+        hard = hard_losses(logits_MBC, shown)
+        hard = hard + hard_loss(fused_BC, shown.label_probs_BC, shown.labelled)
+        return hard + ramp(shown.progress, self.rise) * self.weight * torch.stack(soft).sum()

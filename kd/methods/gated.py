@@ -1,0 +1,100 @@
+"""A gate that learns which teacher to trust (Zhu et al., CIKM 2020, arXiv 2011.04106).
+
+B batch, K members, C classes, R = K C entries of a row.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd.component import component, require
+from kd.methods.learner import Answer, Learner
+from kd.methods.losses import hard_loss, log_probs, soft_losses
+from kd.methods.mixing import AllLogits, soft_targets
+from kd.methods.shown import Members, Shown
+from kd.methods.taught import SoftMethod, by_slot
+
+
+class WithGate(Learner):
+    """A student and a gate's parameters, which begin at nothing: every teacher its own weight."""
+
+    def __init__(self, student: nn.Module, num_members: int) -> None:
+        super().__init__(student)
+        self.gate = nn.Linear(2 * num_members, num_members)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def answer(self, images: Tensor) -> Answer:
+        """The student's logits, and the parameters themselves: the loss knows the teachers."""
+        also = {"gate_weight": self.gate.weight, "gate_bias": self.gate.bias}
+        return self.student(images), also
+
+
+@component
+class Gated(SoftMethod):
+    """KD from a mixture whose weights a gate finds for each image, with the student.
+
+    The gate sees each teacher's entropy and top log-probability at temperature 1, and learns from
+    the hard loss of the mixture that it makes; the student's loss cannot move it, or the mixture
+    would come to the student.  Both are this project's own reading: the paper's abstract names
+    the gate, not its form.
+    """
+
+    kind: Literal["gated"] = "gated"
+
+    alone: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.trust is None, "trust", self.trust, "null: the gate says whom to trust")
+
+    def learner(
+        self, student: nn.Module, peers: Sequence[nn.Module], members: Members | None = None
+    ) -> nn.Module:
+        """The student and its gate."""
+        return student if members is None else WithGate(student, len(members.names))
+
+    def reduction(self, members: Members) -> AllLogits:
+        """Everything: the gate changes as it learns."""
+        return AllLogits()
+
+    def targets(self, logits_BC: Tensor, shown: Shown) -> tuple[Tensor, Tensor]:
+        """Log of the gated soft targets (1, B, C); every image counts alike."""
+        members, logits_KBC = shown.members, self.said(shown)
+        assert members is not None
+        weights_BK = gate(logits_KBC, shown, members).exp().detach()
+        given = (weights_BK, self.temperatures, members.mixing, self.standardize)
+        return soft_targets(logits_KBC, *given), weights_BK.new_ones(len(weights_BK))
+
+    def soft(
+        self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
+    ) -> Tensor:
+        """T^2 KL of each image (B,)."""
+        return soft_losses(logits_BC, soft_log_probs_BC, temperature)
+
+    def exact_loss(self, shown: Shown) -> Tensor:
+        """The student's loss and the gate's."""
+        members, logits_KBC = shown.members, self.said(shown)
+        assert members is not None
+        log_weights_BK = gate(logits_KBC, shown, members)
+        mixed_KBC = log_probs(logits_KBC) + log_weights_BK.T.unsqueeze(2)
+        gates = hard_loss(mixed_KBC.logsumexp(dim=0), shown.label_probs_BC, shown.labelled)
+        return super().exact_loss(shown) + gates
+
+    def said(self, shown: Shown) -> Tensor:
+        """Every member's logits (K, B, C)."""
+        assert shown.rows_BR is not None
+        return by_slot(shown.rows_BR, shown.logits_BC.shape[1])
+
+
+def gate(logits_KBC: Tensor, shown: Shown, members: Members) -> Tensor:
+    """Log of how much each member counts for each image (B, K); carries the gate's gradient."""
+    log_probs_KBC = log_probs(logits_KBC)
+    entropy_KB = -(log_probs_KBC.exp() * log_probs_KBC).sum(dim=2)
+    seen_BS = torch.cat([entropy_KB, log_probs_KBC.amax(dim=2)]).T
+    scores_BK = F.linear(seen_BS, shown.also["gate_weight"], shown.also["gate_bias"])
+    own_K = torch.tensor(members.weights_K, device=scores_BK.device).clamp(min=1e-12)
+    return log_probs(scores_BK + own_K.log())

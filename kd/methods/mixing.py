@@ -1,0 +1,128 @@
+"""From the members' logits to soft targets, and what is kept of them for a loss.
+
+K members, N or B images, C classes, S temperatures, R entries of a row.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from kd.component import ConfigError
+from kd.methods.losses import log_probs, wide
+from kd.methods.shown import Mixing
+from kd.methods.trust.base import ByImage
+
+EPSILON = 1e-7
+"""Added to a variance of logits: equal logits have none."""
+
+
+def mix(
+    logits_KNC: Tensor,
+    weights: tuple[float, ...] | Tensor,
+    temperature: float,
+    mixing: Mixing = "probabilities",
+) -> Tensor:
+    """Log of the members' weighted soft targets (N, C) at `temperature`.
+
+    Mixing probabilities is done by log-sum-exp, so that logits of +-1e3 stay finite; a weight
+    of 0 is a log-weight of minus infinity, which the sum leaves out exactly.
+
+    Args:
+        logits_KNC: Every member's logits.
+        weights: How much each member counts: K numbers, or one row of them for each image (N, K).
+        temperature: T, which divides the logits before the softmax.
+        mixing: Whether probabilities are averaged, or logits.
+    """
+    logits_KNC = wide(logits_KNC)
+    weights_NK = torch.as_tensor(weights, dtype=logits_KNC.dtype, device=logits_KNC.device)
+    weights_KN1 = weights_NK.reshape(-1, len(logits_KNC)).T.unsqueeze(2)
+    if mixing == "logits":
+        return log_probs((weights_KN1 * logits_KNC).sum(dim=0), temperature)
+    return torch.logsumexp(log_probs(logits_KNC, temperature) + weights_KN1.log(), dim=0)
+
+
+def standardized(logits_BC: Tensor) -> Tensor:
+    """Logits minus their mean, over their standard deviation (Sun et al., CVPR 2024).
+
+    Raises:
+        ConfigError: two classes, whose standardised logits are always +-0.71, say nothing.
+    """
+    if logits_BC.shape[-1] < 3:
+        raise ConfigError("standardize is true; it must be false where there are only two classes")
+    values = wide(logits_BC)
+    centred = values - values.mean(dim=-1, keepdim=True)
+    variance = values.var(dim=-1, keepdim=True)
+    return centred / (variance + EPSILON).sqrt()
+
+
+def soft_targets(
+    logits_KBC: Tensor,
+    weights: tuple[float, ...] | Tensor,
+    temperatures: tuple[float, ...],
+    mixing: Mixing,
+    standardize: bool,
+) -> Tensor:
+    """Log of the soft targets (S, B, C) at each temperature; arguments as in `mix`."""
+    if standardize:
+        logits_KBC = standardized(logits_KBC)
+    return torch.stack([mix(logits_KBC, weights, each, mixing) for each in temperatures])
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """A reduction: K members' logits to the one row per image that a loss needs.
+
+    Any callable with this signature and a `record` will do; it must treat each image on its own,
+    since rows are also computed beforehand, in other batches than the student sees.
+    """
+
+    weights_K: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    mixing: Mixing = "probabilities"
+    standardize: bool = False
+    trust: ByImage | None = None
+
+    def __call__(self, logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
+        """Log of the soft targets at each temperature, one after the other (B, S C), float32.
+
+        Where `trust` weighs images too, one more column holds each image's weight.
+        """
+        weights: tuple[float, ...] | Tensor = self.weights_K
+        columns = []
+        if self.trust is not None:
+            log_probs_KBC = log_probs(logits_KBC)
+            weights = combined(self.trust.factors(log_probs_KBC, labels_B), self.weights_K)
+            if self.trust.emphasizes:
+                emphasis_B = self.trust.emphasis(log_probs_KBC, labels_B, weights)
+                columns = [emphasis_B.unsqueeze(1)]
+        given = (weights, self.temperatures, self.mixing, self.standardize)
+        return torch.cat([*soft_targets(logits_KBC, *given), *columns], dim=1)
+
+    def record(self) -> dict[str, object]:
+        """All that decides the rows, but for the members themselves."""
+        return {"kind": "soft_targets", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class AllLogits:
+    """The reduction that keeps everything, for members weighed by what the student says."""
+
+    def __call__(self, logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
+        """Every member's logits, one after the other (B, K C); the labels do not matter here."""
+        return logits_KBC.transpose(0, 1).flatten(start_dim=1)
+
+    def record(self) -> dict[str, object]:
+        """All that decides the rows, but for the members themselves."""
+        return {"kind": "all_logits"}
+
+
+def combined(factors_BK: Tensor, weights_K: tuple[float, ...]) -> Tensor:
+    """Ensemble weights times what an image says of each member, summing to 1 again (B, K).
+
+    An image that says nothing for any member leaves the ensemble's weights as they are.
+    """
+    own_K = factors_BK.new_tensor(weights_K)
+    product_BK = own_K * factors_BK
+    sum_B1 = product_BK.sum(dim=1, keepdim=True)
+    return torch.where(sum_B1 > 0, product_BK / sum_B1.clamp(min=1e-30), own_K)

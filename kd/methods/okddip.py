@@ -1,0 +1,92 @@
+"""OKDDip: online distillation with diverse peers (Chen et al., AAAI 2020, arXiv 1912.00350).
+
+M networks (the student first), P auxiliary peers, B batch, C classes, D features, A attention.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd.component import component, require
+from kd.methods.learner import Answer, Cohort, last_linear, with_features
+from kd.methods.losses import log_probs, soft_loss, wide
+from kd.methods.peers import Together, hard_losses, ramp, target
+from kd.methods.shown import Members, Shown
+
+
+class AttentiveCohort(Cohort):
+    """A cohort whose auxiliary peers learn whom among them to listen to."""
+
+    def __init__(self, student: nn.Module, peers: Sequence[nn.Module], width: int) -> None:
+        super().__init__(student, peers)
+        sizes = [last_linear(peer).in_features for peer in peers]
+        self.queries = nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes)
+        self.keys = nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes)
+
+    def answer(self, images: Tensor) -> Answer:
+        """Everybody's logits, and how much each peer listens to each (B, P, P)."""
+        student_BC = self.student(images)
+        answers = [with_features(peer, images) for peer in self.peers]
+        held = [features_BD.detach() for _, features_BD in answers]
+        queries_BPA = torch.stack([q(h) for q, h in zip(self.queries, held, strict=True)], 1)
+        keys_BPA = torch.stack([k(h) for k, h in zip(self.keys, held, strict=True)], 1)
+        scores_BPP = queries_BPA.float() @ keys_BPA.float().transpose(1, 2)
+        logits_MBC = torch.stack([student_BC.float(), *(logits for logits, _ in answers)])
+        return student_BC, {"logits_MBC": logits_MBC, "attention_BPP": scores_BPP.softmax(dim=2)}
+
+
+@component
+class OKDDip(Together):
+    """Everybody's hard loss; peers to their attended mean, the leader to the peers' plain mean.
+
+    The student is the group leader.  Means are of logits (equations 4 and 8).  In the public code
+    gradients also go back through the targets, into peers and features; here they reach the
+    attention alone, or nothing would teach it, unless `detach` is false.
+    """
+
+    kind: Literal["okddip"] = "okddip"
+    temperature: float = 3.0
+    """Divides the logits before the softmax, above 0."""
+    weight: float = 1.0
+    """Of the soft losses once they have risen, beside 1 for the hard losses; at least 0."""
+    rise: float = 0.27
+    """Share of the training in which the soft losses rise, in [0, 1]; 80 of 300 epochs."""
+    width: int = 32
+    """Size of queries and keys, at least 1."""
+    detach: bool = True
+    """Whether what a peer says as a target carries no gradient back to it."""
+
+    num_peers: ClassVar[range] = range(2, 100)
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.weight >= 0, "weight", self.weight, "at least 0")
+        require(0 <= self.rise <= 1, "rise", self.rise, "in [0, 1]")
+        require(self.width >= 1, "width", self.width, "at least 1")
+
+    def learner(
+        self, student: nn.Module, peers: Sequence[nn.Module], members: Members | None = None
+    ) -> nn.Module:
+        """The cohort and its attention."""
+        return AttentiveCohort(student, peers, self.width)
+
+    def loss(self, shown: Shown) -> Tensor:
+        """The sum of all networks' losses."""
+        logits_MBC, attention_BPP = wide(shown.also["logits_MBC"]), shown.also["attention_BPP"]
+        leader_BC, peers_PBC = logits_MBC[0], logits_MBC[1:]
+        given_PBC = peers_PBC.detach() if self.detach else peers_PBC
+        attended_PBC = torch.einsum("bpq,qbc->pbc", attention_BPP.to(given_PBC), given_PBC)
+        soft = [
+            soft_loss(own_BC, log_probs(to_BC, self.temperature), self.temperature)
+            for own_BC, to_BC in zip(peers_PBC, attended_PBC, strict=True)
+        ]
+        together_BC = given_PBC.mean(dim=0)
+        to_BC = target(together_BC, self.temperature)
+        if not self.detach:
+            to_BC = log_probs(together_BC, self.temperature)
+        soft.append(soft_loss(leader_BC, to_BC, self.temperature))
+        rise = ramp(shown.progress, self.rise)
+        hard = hard_losses(logits_MBC, shown)
+        return hard + rise * self.weight * torch.stack(soft).sum()

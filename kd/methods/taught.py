@@ -1,0 +1,156 @@
+"""What the methods with teachers share: soft targets, how they are mixed, and the hard loss.
+
+B batch, K members, C classes, S temperatures, R entries of a row.
+"""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kd.component import component, require
+from kd.methods.learning import Learning, Needs
+from kd.methods.losses import hard_loss, log_probs, wide
+from kd.methods.mixing import AllLogits, SoftTargets, combined, soft_targets, standardized
+from kd.methods.shown import Members, Shown
+from kd.methods.trust import ByImage, ByStudent, Trust
+
+
+@component
+class Taught(Learning):
+    """scale * (share * soft loss + (1 - share) * hard loss); a subclass says what they are."""
+
+    scale: float = 1.0
+    """Multiplies the whole loss, above 0.  Papers that add the terms instead of dividing 1 between
+    them have alpha 0.5 and scale 2."""
+    standardize: bool = False
+    """Bring the logits of student and teachers to mean 0 and deviation 1 before the softmax (Sun
+    et al., CVPR 2024); needs three classes."""
+    trust: Trust | None = None
+    """How much each teacher counts for each image, times its ensemble weight; null: for every
+    image the same."""
+
+    needs: ClassVar[Needs] = "teachers"
+
+    def __post_init__(self) -> None:
+        require(self.scale > 0, "scale", self.scale, "above 0")
+
+    @property
+    def by_image(self) -> bool:
+        """Whether the mean loss of a batch's parts is the batch's; trust may look at it whole."""
+        return self.alone and (self.trust is None or self.trust.alone)
+
+    @property
+    @abstractmethod
+    def temperatures(self) -> tuple[float, ...]:
+        """Those at which `soft` wants the soft targets; the soft losses are averaged."""
+
+    @abstractmethod
+    def share(self, progress: float) -> float:
+        """Weight of the soft loss, in [0, 1]; the hard loss gets the rest."""
+
+    @abstractmethod
+    def soft(
+        self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
+    ) -> Tensor:
+        """The soft loss of each image (B,); what compares images is added to each alike.
+
+        Args:
+            logits_BC: The student's logits, standardised where that was asked for.
+            soft_log_probs_BC: Log of the soft targets, which are already at `temperature`.
+            temperature: T, one of `temperatures`.
+            shown: The whole batch.
+        """
+
+    def reduction(self, members: Members) -> SoftTargets | AllLogits:
+        """What is kept of the members' logits for `loss`."""
+        if isinstance(self.trust, ByStudent):
+            return AllLogits()
+        return SoftTargets(
+            members.weights_K, self.temperatures, members.mixing, self.standardize, self.trust
+        )
+
+    def loss(self, shown: Shown) -> Tensor:
+        """The loss of a batch, a scalar."""
+        # Autocast would take matrix products of probabilities and gradients in half precision.
+        with torch.autocast(shown.logits_BC.device.type, enabled=False):
+            return self.exact_loss(shown)
+
+    def exact_loss(self, shown: Shown) -> Tensor:
+        """The loss in float32 at least."""
+        logits_BC = standardized(shown.logits_BC) if self.standardize else shown.logits_BC
+        soft_SBC, emphasis_B = self.targets(logits_BC, shown)
+        pairs = zip(soft_SBC, self.temperatures, strict=True)
+        soft_SB = torch.stack([self.soft(logits_BC, soft, each, shown) for soft, each in pairs])
+        soft = (emphasis_B * soft_SB).mean()
+        share = self.share(shown.progress)
+        hard = hard_loss(shown.logits_BC, shown.label_probs_BC, shown.labelled)
+        return self.scale * (share * soft + (1 - share) * hard)
+
+    def targets(self, logits_BC: Tensor, shown: Shown) -> tuple[Tensor, Tensor]:
+        """Log of the soft targets (S, B, C), and how much each image counts (B,), 1 on average."""
+        assert shown.rows_BR is not None
+        rows_BR = wide(shown.rows_BR)
+        everyone_B = rows_BR.new_ones(len(rows_BR))
+        if isinstance(self.trust, ByStudent):
+            return self.asked(self.trust, logits_BC, rows_BR, shown), everyone_B
+        if isinstance(self.trust, ByImage) and self.trust.emphasizes:
+            labelled_B = shown.label_probs_BC.sum(dim=1) > 0
+            emphasis_B = evened(rows_BR[:, -1], labelled_B)
+            return by_slot(rows_BR[:, :-1].contiguous(), logits_BC.shape[1]), emphasis_B
+        return by_slot(rows_BR, logits_BC.shape[1]), everyone_B
+
+    def asked(self, trust: ByStudent, logits_BC: Tensor, rows_BR: Tensor, shown: Shown) -> Tensor:
+        """Log of the soft targets (S, B, C) where the student's own answer weighs the members."""
+        members = shown.members
+        assert members is not None
+        logits_KBC, temperature = by_slot(rows_BR, logits_BC.shape[1]), self.temperatures[0]
+        compared_KBC = standardized(logits_KBC) if self.standardize else logits_KBC
+        student_BC = log_probs(logits_BC.detach(), temperature).exp()
+        gradients_KBC = student_BC - log_probs(compared_KBC, temperature).exp()
+        weights_BK = combined(trust.factors(gradients_KBC, members), members.weights_K)
+        given = (weights_BK, self.temperatures, members.mixing, self.standardize)
+        return soft_targets(logits_KBC, *given)
+
+
+def by_slot(rows_BR: Tensor, num_classes: int) -> Tensor:
+    """Rows (B, S C) as (S, B, C)."""
+    return rows_BR.view(len(rows_BR), -1, num_classes).transpose(0, 1)
+
+
+def evened(emphasis_B: Tensor, labelled_B: Tensor) -> Tensor:
+    """Emphasis with mean 1 over the labelled images, and over the unlabelled ones.
+
+    So the soft loss keeps its strength as the teachers become surer, and neither group drowns
+    the other.
+    """
+    even_B = torch.ones_like(emphasis_B)
+    for group_B in (labelled_B, ~labelled_B):
+        mean = (emphasis_B * group_B).sum() / group_B.sum().clamp(min=1)
+        even_B = torch.where(group_B & (mean > 0), emphasis_B / mean.clamp(min=1e-30), even_B)
+    return even_B
+
+
+@component
+class SoftMethod(Taught):
+    """A method with one temperature and a fixed share of the soft loss: the base of most."""
+
+    temperature: float = 4.0
+    """Divides the logits before the softmax, in teachers and student alike; above 0."""
+    alpha: float = 0.9
+    """Weight of the soft loss, in [0, 1]; the hard loss gets the rest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(0 <= self.alpha <= 1, "alpha", self.alpha, "in [0, 1]")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The one."""
+        return (self.temperature,)
+
+    def share(self, progress: float) -> float:
+        """Alpha from beginning to end."""
+        return self.alpha

@@ -1,0 +1,47 @@
+"""UniKD: by the teachers' correctness, and their disagreement (Wu et al., 2022, arXiv 2204.00548).
+
+B batch, K members, C classes.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kd.component import component, require
+from kd.methods.trust.base import ByImage, cross_entropies
+
+
+@component
+class Correctness(ByImage):
+    """Members by 1 / (1 + CE_k); labelled images by 1 / (1 + CE of the ensemble); unlabelled ones
+    by the members' disagreement, mean_k KL(p_k || mean).
+
+    The paper's abstract names the three ideas; the functions are this project's own reading, the
+    first one after the same authors' MT-BERT.  Both emphases are brought to mean 1 over a batch's
+    labelled, and over its unlabelled images.
+    """
+
+    kind: Literal["correctness"] = "correctness"
+    unlabelled: float = 1.0
+    """How much unlabelled images count beside labelled ones, at least 0."""
+
+    alone: ClassVar[bool] = False  # images are weighed against each other
+    emphasizes: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.unlabelled >= 0, "unlabelled", self.unlabelled, "at least 0")
+
+    def factors(self, log_probs_KBC: Tensor, labels_B: Tensor) -> Tensor:
+        """1 / (1 + CE_k) (B, K); alike for all members where the image is unlabelled."""
+        return 1 / (1 + cross_entropies(log_probs_KBC, labels_B).T)
+
+    def emphasis(self, log_probs_KBC: Tensor, labels_B: Tensor, weights_BK: Tensor) -> Tensor:
+        """Correctness of the ensemble, or the members' disagreement (B,)."""
+        weights_KB1 = weights_BK.T.unsqueeze(2)
+        mixed_BC = torch.logsumexp(log_probs_KBC + weights_KB1.log(), dim=0)
+        correct_B = 1 / (1 + cross_entropies(mixed_BC[None], labels_B)[0])
+        apart_KB = (log_probs_KBC.exp() * (log_probs_KBC - mixed_BC)).sum(dim=2)
+        apart_B = (weights_BK.T * apart_KB).sum(dim=0).clamp(min=0)
+        return torch.where(labels_B >= 0, correct_B, apart_B)

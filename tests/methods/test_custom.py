@@ -1,0 +1,70 @@
+"""A user's own method, exactly as docs/extending.md tells it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd import params
+from kd.component import ConfigError
+from kd.methods import CustomMethod
+from tests.methods.test_training import taught, weights_of
+
+PROJECT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (PROJECT / "docs/extending.md").read_text(), re.S)
+
+
+def block(words):
+    """The one block of the page that contains these words."""
+    (found,) = [each for each in BLOCKS if words in each]
+    return found
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder of a user's that holds the page's method."""
+    (tmp_path / "mine_method.py").write_text(block("# mine_method.py"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("mine_method", None)
+
+
+def test_the_battery_of_the_page_runs_in_a_users_project(project):
+    (project / "test_mine.py").write_text(block("check_method(Reverse())"))
+    paths = os.pathsep.join([str(project), str(PROJECT)])
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=True,
+        timeout=120,
+    )
+
+
+def test_params_name_it_and_a_student_learns_by_it(project):
+    method = params.build(
+        params.Method,
+        {"kind": "custom", "path": "mine_method:Reverse", "args": {"alpha": 1.0}},
+        "",
+    )
+    by_name, _ = taught(method)
+    from mine_method import Reverse
+
+    itself, _ = taught(Reverse(alpha=1.0))
+    assert weights_of(by_name) == weights_of(itself)
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "said"),
+    [
+        ("mine_method:Revers", {}, "has no 'Revers'"),
+        ("mine_method:Reverse", {"alfa": 1}, "cannot be called with"),
+        ("builtins:dict", {}, "returned a dict; it must be a kd.methods.Learning"),
+    ],
+)
+def test_what_is_no_method_is_refused(project, path, args, said):
+    with pytest.raises(ConfigError, match=said):
+        CustomMethod(path=path, args=args).resolved()

@@ -1,0 +1,150 @@
+"""How much each teacher is trusted, against the float64 oracles.
+
+B batch, K members, C classes.
+"""
+
+import pytest
+import torch
+
+from kd.component import ConfigError
+from kd.methods import KD, Members, SoftTargets, mix
+from kd.methods.losses import log_probs
+from kd.methods.mixing import combined
+from kd.methods.taught import evened
+from kd.methods.trust import Confidence, Correctness, Drop, Entropy, MinNorm, Unbiased
+from kd.methods.trust.min_norm import min_norm
+from tests import reference
+from tests.checks_methods import B, K, batch, loss_of, unlabelled
+
+UNIFORM = (1 / K,) * K
+MEMBERS = Members(("0", "1", "2"), UNIFORM)
+
+
+def weights_of(trust, labels_B=None):
+    """The weights that each image gives its members, as the soft targets use them."""
+    _, teachers, labels = batch(seed=2)
+    labels = labels if labels_B is None else labels_B
+    return combined(trust.factors(log_probs(teachers), labels), UNIFORM)
+
+
+def by_image():
+    """(every member's logits, label) of each image, as plain lists."""
+    _, teachers, labels = batch(seed=2)
+    return list(zip(teachers.transpose(0, 1).tolist(), labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("trust", "oracle"),
+    [
+        (Confidence(), reference.confidence_weights),
+        (Correctness(), reference.correctness_weights),
+        (Entropy(), lambda logits, label: reference.entropy_weights(logits)),
+    ],
+)
+def test_weights_by_image_equal_the_oracle(trust, oracle):
+    for ours, image in zip(weights_of(trust).tolist(), by_image(), strict=True):
+        assert ours == pytest.approx(oracle(*image), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("trust", [Confidence(), Correctness()])
+def test_unlabelled_images_trust_all_members_alike(trust):
+    weights = weights_of(trust, unlabelled(batch()[2]))
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / K))
+
+
+def test_trust_multiplies_the_weights_of_the_ensemble():
+    factors = torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.0, 2.0]])
+    found = combined(factors, (0.5, 0.5, 0.0))
+    torch.testing.assert_close(found[0], torch.tensor([1 / 3, 2 / 3, 0.0]))
+    torch.testing.assert_close(
+        found[1], torch.tensor([0.5, 0.5, 0.0])
+    )  # nobody is left: as before
+
+
+def test_the_loss_is_that_of_the_mixture_by_image():
+    logits, teachers, labels = batch(seed=2)
+    soft = mix(teachers, weights_of(Confidence()), 4.0).exp().tolist()
+    each = [
+        16 * reference.kl(s, reference.softmax(z, 4.0))
+        for s, z in zip(soft, logits.tolist(), strict=True)
+    ]
+    ours = loss_of(KD(alpha=1.0, trust=Confidence()), logits, teachers, labels)
+    assert float(ours) == pytest.approx(sum(each) / B, rel=1e-5)
+
+
+def test_the_emphasis_of_unlabelled_images_is_their_disagreement():
+    _, teachers, labels = batch(seed=2)
+    rows = SoftTargets(UNIFORM, (4.0,), trust=Correctness())(teachers, unlabelled(labels))
+    wanted = [reference.disagreement(logits) for logits, _ in by_image()]
+    assert rows[:, -1].tolist() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_emphasis_of_labelled_images_is_the_correctness_of_the_mixture():
+    _, teachers, labels = batch(seed=2)
+    rows = SoftTargets(UNIFORM, (4.0,), trust=Correctness())(teachers, labels)
+    for ours, (logits, label) in zip(rows[:, -1].tolist(), by_image(), strict=True):
+        weights = reference.correctness_weights(logits, label)
+        mixed = reference.mixture(logits, weights, 1.0)
+        onehot = [float(c == label) for c in range(len(mixed))]
+        assert ours == pytest.approx(1 / (1 + reference.cross_entropy(onehot, mixed)), rel=1e-5)
+
+
+def test_emphasis_has_mean_1_over_the_labelled_and_over_the_unlabelled():
+    """Else the soft loss would fade as teachers become sure, and one group drown the other."""
+    labelled = torch.tensor([True, True, False, False, False])
+    even = evened(torch.tensor([0.2, 0.6, 1e-3, 2e-3, 3e-3]), labelled)
+    torch.testing.assert_close(even, torch.tensor([0.5, 1.5, 0.5, 1.0, 1.5]))
+    torch.testing.assert_close(evened(torch.zeros(2), torch.tensor([False, False])), torch.ones(2))
+
+
+@pytest.mark.parametrize("cap", [0.4, 0.6, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_min_norm_equals_the_best_on_a_grid(seed, cap):
+    vectors = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)).double()
+    vectors += torch.tensor([[1.0], [0.0], [-0.5]])
+    ours = min_norm((vectors @ vectors.T).tolist(), cap)
+    slow = reference.shortest(vectors.tolist(), cap)
+    assert sum(ours) == pytest.approx(1)
+    assert max(ours) <= cap + 1e-9
+    assert min(ours) >= 0
+    length = lambda w: float((torch.tensor(w).double() @ vectors).norm())  # noqa: E731
+    assert length(ours) <= length(slow) + 1e-9
+    assert ours == pytest.approx(slow, abs=0.03)
+
+
+def test_min_norm_is_defined_for_a_lone_member_and_for_equal_ones():
+    assert min_norm([[2.0]], 0.6) == [1.0]
+    assert min_norm([[1.0, 1.0], [1.0, 1.0]], 0.6) == [0.5, 0.5]
+    assert min_norm([[0.0, 0.0], [0.0, 0.0]], 0.3) == [0.5, 0.5]
+
+
+def test_min_norm_asks_for_the_gradient_at_the_students_logits():
+    logits, teachers, _ = batch(seed=2)
+    gradients = logits.softmax(1) - teachers.softmax(2)
+    weights = MinNorm(cap=1.0).factors(gradients, MEMBERS)
+    wanted = reference.shortest(gradients.mean(1).tolist(), 1.0)
+    assert weights[0].tolist() == pytest.approx(wanted, abs=0.02)
+    assert (weights == weights[0]).all()
+
+
+def test_unbiased_equals_the_oracle_and_silences_the_biased_member():
+    logits, teachers, _ = batch(seed=2)
+    gradients = logits.softmax(1) - teachers.softmax(2)
+    factors = Unbiased(biased="1").factors(gradients, MEMBERS)
+    for image, row in enumerate(factors.tolist()):
+        of = gradients[:, image].tolist()
+        wanted = [1 - reference.cosine(of[0], of[1]), 0.0, 1 - reference.cosine(of[2], of[1])]
+        assert row == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_unknown_biased_member_is_named():
+    with pytest.raises(ConfigError, match="biased is 'large'"):
+        Unbiased(biased="large").factors(torch.zeros(3, 2, 4), MEMBERS)
+
+
+def test_dropped_members_sit_out_a_whole_batch_and_never_all_of_them():
+    torch.manual_seed(0)
+    seen = torch.stack([Drop(keep=0.5).factors(torch.zeros(3, 4, 5), MEMBERS) for _ in range(200)])
+    assert (seen == seen[:, :1]).all()
+    assert ((seen[:, 0] > 0).sum(1) >= 1).all()
+    assert seen.mean() == pytest.approx(0.5 + 0.5**3, abs=0.06)  # an empty draw keeps all
