@@ -1,0 +1,45 @@
+"""What of a comparison is Prefect's; see flows/compare.py."""
+
+import subprocess
+import threading
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, wait
+
+from flows.compare import COMMAND, do, left
+
+
+@task(task_run_name="{unit}", cache_policy=NO_CACHE, persist_result=False)
+def run_unit(file: str, root: Path, unit: str, stop: threading.Event) -> None:
+    """Do one unit, once there is a slot for it."""
+    do(file, root, unit, stop)
+
+
+@flow(name="compare", persist_result=False)
+def compare(file: str = "params.compare.yaml", root: str = ".") -> str:
+    """Do what is left of a comparison and return its table.
+
+    Args:
+        file: The comparison.
+        root: The folder that holds it.
+    """
+    folder, stop = Path(root).resolve(), threading.Event()
+    futures: dict[str, PrefectFuture[None]] = {}
+    try:
+        for unit, needs in left(file, folder).items():
+            above = [futures[each] for each in needs if each in futures]
+            futures[unit] = run_unit.submit(
+                file, folder, unit, stop, return_state=False, wait_for=above
+            )
+        wait(list(futures.values()))
+    except BaseException:
+        stop.set()
+        raise
+    for future in futures.values():
+        future.result()
+    report = subprocess.run(
+        [*COMMAND, file], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return report.stdout

@@ -1,0 +1,134 @@
+"""What a comparison consists of: units of work, each waiting for others, each with a digest."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kd import artifacts
+from kd.component import ConfigError, component, require
+from kd.params import NAME, Params, build, of_stage, overlay, parse, read_yaml
+
+FOLDER = Path(".kd/compare")
+"""Where comparisons work; each seed is a workspace of its own there."""
+
+
+@component
+class About:
+    """The section `compare` of a comparison's file; all other keys are an experiment's."""
+
+    name: str
+    """Of its folder, its report and its tracking runs' tag."""
+    base: str | None = None
+    """An experiment's file that the other keys are laid over, such as params.yaml."""
+    seeds: int = 3
+    """Repetitions, at least 2: one shows no spread."""
+    reference: str
+    """The cell that all others are compared with, in pairs."""
+
+    def __post_init__(self) -> None:
+        wanted = "a name of small letters, digits, - and _"
+        require(bool(NAME.fullmatch(self.name)), "name", self.name, wanted)
+        require(self.seeds >= 2, "seeds", self.seeds, "at least 2")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One stage of one seed."""
+
+    seed: int
+    stage: str
+    name: str
+    needs: tuple[str, ...]
+    """Ids of the units whose results it reads."""
+    digest: str
+    """Of all that decides its result: its settings, the code, the units it needs."""
+
+    @property
+    def id(self) -> str:
+        """seed-3/baselines/dkd."""
+        return "/".join(part for part in (f"seed-{self.seed}", self.stage, self.name) if part)
+
+
+class Comparison:
+    """A comparison's file, read."""
+
+    def __init__(self, path: Path, seeds: int | None = None) -> None:
+        """Read and check it.
+
+        Args:
+            path: The file.
+            seeds: Repetitions, where not as many as the file says.
+
+        Raises:
+            ConfigError: a key, type or value is wrong, or no cell has the reference's name.
+        """
+        raw = read_yaml(path)
+        try:
+            self.about: About = build(About, raw.pop("compare", {}), "compare")
+            cells = raw.pop("cells", {})
+            under = read_yaml(path.parent / self.about.base) if self.about.base else {}
+            self.raw: dict[str, Any] = {**overlay(under, raw), "baselines": cells}
+            reference = self.about.reference
+            wanted = f"one of the cells ({', '.join(cells)})"
+            require(reference in cells, "compare.reference", reference, wanted)
+            self.num_seeds = seeds or self.about.seeds
+            self.params = [parse({**self.raw, "seed": seed}) for seed in range(self.num_seeds)]
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        self.folder: Path = FOLDER.resolve() / self.about.name
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The names of what is compared, in the file's order."""
+        return tuple(self.params[0].baselines)
+
+    def workspace(self, seed: int) -> Path:
+        """The folder that a seed's artifacts are in."""
+        return self.folder / f"seed-{seed}"
+
+    def record(self, unit: Unit) -> Path:
+        """Where it is noted that a unit is done."""
+        return self.workspace(unit.seed) / "done" / f"{unit.stage}_{unit.name}.json"
+
+    def is_done(self, unit: Unit) -> bool:
+        """Whether the unit's result is there, made from the very inputs it has now."""
+        path = self.record(unit)
+        return path.exists() and artifacts.read_json(path).get("digest") == unit.digest
+
+    @cached_property
+    def units(self) -> dict[str, Unit]:
+        """All units by id, each after those it needs."""
+        code = artifacts.code_digest((*artifacts.LEARNING, "weightings", "stages.py", "cast.py"))
+        return {unit.id: unit for p in self.params for unit in units_of(p, code)}
+
+
+def units_of(params: Params, code: str) -> Iterator[Unit]:
+    """The units of one seed, each after those it needs."""
+    made: dict[str, Unit] = {}
+
+    def unit(stage: str, name: str, needs: tuple[str, ...]) -> Unit:
+        ids = tuple(f"seed-{params.seed}/{each}" for each in needs)
+        plain = plain_of(params, stage, name)
+        digest = artifacts.digest([code, stage, name, plain, [made[each].digest for each in ids]])
+        new = Unit(params.seed, stage, name, ids, digest)
+        made[new.id] = new
+        return new
+
+    yield unit("data", "", ())
+    yield unit("teacher", "", ("data",))
+    for name in sorted(params.assistants, key=lambda each: len(params.chain(each))):
+        yield unit("assistants", name, ("data", *params.chain(name)))
+    assistants = tuple(f"assistants/{name}" for name in params.assistants)
+    yield unit("weights", "", ("data", *assistants))
+    for name in params.baselines:
+        yield unit("baselines", name, ("data", "teacher", *assistants, "weights"))
+
+
+def plain_of(params: Params, stage: str, name: str) -> Mapping[str, Any]:
+    """All settings that a unit reads, as plain data."""
+    if stage == "data":
+        return {"seed": params.seed, "data": dataclasses.asdict(params.data)}
+    return of_stage(params, stage, name)

@@ -1,0 +1,181 @@
+"""What came of a comparison: tables with spreads and paired differences, made from records alone.
+
+S seeds, N samples, C classes.
+"""
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd import artifacts, manifest
+from kd.compare.plan import Comparison
+from kd.compare.work import inside
+from kd.component import Refused
+from kd.data import Images
+from kd.ensemble import Ensemble
+from kd.evaluate import predict
+from kd.examine import figures
+
+ENSEMBLE = "ensemble"
+"""The row of the weighted assistants themselves."""
+T975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+"""0.975 quantiles of Student's t for 1 to 30 degrees of freedom."""
+MEASURES = {
+    "test_accuracy": "test accuracy, %",
+    "test_worst_class_accuracy": "worst class, %",
+    "test_nll": "NLL",
+    "test_ece": "ECE, %",
+    "test_agreement": "agreement with teacher, %",
+    "cpu_seconds": "training, CPU s",
+}
+
+
+def build(comparison: Comparison) -> dict[str, Any]:
+    """All figures of a finished comparison; opens the test split of each seed."""
+    failed = failures(comparison)
+    seeds = [of_seed(comparison, seed, set(failed)) for seed in range(comparison.num_seeds)]
+    rows = {
+        name: {measure: [seed[name][measure] for seed in seeds] for measure in MEASURES}
+        for name in seeds[0]
+    }
+    return {
+        "name": comparison.about.name,
+        "seeds": comparison.num_seeds,
+        "reference": comparison.about.reference,
+        "epochs": comparison.params[0].student.recipe.epochs,
+        "samples_seen": {name: seeds[0][name]["samples_seen"] for name in seeds[0]},
+        "code": artifacts.code_digest(),
+        "torch": torch.__version__,
+        "failed": failed,
+        "rows": rows,
+    }
+
+
+def failures(comparison: Comparison) -> dict[str, int]:
+    """Cells whose training diverged, and in how many seeds; they have no row."""
+    found: dict[str, int] = {}
+    for unit in comparison.units.values():
+        if "failed" in artifacts.read_json(comparison.record(unit)):
+            found[unit.name] = found.get(unit.name, 0) + 1
+    if comparison.about.reference in found:
+        raise Refused(f"the reference {comparison.about.reference} diverged: {found}")
+    return found
+
+
+def of_seed(
+    comparison: Comparison, seed: int, failed: Collection[str]
+) -> dict[str, dict[str, float]]:
+    """What every network of a seed, and its ensemble, make of the test images."""
+    params = comparison.params[seed]
+    with inside(comparison.workspace(seed)):
+        test = Images.load(artifacts.ROOT / "data", "test")
+        assistants = [f"assistants/{name}" for name in params.assistants]
+        cells = [f"baselines/{name}" for name in params.baselines if name not in failed]
+        names = ["teacher", *assistants, *cells]
+        loaded = {name: manifest.load(artifacts.folder(name)) for name in names}
+        logits = {name: predict(module, test) for name, (module, _) in loaded.items()}
+        found = {}
+        for name, logits_NC in logits.items():
+            stage, _, key = name.partition("/")
+            unit = comparison.units[f"seed-{seed}/{stage}" + (f"/{key}" if key else "")]
+            metrics = artifacts.read_json(artifacts.folder(name) / "metrics.json")
+            found[name.removeprefix("baselines/")] = {
+                **figures(logits_NC, test.labels_N, logits["teacher"]),
+                "cpu_seconds": artifacts.read_json(comparison.record(unit))["cpu_seconds"],
+                "samples_seen": metrics["samples_seen"],
+            }
+        weights = artifacts.read_json(artifacts.ROOT / "weights/weights.json")["weights"]
+        logits_KNC = torch.stack([logits[f"assistants/{name}"] for name in weights])
+        members = tuple(loaded[f"assistants/{name}"][0] for name in weights)
+        reduction = Ensemble(members, tuple(weights.values())).soft_targets(1.0)
+        mixed_NC = reduction(logits_KNC, test.labels_N)
+        found[ENSEMBLE] = {
+            **figures(mixed_NC, test.labels_N, logits["teacher"]),
+            "cpu_seconds": 0.0,
+            "samples_seen": 0.0,
+        }
+    return found
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The report as a table for people, sorted by what the cells gained on the reference."""
+    rows, reference = record["rows"], record["reference"]
+    cells = [name for name in rows if not is_above(name)]
+    base = rows[reference]["test_accuracy"]
+    gains = {name: paired(rows[name]["test_accuracy"], base) for name in cells}
+    head = [*MEASURES.values(), f"minus {reference}, points [95 % CI]", "seeds won"]
+    lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+    above = [name for name in rows if is_above(name)]
+    for name in (*above, *sorted(cells, key=lambda each: -gains[each][0])):
+        figures = [spread(rows[name][measure], measure) for measure in MEASURES]
+        gained = ["", ""]
+        if name in gains and name != reference:
+            mean, half = gains[name]
+            pairs = zip(rows[name]["test_accuracy"], base, strict=True)
+            won = sum(ours > theirs for ours, theirs in pairs)
+            gained = [
+                f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]",
+                f"{won} of {record['seeds']}",
+            ]
+        lines.append(f"| {name} | {' | '.join([*figures, *gained])} |")
+    said = f"{record['seeds']} seeds, {record['epochs']} epochs for every cell; mean ± deviation."
+    diverged = ", ".join(f"{name} in {num}" for name, num in record["failed"].items())
+    note = [f"Diverged, and so without a row: {diverged} seeds.", ""] if diverged else []
+    return "\n".join([said, "", *lines, "", *note])
+
+
+def is_above(name: str) -> bool:
+    """Whether a row is a teacher or an ensemble, and so no student."""
+    return name in ("teacher", ENSEMBLE) or name.startswith("assistants/")
+
+
+def paired(ours_S: Sequence[float], theirs_S: Sequence[float]) -> tuple[float, float]:
+    """Mean difference over seeds in points, and half the width of its 95 % interval (t)."""
+    gaps = [100 * (a - b) for a, b in zip(ours_S, theirs_S, strict=True)]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    quantile = T975[len(gaps) - 2] if len(gaps) - 1 <= len(T975) else 1.96
+    return statistics.mean(gaps), quantile * error
+
+
+def spread(values_S: Sequence[float], measure: str) -> str:
+    """Mean and standard deviation over seeds; shares in percent."""
+    percent = measure not in ("test_nll", "cpu_seconds")
+    scale, digits = (100, 2) if percent else (1, 1 if measure == "cpu_seconds" else 3)
+    mean, deviation = statistics.mean(values_S), statistics.stdev(values_S)
+    return f"{scale * mean:.{digits}f} ± {scale * deviation:.{digits}f}"
+
+
+def write(comparison: Comparison, folder: Path) -> str:
+    """Write report.json, report.md and results.csv; the table."""
+    record = build(comparison)
+    table = markdown(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts.write_json(folder / "report.json", record)
+    with artifacts.atomic(folder / "report.md") as temporary:
+        temporary.write_text(table)
+    rows = [
+        {"cell": name, "seed": seed, **{m: values[m][seed] for m in MEASURES}}
+        for name, values in record["rows"].items()
+        for seed in range(record["seeds"])
+    ]
+    artifacts.write_csv(folder / "results.csv", rows)
+    return table
+
+
+def into(page: Path, name: str, table: str) -> None:
+    """Put a table into a page, between `<!-- NAME -->` and `<!-- /NAME -->`."""
+    text = page.read_text()
+    before, opening, rest = text.partition(f"<!-- {name} -->\n")
+    _, closing, after = rest.partition(f"<!-- /{name} -->")
+    if not (opening and closing):
+        raise artifacts.ArtifactError(f"{page} has no <!-- {name} --> ... <!-- /{name} -->")
+    with artifacts.atomic(page) as temporary:
+        temporary.write_text(f"{before}{opening}{table}{closing}{after}")

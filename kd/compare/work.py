@@ -1,0 +1,93 @@
+"""Doing a comparison's units: one after the other within a process, several processes at once."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+from kd import artifacts, stages, tracking
+from kd.compare.plan import Comparison, Unit, plain_of
+from kd.train import NonFiniteLoss
+
+
+def do(comparison: Comparison, unit: Unit) -> None:
+    """Run one unit in its seed's workspace, where its result is not there yet.
+
+    A cell whose training diverges is noted as such, which is a result too; anything else that
+    goes wrong is raised.
+    """
+    if comparison.is_done(unit):
+        return
+    workspace = comparison.workspace(unit.seed)
+    workspace.mkdir(parents=True, exist_ok=True)
+    params = comparison.params[unit.seed]
+    with inside(workspace), (workspace / "log.txt").open("a") as log:
+        started, used, failed = time.time(), time.process_time(), dict[str, str]()
+        tags = {"kd.comparison": comparison.about.name, "kd.seed": str(unit.seed)}
+        with (
+            contextlib.redirect_stdout(log),
+            tracking.run(
+                unit.stage,
+                unit.name or None,
+                params=plain_of(params, unit.stage, unit.name),
+                tags={**tags, "kd.cell": unit.name if unit.stage == "baselines" else ""},
+                enabled=params.tracking,
+            ) as run,
+        ):
+            work = stages.prepare_data if unit.stage == "data" else stages.STAGES[unit.stage]
+            try:
+                work(params, unit.name, run)
+            except NonFiniteLoss as error:
+                if unit.stage != "baselines":
+                    raise
+                failed = {"failed": str(error)}
+        seconds = {"seconds": time.time() - started, "cpu_seconds": time.process_time() - used}
+    comparison.record(unit).parent.mkdir(exist_ok=True)
+    artifacts.write_json(comparison.record(unit), {"digest": unit.digest, **seconds, **failed})
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in a folder, since stages find their artifacts from where they are run."""
+    with contextlib.chdir(folder):
+        yield
+
+
+def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -> None:
+    """Do what is left to do, each unit as soon as those it needs are done.
+
+    Args:
+        comparison: What is compared.
+        processes: Units at a time, each with as many threads as its recipe says.
+        say: Told of each unit that is done.
+    """
+    left = {id: unit for id, unit in comparison.units.items() if not comparison.is_done(unit)}
+    say(f"{comparison.about.name}: {len(left)} of {len(comparison.units)} units to do")
+    started: dict[Future[None], Unit] = {}
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=one_thread) as pool:
+        try:
+            while left:
+                running = {unit.id for unit in started.values()}
+                for id, unit in left.items():
+                    if id not in running and not any(need in left for need in unit.needs):
+                        started[pool.submit(do, comparison, unit)] = unit
+                done, _ = wait(started, return_when=FIRST_COMPLETED)
+                for future in done:
+                    unit = started.pop(future)
+                    future.result()
+                    del left[unit.id]
+                    say(f"{unit.id} ({len(left)} left)")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def one_thread() -> None:
+    """A process works alone on its core; a recipe may say otherwise for its own training."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)

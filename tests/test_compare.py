@@ -1,0 +1,235 @@
+"""A small comparison, done for real: shared teachers, resumed work, figures that add up."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy.stats import t
+
+from kd import artifacts, manifest, stages
+from kd.compare import report, work
+from kd.compare.__main__ import main
+from kd.compare.plan import Comparison
+from kd.component import ConfigError
+from kd.train import NonFiniteLoss
+
+PROJECT = Path(__file__).parents[1]
+TINY = {"kind": "plain_cnn", "depth": 2, "width": 0.5}
+RAW = {
+    "compare": {"name": "tiny", "base": "params.yaml", "seeds": 2, "reference": "kd"},
+    "tracking": False,
+    "recipe": {"epochs": 1, "batch_size": 256},
+    "teacher": {"model": {"depth": 4, "width": 0.25}},
+    "assistants": {name: {"model": {"depth": 2}} for name in ("large", "medium", "small")},
+    "weights": {"kind": "uniform"},
+    "student": {"model": {"width": 0.25}},
+    "cells": {
+        "labels": {"teachers": "none"},
+        "kd": {"teachers": "teacher"},
+        "again": {"teachers": "teacher"},
+        "born_again": {"teachers": "none", "generations": 2},
+    },
+}
+
+
+def written(folder, **changes):
+    (folder / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
+    path = folder / "params.compare.yaml"
+    path.write_text(yaml.safe_dump(RAW | changes, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", str(PROJECT))
+        written(folder)
+        assert main(["params.compare.yaml", "--processes", "1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    return Comparison(Path("params.compare.yaml"))
+
+
+def of_cell(comparison, seed, name):
+    return comparison.workspace(seed) / "artifacts/baselines" / name
+
+
+def test_the_cells_of_a_seed_share_their_teacher_and_differ_between_seeds(here):
+    teachers = [manifest.read(here.workspace(seed) / "artifacts/teacher") for seed in (0, 1)]
+    assert teachers[0].sha256 != teachers[1].sha256
+    for seed, teacher in enumerate(teachers):
+        described = manifest.read(of_cell(here, seed, "kd"))
+        assert described.teachers[0].sha256 == teacher.sha256
+
+
+def test_cells_that_say_the_same_get_the_same_bits(here):
+    for seed in (0, 1):
+        one, two = (manifest.read(of_cell(here, seed, name)) for name in ("kd", "again"))
+        assert one.sha256 == two.sha256
+
+
+def test_what_is_done_is_not_done_again(here):
+    assert all(here.is_done(unit) for unit in here.units.values())
+    said = []
+    work.do_all(here, 1, said.append)
+    assert said == ["tiny: 0 of 20 units to do"]
+
+
+def test_work_that_was_lost_is_done_again_to_the_same_bits(here):
+    unit = here.units["seed-1/baselines/kd"]
+    before = manifest.read(of_cell(here, 1, "kd")).sha256
+    here.record(unit).unlink()
+    work.do(here, unit)
+    assert here.is_done(unit)
+    assert manifest.read(of_cell(here, 1, "kd")).sha256 == before
+
+
+def test_a_changed_cell_concerns_itself_alone_and_a_changed_teacher_all_below(here, tmp_path):
+    def stale(**changes):
+        comparison = Comparison(written(tmp_path, **changes))
+        units = comparison.units
+        return {id for id, unit in units.items() if unit.digest != here.units[id].digest}
+
+    cells = RAW["cells"] | {"kd": {"teachers": "teacher", "method": {"kind": "dkd"}}}
+    assert stale(cells=cells) == {"seed-0/baselines/kd", "seed-1/baselines/kd"}
+    taught = stale(teacher={"model": {"depth": 4, "width": 0.5}})
+    assert taught == {id for id in here.units if not id.endswith("/data")}
+    assert stale() == set()
+
+
+def test_every_cell_has_the_same_budget_but_for_its_generations(here):
+    seen = {
+        name: artifacts.read_json(of_cell(here, 0, name) / "metrics.json")["samples_seen"]
+        for name in here.cells
+    }
+    assert seen["labels"] == seen["kd"] == seen["again"] == seen["born_again"] / 2
+
+
+def test_the_report_is_made_of_the_records(here):
+    record = json.loads((here.folder / "report.json").read_text())
+    accuracies = {name: row["test_accuracy"] for name, row in record["rows"].items()}
+    assert accuracies["kd"] == accuracies["again"]
+    gaps = [100 * (a - b) for a, b in zip(accuracies["labels"], accuracies["kd"], strict=True)]
+    half = float(t.ppf(0.975, 1)) * statistics.stdev(gaps) / 2**0.5
+    mean, width = report.paired(accuracies["labels"], accuracies["kd"])
+    assert (mean, width) == pytest.approx((statistics.mean(gaps), half), rel=1e-3)
+    table = (here.folder / "report.md").read_text()
+    assert f"| labels | {report.spread(accuracies['labels'], 'test_accuracy')}" in table
+    assert {"teacher", "ensemble", "assistants/large"} <= record["rows"].keys()
+
+
+def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatch):
+    unit = here.units["seed-1/baselines/labels"]
+    path = here.record(unit)
+    whole, table = path.read_text(), report.write(here, here.folder)
+
+    def diverge(params, name, run):
+        raise NonFiniteLoss("at step 3")
+
+    try:
+        path.unlink()
+        monkeypatch.setitem(stages.STAGES, "baselines", diverge)
+        work.do(here, unit)
+        without = report.write(here, here.folder)
+        assert "Diverged, and so without a row: labels in 1 seeds." in without
+        assert "| labels |" in table
+        assert "| labels |" not in without
+    finally:
+        path.write_text(whole)
+        report.write(here, here.folder)
+
+
+def test_quantiles_are_students():
+    for freedom, quantile in enumerate(report.T975, start=1):
+        assert quantile == pytest.approx(t.ppf(0.975, freedom), abs=5e-4)
+
+
+def test_a_table_goes_into_a_page_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- tiny -->\nold\n<!-- /tiny -->\nb\n")
+    report.into(page, "tiny", "new\n")
+    assert page.read_text() == "a\n<!-- tiny -->\nnew\n<!-- /tiny -->\nb\n"
+    with pytest.raises(ConfigError, match="has no <!-- other -->"):
+        report.into(page, "other", "new\n")
+
+
+def test_units_are_listed_for_who_orders_them(here, capsys):
+    here.record(here.units["seed-0/baselines/labels"]).rename("kept.json")
+    try:
+        assert main(["params.compare.yaml", "--list"]) == 0
+    finally:
+        Path("kept.json").rename(here.record(here.units["seed-0/baselines/labels"]))
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed) == ["seed-0/baselines/labels"]
+    assert "seed-0/weights" in listed["seed-0/baselines/labels"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"compare": RAW["compare"] | {"reference": "dkd"}}, "compare.reference is 'dkd'"),
+        ({"compare": RAW["compare"] | {"seeds": 1}}, "compare.seeds is 1; it must be at least 2"),
+        ({"cells": {"kd": {"teachers": "teacher", "method": {"kind": "kdd"}}}}, "did you mean"),
+        ({"studen": {}}, "studen is no known key"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_before_any_work(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        Comparison(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PROJECT.glob("params.compare*.yaml")), ids=lambda p: p.name
+)
+def test_the_projects_comparisons_are_valid(path):
+    comparison = Comparison(path)
+    assert comparison.num_seeds >= 2
+    assert len(comparison.cells) > 3
+
+
+def test_a_comparison_needs_neither_dvc_nor_prefect_nor_mlflow_nor_optuna(tmp_path):
+    script = """
+import sys
+class Gate:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"dvc", "prefect", "mlflow", "optuna", "sklearn", "rich"}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Gate())
+import kd.compare.__main__, kd.weightings
+"""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+
+
+@pytest.mark.slow
+def test_the_reduced_comparison_works_on_the_real_images_of_cifar10(tmp_path, monkeypatch):
+    """Its own file, but for the budget: 2 seeds, 1 epoch of 500 images, three cells."""
+    root = Path(os.environ.get("KD_DATA_ROOT", "absent")) / "cifar10"
+    if not (root / "cifar-10-batches-py").exists():
+        pytest.skip("KD_DATA_ROOT names no folder with cifar10/cifar-10-batches-py")
+    text = (PROJECT / "params.compare.cifar10-small.yaml").read_text()
+    raw = yaml.safe_load(text.replace("width: 0.5", "width: 0.125"))
+    raw["compare"]["seeds"] = 2
+    raw["recipe"] |= {"epochs": 1, "validate_every": 1, "views": 1}
+    raw["data"] |= {"dataset": {"kind": "cifar10", "root": str(root)}, "image_size": 16}
+    raw["data"]["splits"]["val"] = 49_500
+    raw["cells"] = {name: raw["cells"][name] for name in ("labels", "kd", "em")}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(raw))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    assert main(["compare.yaml", "--processes", "2", "--record", "record"]) == 0
+    seen = json.loads((tmp_path / "record" / "report.json").read_text())["samples_seen"]
+    assert seen["labels"] == seen["kd"] == seen["em"] >= 500
+    rows = (tmp_path / "record" / "results.csv").read_text().splitlines()
+    assert sum(row.startswith("kd,") for row in rows) == 2
