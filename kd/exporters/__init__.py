@@ -5,22 +5,30 @@ them: it publishes a file only after its own runtime has shown that it computes 
 computes.  What a format needs beyond torch is imported inside its functions.
 """
 
+from kd.exporters.coreml import CoreML
 from kd.exporters.executorch import ExecuTorch
 from kd.exporters.files import Runner
+from kd.exporters.int8 import Int8
 from kd.exporters.latency import latency
+from kd.exporters.litert import LiteRT
 from kd.exporters.onnx import Onnx
 from kd.exporters.parity import ExportRefused, Parity, Tolerance, export_and_check
+from kd.exporters.trained import Trained
 
-Exporter = ExecuTorch | Onnx
+Exporter = ExecuTorch | Onnx | CoreML | LiteRT
 
 __all__ = [
+    "CoreML",
     "ExecuTorch",
     "ExportRefused",
     "Exporter",
+    "Int8",
+    "LiteRT",
     "Onnx",
     "Parity",
     "Runner",
     "Tolerance",
+    "Trained",
     "export_and_check",
     "latency",
 ]

@@ -1,60 +1,88 @@
 """ExecuTorch: one .pte file for phones, its convolutions run by XNNPACK.
 
-Shapes: B batch, C classes, H W image.
+Shapes: C classes, H W image.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd.component import component
 from kd.exporters.files import (
+    AT_IMPORT,
     Runner,
-    for_export,
+    captured,
+    exporting,
     ignoring,
-    in_canonical_memory,
     readable,
     require_packages,
+    without_lines,
     write,
 )
+from kd.exporters.int8 import Int8
 from kd.exporters.parity import Tolerance
+from kd.exporters.pt2e import quantised
+from kd.exporters.trained import Trained
+
+BYTE = 0
+"""ExecuTorch's number for uint8."""
 
 
 @component
 class ExecuTorch:
-    """A fixed-shape fp32 program: one image in, one row of logits out."""
+    """A program for one image at a time."""
 
     kind: Literal["executorch"] = "executorch"
+    precision: Literal["fp32", "int8"] = "fp32"
+    int8: Int8 = Int8()
+    """How, where the precision is int8."""
+    picture_input: bool = False
+    """Take pictures (uint8, NHWC) and give probabilities; off: normalised images and logits."""
     tolerance: Tolerance = Tolerance()
     """How far from eager the file may be and still be published."""
 
     suffix: ClassVar[str] = ".pte"
+    runs_here: ClassVar[bool] = True
 
-    def export(self, module: nn.Module, example_BCHW: Tensor, path: Path) -> None:
-        """Write `module` to `path`.
+    def check(self) -> None:
+        """Refuse if a package is missing."""
+        require_packages("executorch", "torchao")
 
-        Args:
-            module: The trained network; neither moved nor changed.
-            example_BCHW: Images as the network takes them; only their shape matters here.
-            path: The file to write, whole or not at all.
+    def export(self, trained: Trained, path: Path) -> None:
+        """Write the network to `path`, with the methods `labels` and `metadata` beside `forward`.
 
         Raises:
-            ConfigError: the package executorch is not installed.
+            ConfigError: a package is not installed, the network cannot be exported, or the
+                precision is int8 and there are no calibration pictures.
         """
-        with _executorch():
+        self.check()
+        images_NCHW = None
+        if self.precision == "int8":
+            images_NCHW = trained.calibration(self.int8.calibration_images)
+        with _executorch(), exporting("an ExecuTorch program"):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
                 XnnpackPartitioner,
             )
             from executorch.exir import to_edge_transform_and_lower
 
-            image_1CHW = in_canonical_memory(example_BCHW[:1].to("cpu", torch.float32))
-            program = torch.export.export(for_export(module), (image_1CHW,))
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            network = None
+            if images_NCHW is not None:
+                network = quantised(trained.module, images_NCHW)
+            served = trained.served(self.picture_input, network)
+            lowered = to_edge_transform_and_lower(
+                captured(served, trained.example(self.picture_input)),
+                partitioner=[XnnpackPartitioner()],
+                constant_methods={
+                    "labels": list(trained.class_names),
+                    "metadata": [json.dumps(trained.description())],
+                },
+            )
             write(path, lowered.to_executorch().buffer)
 
     def load(self, path: Path, threads: int = 1) -> Runner:
@@ -66,28 +94,40 @@ class ExecuTorch:
         data = path.read_bytes()
         with _executorch(), readable(path, "an ExecuTorch program"):
             program = _Program(data, threads)
-            _, channels, height, width = program.input_shape()
-        return Runner(program, (channels, height, width), any_batch=False, threads=threads)
+            _, *shape = program.input_meta.sizes()
+            first, second, third = shape
+            pictures = program.input_meta.dtype() == BYTE
+        return Runner(program, (first, second, third), False, threads, pictures)
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """What is in the file at `path`.
 
         Returns:
             inputs and outputs (shape by name; in the file itself they go by position), delegates
-            (subgraphs by backend) and undelegated (calls of each operator left to the slower
-            portable kernels).
+            (subgraphs by backend), undelegated (calls of each operator left to the slower
+            portable kernels), labels, metadata, and the runtime that read it.
         """
         data = path.read_bytes()
         with _executorch(), readable(path, "an ExecuTorch program"):
             from executorch.exir._serialize._program import deserialize_pte_binary
+            from executorch.runtime import Runtime
 
-            (plan,) = deserialize_pte_binary(data).program.execution_plan
-        shape_of = [getattr(value.val, "sizes", None) for value in plan.values]
+            plans = deserialize_pte_binary(data).program.execution_plan
+            plan = next(plan for plan in plans if plan.name == "forward")
+            tensor_of = [value.val for value in plan.values]
+            image, output = (tensor_of[each[0]] for each in (plan.inputs, plan.outputs))
+            program = Runtime.get().load_program(data)
+            labels = program.load_method("labels").execute([])
+            (metadata,) = program.load_method("metadata").execute([])
+        pictures = image.scalar_type == BYTE
         return {
-            "inputs": {"images": shape_of[plan.inputs[0]]},
-            "outputs": {"logits": shape_of[plan.outputs[0]]},
+            "inputs": {"image": image.sizes},
+            "outputs": {"probabilities" if pictures else "logits": output.sizes},
             "delegates": _counted(delegate.id for delegate in plan.delegates),
             "undelegated": _counted(_undelegated(plan)),
+            "labels": labels,
+            "metadata": json.loads(metadata),
+            "runtime": f"ExecuTorch {version('executorch')}",
         }
 
 
@@ -105,14 +145,15 @@ class _Program:
         self._data, self._threads = data, threads
         self._load()
 
-    def __call__(self, image_1CHW: Tensor) -> Tensor:
+    def __call__(self, image: Tensor) -> Tensor:
         if self._replace_pool() or self._loaded_with != _Program._pool:
             self._load()
-        logits_1C: Tensor = self._method.execute([image_1CHW])[0]
-        return logits_1C
+        output_1C: Tensor = self._method.execute([image])[0]
+        return output_1C
 
-    def input_shape(self) -> tuple[int, ...]:
-        return tuple(self._method.metadata.input_tensor_meta(0).sizes())
+    @property
+    def input_meta(self) -> Any:
+        return self._method.metadata.input_tensor_meta(0)
 
     def _load(self) -> None:
         from executorch.runtime import Runtime
@@ -126,9 +167,10 @@ class _Program:
         """Make the pool one of this program's number of threads; whether it was another."""
         from executorch.extension.pybindings import portable_lib
 
-        if portable_lib._threadpool_get_thread_count() == self._threads:
-            return False
-        portable_lib._unsafe_reset_threadpool(self._threads)
+        with without_lines("[cpuinfo_utils.cpp", "[threadpool.cpp"):  # how it finds the cores
+            if portable_lib._threadpool_get_thread_count() == self._threads:
+                return False
+            portable_lib._unsafe_reset_threadpool(self._threads)
         _Program._pool += 1
         return True
 
@@ -152,9 +194,6 @@ def _executorch() -> Iterator[None]:
     require_packages("executorch")
     with ignoring(
         "This API is experimental and subject to change",  # of its Python runtime, at import
-        "invalid escape sequence",  # in torchao's sources, when first compiled
-        "read_binary is deprecated",  # importlib.resources, as executorch uses it
-        "read_text is deprecated",
-        "open_text is deprecated",
+        *AT_IMPORT,
     ):
         yield

@@ -1,12 +1,15 @@
-"""What every format shares: the loaded file, the copy that is exported, quiet third parties.
+"""What every format shares: the loaded file, the graph it is made from, quiet third parties.
 
 Shapes: B batch, C classes, H W image.
 """
 
 import copy
 import importlib.util
+import logging
 import os
 import re
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,49 +18,114 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from kd.component import ConfigError
+
+PYTREE = logging.getLogger("torch.utils._pytree")
+AT_IMPORT = (
+    "invalid escape sequence",  # in torchao's and coremltools' sources, when first compiled
+    "read_binary is deprecated",  # importlib.resources, as executorch uses it
+    "read_text is deprecated",
+    "open_text is deprecated",
+)
+"""What executorch, torchao and coremltools (which imports both) warn of as they are loaded."""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """An exported file, loaded in its own runtime: images in, logits out, for any batch size."""
+    """An exported file, loaded in its own runtime, for any batch size.
+
+    Called with what the file takes: normalised float32 images (B, channels, H, W), or where it
+    has the preprocessing inside (`pictures`) uint8 pictures (B, H, W, channels).  Returns logits
+    (B, C), or probabilities (B, C) of pictures.
+    """
 
     run: Callable[[Tensor], Tensor]
-    """The runtime's call: contiguous float32 (B, channels, H, W) to logits (B, C) on the CPU."""
+    """The runtime's call: a contiguous batch to (B, C) on the CPU."""
     image_shape: tuple[int, int, int]
-    """Channels, H, W that the file takes."""
+    """One image as the file takes it: channels, H, W; of pictures H, W, channels."""
     any_batch: bool
     """Whether `run` takes any batch; if not it takes single images, and batches are looped."""
     threads: int
     """Threads that the runtime uses."""
+    pictures: bool = False
+    """Whether the file takes pictures and gives probabilities."""
 
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of normalised images (B, channels, H, W)."""
-        if tuple(images_BCHW.shape[1:]) != self.image_shape or images_BCHW.dtype != torch.float32:
+    def __call__(self, images: Tensor) -> Tensor:
+        """What the file makes of a batch.
+
+        Raises:
+            ValueError: the batch is of another shape or type than the file takes.
+        """
+        if tuple(images.shape[1:]) != self.image_shape or images.dtype != self.dtype:
             raise ValueError(
-                f"images are {images_BCHW.dtype} of shape {tuple(images_BCHW.shape)}; the file "
-                f"takes float32 of shape {('B', *self.image_shape)}"
+                f"images are {images.dtype} of shape {tuple(images.shape)}; the file takes "
+                f"{self.dtype} of shape {('B', *self.image_shape)}"
             )
-        images_BCHW = in_canonical_memory(images_BCHW)
+        images = in_canonical_memory(images)
         if self.any_batch:
-            return self.run(images_BCHW)
-        return torch.cat([self.run(image_CHW[None]) for image_CHW in images_BCHW])
+            return self.run(images)
+        return torch.cat([self.run(image[None]) for image in images])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the file takes numbers as."""
+        return torch.uint8 if self.pictures else torch.float32
+
+    def blank(self, batch: int) -> Tensor:
+        """Black pictures, or grey images, such as the file takes."""
+        return torch.zeros(batch, *self.image_shape, dtype=self.dtype)
 
 
-def in_canonical_memory(images_BCHW: Tensor) -> Tensor:
-    """The images in memory order B, channels, H, W.
+def in_canonical_memory(images: Tensor) -> Tensor:
+    """The images with their last axis innermost in memory.
 
     ExecuTorch reads the strides: channels_last it would take for another layout, and grey images
     count as contiguous in either, so that `.contiguous()` would leave them as they are.
     """
-    return images_BCHW.clone(memory_format=torch.contiguous_format)
+    return images.clone(memory_format=torch.contiguous_format)
 
 
 def for_export(module: nn.Module) -> nn.Module:
     """A copy of `module` in eval mode, float32, on the CPU; the caller's stays as it is."""
     made = copy.deepcopy(module).to("cpu", torch.float32)
     return made.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+
+
+def captured(module: nn.Module, example: Tensor, dynamic_batch: bool = False) -> ExportedProgram:
+    """The graph of `module`, which every format starts from.
+
+    Args:
+        module: In eval mode, on the CPU.
+        example: A batch such as it takes; only shape and type matter.
+        dynamic_batch: Whether the graph takes any number of images; else it takes one.
+
+    Raises:
+        ConfigError: what the network does depends on the values in its images, or cannot be
+            traced at all.
+    """
+    image = in_canonical_memory(example[:1])
+    # Two images, because torch.export takes a size of one for a constant.
+    images = image.expand(2, *image.shape[1:]).clone() if dynamic_batch else image
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    with exporting("a graph (torch.export)"):
+        return torch.export.export(module, (images,), dynamic_shapes=shapes)
+
+
+@contextmanager
+def exporting(what: str) -> Iterator[None]:
+    """Turn an exporter's complaint about the network into a ConfigError that says so."""
+    try:
+        yield
+    except (ConfigError, OSError, MemoryError):
+        raise
+    except Exception as error:  # each exporter has its own
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ConfigError(
+            f"the network cannot become {what}: {type(error).__name__}: {reason.strip()}; "
+            "it must do the same steps whatever the image shows, with operators of this format"
+        ) from error
 
 
 @contextmanager
@@ -106,4 +174,31 @@ def ignoring(*messages: str) -> Iterator[None]:
     with warnings.catch_warnings():
         for message in messages:
             warnings.filterwarnings("ignore", message=re.escape(message))
-        yield
+        PYTREE.addFilter(not_of_torchao)
+        try:
+            yield
+        finally:
+            PYTREE.removeFilter(not_of_torchao)
+
+
+def not_of_torchao(record: logging.LogRecord) -> bool:
+    """Whether a line of PyTorch's log is about something else than how torchao registers enums."""
+    return "KernelPreference" not in record.getMessage()
+
+
+@contextmanager
+def without_lines(*beginnings: str) -> Iterator[None]:
+    """Drop what C++ code writes to standard error, where a line begins so; the rest follows."""
+    sys.stderr.flush()
+    usual = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)
+            caught.seek(0)
+            for line in caught:
+                if not line.decode(errors="replace").startswith(beginnings):
+                    os.write(2, line)

@@ -5,6 +5,7 @@ Shapes: B batch, C classes, H W image.
 
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -29,7 +30,7 @@ def latency(
     Args:
         candidates: By name: eager networks (nn.Module; measured in eval mode, on the CPU, without
             autograd, on a copy) and loaded files (`Runner`).
-        example_BCHW: The images of one call.
+        example_BCHW: The images of one call; a file that takes pictures gets as many black ones.
         threads: Threads of eager; each `Runner` must have been loaded with as many.
         seconds: How long to measure, all candidates together.  At least three turns are made.
 
@@ -42,13 +43,10 @@ def latency(
     for name, candidate in candidates.items():
         if isinstance(candidate, Runner) and candidate.threads != threads:
             raise ValueError(f"{name} was loaded with {candidate.threads} threads, not {threads}")
-    calls = {
-        name: for_export(candidate) if isinstance(candidate, nn.Module) else candidate
-        for name, candidate in candidates.items()
-    }
+    calls = {name: _call(candidate, example_BCHW) for name, candidate in candidates.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     with torch_threads(threads), torch.inference_mode():
-        _turns(calls, example_BCHW, seconds, taken)
+        _turns(calls, seconds, taken)
     return {
         name: {
             "median_ms": statistics.median(times),
@@ -61,24 +59,30 @@ def latency(
     }
 
 
+def _call(candidate: Callable[[Tensor], Tensor], example_BCHW: Tensor) -> Callable[[], Tensor]:
+    """One call of the candidate with what it takes."""
+    if isinstance(candidate, nn.Module):
+        return partial(for_export(candidate), example_BCHW)
+    if isinstance(candidate, Runner) and candidate.pictures:
+        return partial(candidate, candidate.blank(len(example_BCHW)))
+    return partial(candidate, example_BCHW)
+
+
 def _turns(
-    calls: Mapping[str, Callable[[Tensor], Tensor]],
-    example_BCHW: Tensor,
-    seconds: float,
-    taken: dict[str, list[float]],
+    calls: Mapping[str, Callable[[], Tensor]], seconds: float, taken: dict[str, list[float]]
 ) -> None:
     for call in calls.values():  # warm-up: allocations, lazily built kernels
         for _ in range(CALLS_A_TURN):
-            call(example_BCHW)
+            call()
     end, turns = perf_counter() + seconds, 0
     while turns < 3 or perf_counter() < end:
         for name, call in calls.items():
-            call(example_BCHW)  # brings this candidate's weights back into the caches
-            taken[name].extend(_milliseconds(call, example_BCHW) for _ in range(CALLS_A_TURN))
+            call()  # brings this candidate's weights back into the caches
+            taken[name].extend(_milliseconds(call) for _ in range(CALLS_A_TURN))
         turns += 1
 
 
-def _milliseconds(call: Callable[[Tensor], Tensor], example_BCHW: Tensor) -> float:
+def _milliseconds(call: Callable[[], Tensor]) -> float:
     begin = perf_counter()
-    call(example_BCHW)
+    call()
     return (perf_counter() - begin) * 1e3

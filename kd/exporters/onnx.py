@@ -1,32 +1,54 @@
 """ONNX: one .onnx file for ONNX Runtime and whatever else reads the format.
 
-Shapes: B batch, C classes, H W image.
+Shapes: B batch, C classes.
 """
 
+import json
 from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd.component import component
 from kd.exporters.files import (
     Runner,
-    for_export,
+    exporting,
+    ignoring,
     in_canonical_memory,
     readable,
     require_packages,
     write,
 )
+from kd.exporters.int8 import Int8
 from kd.exporters.parity import Tolerance
+from kd.exporters.trained import Trained
+
+NETWORK = "'network'"
+"""How the exporter writes the scope of kd.exporters.trained.FromPicture.network."""
 
 
 @component
 class Onnx:
-    """An fp32 graph from `images` to `logits`."""
+    """A graph from `image` to `logits`, or to `probabilities`."""
 
     kind: Literal["onnx"] = "onnx"
+    precision: Literal["fp32", "int8"] = "fp32"
+    """int8 is a static QDQ graph with a scale for each output channel."""
+    int8: Int8 = Int8()
+    """How, where the precision is int8."""
+    activations: Literal["u8", "s8"] = "u8"
+    """Of int8 files; u8 is what x86 CPUs are fast at (s8 was up to 2.8 times slower)."""
+    reduce_range: bool = True
+    """7 bits for the weights of int8 files: x86 CPUs without VNNI instructions add two products of
+    u8 and s8 in 16 bits, where full weights overflow (20 dB were seen instead of 36; 7 bits give
+    32).  Off for files that only phones and newer servers will run."""
+    picture_input: bool = False
+    """Take pictures (uint8, NHWC) and give probabilities; off: normalised images and logits."""
     dynamic_batch: bool = False
     """Take any number of images at once.  Off, because the Core ML and NNAPI providers of phones
     want fixed shapes; on for a server."""
@@ -34,36 +56,89 @@ class Onnx:
     """How far from eager the file may be and still be published."""
 
     suffix: ClassVar[str] = ".onnx"
+    runs_here: ClassVar[bool] = True
 
-    def export(self, module: nn.Module, example_BCHW: Tensor, path: Path) -> None:
-        """Write `module` to `path`.
+    def check(self) -> None:
+        """Refuse if a package is missing."""
+        require_packages("onnx", "onnxscript", "onnxruntime")
 
-        Args:
-            module: The trained network; neither moved nor changed.
-            example_BCHW: Images as the network takes them; only their shape matters here.
-            path: The file to write, whole or not at all.
+    def export(self, trained: Trained, path: Path) -> None:
+        """Write the network to `path`, with labels and the like among its `metadata_props`.
 
         Raises:
-            ConfigError: a package of the extra `exports` is not installed.
+            ConfigError: a package is not installed, the network cannot be exported, or the
+                precision is int8 and there are no calibration pictures.
         """
-        require_packages("onnx", "onnxscript")
-        image_1CHW = in_canonical_memory(example_BCHW[:1].to("cpu", torch.float32))
+        self.check()
+        images = None
+        if self.precision == "int8":
+            images = trained.calibration(self.int8.calibration_images, self.picture_input)
+        with exporting("an ONNX graph"):
+            model = self._graph(trained)
+            outside = list(_outside(model))
+            _forget_origin(model)
+            if images is not None:
+                model = self._quantised(model, images, outside)
+            for key, text in trained.description().items():
+                model.metadata_props.add(key=key, value=text)
+        write(path, model.SerializeToString(deterministic=True))
+
+    def _graph(self, trained: Trained) -> Any:
+        image = in_canonical_memory(trained.example(self.picture_input))
         # Two images, because torch.export takes a size of one for a constant.
-        images_BCHW = image_1CHW.repeat(2, 1, 1, 1) if self.dynamic_batch else image_1CHW
-        batch = {0: torch.export.Dim("batch")} if self.dynamic_batch else {}
+        images = torch.cat([image, image]) if self.dynamic_batch else image
         program = torch.onnx.export(
-            for_export(module),
-            (images_BCHW,),
+            trained.served(self.picture_input),
+            (images,),
             dynamo=True,
             verbose=False,  # else it prints its progress on stdout
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=(batch,),
+            input_names=["image"],
+            output_names=["probabilities" if self.picture_input else "logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")} if self.dynamic_batch else {},),
         )
         assert program is not None  # None only where torch itself writes the file
-        model = program.model_proto
-        _forget_origin(model)
-        write(path, model.SerializeToString(deterministic=True))
+        return program.model_proto
+
+    def _quantised(self, model: Any, images: Tensor, outside: list[str]) -> Any:
+        """The graph with int8 weights and activations, but for the nodes `outside`.
+
+        Args:
+            model: The graph.
+            images: What its activations' ranges are learned from.
+            outside: Names of nodes.
+        """
+        import onnx
+        from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Calibration(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self.rest = iter(in_canonical_memory(images).split(1))
+
+            def get_next(self) -> dict[str, Any] | None:
+                image = next(self.rest, None)
+                return None if image is None else {"image": image.numpy()}
+
+        with TemporaryDirectory() as folder, ignoring("Please consider to run pre-processing"):
+            names = ("fp32", "prepared", "int8")
+            fp32, prepared, made = (Path(folder) / f"{name}.onnx" for name in names)
+            onnx.save(model, fp32)
+            quant_pre_process(fp32, prepared, skip_symbolic_shape=True)
+            quantize_static(
+                prepared,
+                made,
+                Calibration(),
+                per_channel=True,
+                activation_type=QuantType.QUInt8 if self.activations == "u8" else QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                reduce_range=self.reduce_range,
+                nodes_to_exclude=outside,
+            )
+            quantised = onnx.load(made)
+        used = {node.domain for node in quantised.graph.node}
+        for entry in [each for each in quantised.opset_import if each.domain not in used]:
+            quantised.opset_import.remove(entry)  # of domains that only the quantiser knows
+        return quantised
 
     def load(self, path: Path, threads: int = 1) -> Runner:
         """The file at `path` in ONNX Runtime on the CPU.
@@ -82,39 +157,58 @@ class Onnx:
             session = onnxruntime.InferenceSession(
                 data, options, providers=["CPUExecutionProvider"]
             )
-            batch, channels, height, width = session.get_inputs()[0].shape
+            (image,) = session.get_inputs()
+            batch, first, second, third = image.shape
 
-        def run(images_BCHW: Tensor) -> Tensor:
-            (logits_BC,) = session.run(["logits"], {"images": images_BCHW.numpy()})
-            return torch.from_numpy(logits_BC)
+        def run(images: Tensor) -> Tensor:
+            (outputs_BC,) = session.run(None, {image.name: images.numpy()})
+            return torch.from_numpy(outputs_BC)
 
-        return Runner(run, (channels, height, width), any_batch=batch != 1, threads=threads)
+        pictures = image.type == "tensor(uint8)"
+        return Runner(run, (first, second, third), batch != 1, threads, pictures)
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """What is in the file at `path`.
 
         Returns:
             inputs and outputs (shape by name, "batch" for any number), operators (number of
-            nodes of each), opset and ir_version (what a runtime must support).
+            nodes of each), opset and ir_version (what a runtime must support), labels, metadata,
+            and the runtime that read it.
         """
-        require_packages("onnx")
+        require_packages("onnx", "onnxruntime")
         import onnx
 
         data = path.read_bytes()
         with readable(path, "an ONNX model"):
             model = onnx.load_from_string(data)
             onnx.checker.check_model(model)
+            metadata = {entry.key: entry.value for entry in model.metadata_props}
         return {
             "inputs": {value.name: _shape(value) for value in model.graph.input},
             "outputs": {value.name: _shape(value) for value in model.graph.output},
             "operators": dict(sorted(Counter(n.op_type for n in model.graph.node).items())),
             "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
             "ir_version": model.ir_version,
+            "labels": json.loads(metadata["labels"]),
+            "metadata": metadata,
+            "runtime": f"ONNX Runtime {version('onnxruntime')}",
         }
 
 
 def _shape(value: Any) -> list[int | str]:
     return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+
+def _outside(model: Any) -> Iterator[str]:
+    """Names of the nodes that are not the network's own: preprocessing and the last softmax."""
+    scopes = {
+        node.name: {entry.key: entry.value for entry in node.metadata_props}.get(
+            "pkg.torch.onnx.name_scopes", ""
+        )
+        for node in model.graph.node
+    }
+    if any(NETWORK in scope for scope in scopes.values()):
+        yield from (name for name, scope in scopes.items() if NETWORK not in scope)
 
 
 def _forget_origin(message: Any) -> None:

@@ -4,18 +4,33 @@ Shapes: N samples, B batch, C classes, H W image.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd.component import Refused, component, require
-from kd.exporters.files import Runner, for_export, torch_threads
+from kd.exporters.files import Runner, torch_threads
+from kd.exporters.int8 import Int8
+from kd.exporters.trained import Trained
+
+BATCH = 256
+HELD_TO: dict[str, dict[str, float]] = {
+    "fp32": {"relative": 1e-4, "top1_agreement": 0.999, "accuracy_points": 0.1},
+    "fp16": {"relative": 2e-2, "top1_agreement": 0.99, "accuracy_points": 0.5, "sqnr_db": 30.0},
+    "int8": {"top1_agreement": 0.95, "accuracy_points": 1.0, "sqnr_db": 10.0},
+}
+"""What a file of each precision is held to, where its tolerance does not say otherwise.
+
+fp32 files of CNNs were seen to differ by 1e-7 to 1.4e-5.  Logits of int8 files differ by units
+while the classes agree, so their largest difference is not judged."""
 
 
 class ExportRefused(Refused):
@@ -24,18 +39,35 @@ class ExportRefused(Refused):
 
 @component
 class Tolerance:
-    """How far an exported file may be from eager on the validation images."""
+    """How far an exported file may be from eager on the validation images.
 
-    relative: float = 1e-4
+    What is left out is as HELD_TO has it for the file's precision.
+    """
+
+    relative: float | None = None
     """Largest difference of any logit, as a share of the largest eager logit (of 1, if that is
-    smaller).  fp32 files of CNNs were seen to differ by 1e-7 to 1.4e-5."""
-    top1_agreement: float = 0.999
+    smaller); at least 0."""
+    top1_agreement: float | None = None
     """Smallest share of images with the same predicted class, in [0, 1]."""
+    accuracy_points: float | None = None
+    """Largest loss of validation accuracy, in points of 100; at least 0."""
+    sqnr_db: float | None = None
+    """Smallest ratio of the logits' power to that of their differences, in decibels."""
 
     def __post_init__(self) -> None:
-        require(self.relative >= 0, "relative", self.relative, "0 or more")
+        for name in ("relative", "accuracy_points"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "0 or more")
         agreement = self.top1_agreement
-        require(0 <= agreement <= 1, "top1_agreement", agreement, "in [0, 1]")
+        inside = agreement is None or 0 <= agreement <= 1
+        require(inside, "top1_agreement", agreement, "in [0, 1]")
+        sqnr = self.sqnr_db
+        require(sqnr is None or not math.isnan(sqnr), "sqnr_db", sqnr, "a number of decibels")
+
+    def limits(self, precision: str) -> dict[str, float]:
+        """What a file of this precision is held to, by field; what is missing is not judged."""
+        own = {name: value for name, value in asdict(self).items() if value is not None}
+        return HELD_TO[precision] | own
 
 
 @dataclass(frozen=True)
@@ -44,20 +76,32 @@ class Parity:
 
     file: str
     """The file's name in its folder."""
+    kind: str
+    precision: str
+    picture_input: bool
+    """Whether it takes uint8 NHWC pictures and gives probabilities, not images and logits."""
     size_bytes: int
     sha256: str
+    """Of the file; of a folder (.mlpackage), of the list of its files' checksums."""
     num_images: int
     max_abs: float
-    """Largest difference of any logit."""
+    """Largest difference of any output."""
     mean_abs: float
-    """Mean difference of all logits."""
+    """Mean difference of all outputs."""
+    sqnr_db: float | None
+    """Power of the eager outputs over that of the differences; None where there are none."""
     eager_max_abs_logit: float
-    """The scale that `max_abs` is to be seen on."""
+    """The scale that `max_abs` is to be seen on: the largest eager output."""
     top1_agreement: float
     val_accuracy: float
     eager_val_accuracy: float
     contents: dict[str, Any] = field(default_factory=dict)
     """The format's own view of the file: its `inspect`."""
+
+    @property
+    def lost_points(self) -> float:
+        """Validation accuracy lost, in points of 100."""
+        return 100 * (self.eager_val_accuracy - self.val_accuracy)
 
     def record(self) -> dict[str, Any]:
         """What parity.json holds: the figures, then the contents, in one flat table."""
@@ -70,14 +114,37 @@ class Format(Protocol):
     """What a member of the union `Exporter` offers; docs/exports.md says how to add one."""
 
     suffix: ClassVar[str]
+    runs_here: ClassVar[bool]
+    """Whether `load` gives the format's own runtime, whose time is worth measuring."""
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def precision(self) -> str:
+        """One of HELD_TO's keys."""
+        ...
+
+    @property
+    def picture_input(self) -> bool:
+        """Whether files take pictures (uint8, NHWC) and give probabilities."""
+        ...
+
+    @property
+    def int8(self) -> Int8 | None:
+        """How int8 files are calibrated; None where the format needs no calibration."""
+        ...
 
     @property
     def tolerance(self) -> Tolerance:
         """How far from eager a file may be and still be published."""
         ...
 
-    def export(self, module: nn.Module, example_BCHW: Tensor, path: Path) -> None:
-        """Write `module` to the file `path`, whole or not at all."""
+    def check(self) -> None:
+        """Refuse, by a ConfigError, what can be known to fail before anything is trained."""
+        ...
+
+    def export(self, trained: Trained, path: Path) -> None:
+        """Write the network to the file `path`, whole or not at all."""
         ...
 
     def load(self, path: Path, threads: int = 1) -> Runner:
@@ -89,72 +156,103 @@ class Format(Protocol):
         ...
 
 
+FineTune = Callable[[Parity], Trained | None]
+"""Given a file's figures, a network that is fine-tuned for the format, if that is called for."""
+
+
 def export_and_check(
     exporter: Format,
-    module: nn.Module,
-    example_BCHW: Tensor,
-    batches: Iterable[Tensor],
+    trained: Trained,
+    pictures_NHWC: Tensor,
     labels_N: Tensor,
     folder: Path,
     threads: int = 1,
+    fine_tune: FineTune = lambda parity: None,
 ) -> Parity:
-    """Export `module` to `folder`/model`suffix`, if the file agrees with it on every image.
+    """Export the network to `folder`/model`suffix`, if the file agrees with it on every image.
 
     The file is made beside its place, loaded in its own runtime and compared; only then is it
     moved there.  Whatever stood there before is gone in any case: it is not this network.
 
     Args:
         exporter: The format.
-        module: The trained network; neither moved nor changed.
-        example_BCHW: Images that the format may look at to build the file.
-        batches: Validation images, (B, channels, H, W) float32 as the network takes them, in the
-            order of the labels.  One pass over them is made.
-        labels_N: Their class indices.
+        trained: The network; neither moved nor changed.
+        pictures_NHWC: The validation split, uint8.  One pass over it is made for each file.
+        labels_N: Its class indices.
         folder: Where the file goes; made if missing.
         threads: Threads of eager and of the format's runtime.
+        fine_tune: Asked once, with the file's figures.  If it returns a network, that is exported
+            too, compared with the original like the first, and the file of higher validation
+            accuracy is taken, the first where they are equal; `ptq_val_accuracy`,
+            `qat_val_accuracy` and `chosen` in the contents tell.
 
     Raises:
         ExportRefused: the file is outside of the exporter's tolerance.
-        ConfigError: a package that the format needs is not installed.
-        ValueError: there are more or fewer labels than images.
+        ConfigError: a package that the format needs is not installed, or the network cannot be
+            exported.
+        ValueError: there are more or fewer labels than pictures.
     """
+    if len(labels_N) != len(pictures_NHWC):
+        raise ValueError(f"{len(labels_N)} labels for {len(pictures_NHWC)} pictures")
     folder.mkdir(parents=True, exist_ok=True)
     published = folder / f"model{exporter.suffix}"
-    published.unlink(missing_ok=True)
+    remove(published)
+    eager_NC = outputs(
+        trained.served(exporter.picture_input), exporter, trained, pictures_NHWC, threads
+    )
     with TemporaryDirectory(dir=folder, prefix=".export-") as staging:
-        staged = Path(staging) / published.name
-        exporter.export(module, example_BCHW, staged)
-        parity = _compare(exporter, module, batches, labels_N, staged, threads)
-        _refuse_outside(exporter.tolerance, parity)
-        os.replace(staged, published)
+
+        def made(network: Trained, name: str) -> tuple[Path, Parity]:
+            path = Path(staging) / name / published.name
+            path.parent.mkdir()
+            exporter.export(network, path)
+            exported_NC = outputs(
+                exporter.load(path, threads), exporter, trained, pictures_NHWC, threads
+            )
+            return path, _compare(exporter, path, eager_NC, exported_NC, labels_N.cpu())
+
+        path, parity = made(trained, "first")
+        if tuned := fine_tune(parity):
+            path, parity = _better((path, parity), made(tuned, "tuned"))
+        _refuse_outside(exporter.tolerance.limits(exporter.precision), parity)
+        os.replace(path, published)
     return parity
 
 
 @torch.inference_mode()
-def _compare(
+def outputs(
+    network: Callable[[Tensor], Tensor],
     exporter: Format,
-    module: nn.Module,
-    batches: Iterable[Tensor],
-    labels_N: Tensor,
-    path: Path,
+    trained: Trained,
+    pictures_NHWC: Tensor,
     threads: int,
-) -> Parity:
-    eager, runner = for_export(module), exporter.load(path, threads)
+) -> Tensor:
+    """What `network`, eager or a loaded file, makes of the pictures: (N, C) in float64."""
     with torch_threads(threads):
-        pairs = [(eager(images), runner(images)) for images in (b.cpu() for b in batches)]
-    eager_NC, exported_NC = (torch.cat(side).double() for side in zip(*pairs, strict=True))
-    if len(labels_N) != len(eager_NC):
-        raise ValueError(f"{len(labels_N)} labels for {len(eager_NC)} images")
+        return torch.cat(
+            [
+                network(trained.inputs(pictures_BHWC.cpu(), exporter.picture_input))
+                for pictures_BHWC in pictures_NHWC.split(BATCH)
+            ]
+        ).double()
+
+
+def _compare(
+    exporter: Format, path: Path, eager_NC: Tensor, exported_NC: Tensor, labels_N: Tensor
+) -> Parity:
     difference_NC = (exported_NC - eager_NC).abs()
-    eager_top1_N, top1_N, labels_N = eager_NC.argmax(1), exported_NC.argmax(1), labels_N.cpu()
-    data = path.read_bytes()
+    eager_top1_N, top1_N = eager_NC.argmax(1), exported_NC.argmax(1)
     return Parity(
         file=path.name,
-        size_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
+        kind=exporter.kind,
+        precision=exporter.precision,
+        picture_input=exporter.picture_input,
+        size_bytes=sum(each.stat().st_size for each in files_of(path)),
+        sha256=digest(path),
         num_images=len(labels_N),
         max_abs=difference_NC.max().item(),
         mean_abs=difference_NC.mean().item(),
+        sqnr_db=_decibels(eager_NC, difference_NC),
         eager_max_abs_logit=eager_NC.abs().max().item(),
         top1_agreement=_share(top1_N == eager_top1_N),
         val_accuracy=_share(top1_N == labels_N),
@@ -163,18 +261,64 @@ def _compare(
     )
 
 
+def _better(first: tuple[Path, Parity], tuned: tuple[Path, Parity]) -> tuple[Path, Parity]:
+    """The file of higher accuracy, its contents telling of both."""
+    ptq, qat = first[1].val_accuracy, tuned[1].val_accuracy
+    path, parity = tuned if qat > ptq else first
+    parity.contents.update(
+        chosen="qat" if qat > ptq else "ptq", ptq_val_accuracy=ptq, qat_val_accuracy=qat
+    )
+    return path, parity
+
+
 def _share(holds_N: Tensor) -> float:
     return holds_N.double().mean().item()
 
 
-def _refuse_outside(tolerance: Tolerance, parity: Parity) -> None:
-    allowed = tolerance.relative * max(1.0, parity.eager_max_abs_logit)
+def _decibels(signal_NC: Tensor, noise_NC: Tensor) -> float | None:
+    """10 log10 of the ratio of powers; None without noise."""
+    ratio = (signal_NC.square().sum() / noise_NC.square().sum()).item()
+    return None if ratio == math.inf else 10 * math.log10(ratio) if ratio else -math.inf
+
+
+def _refuse_outside(limits: dict[str, float], parity: Parity) -> None:
     # Written so that a nan, which fails every comparison, is refused.
-    if parity.max_abs <= allowed and parity.top1_agreement >= tolerance.top1_agreement:
-        return
-    raise ExportRefused(
-        f"{parity.file} is not what the network computes on {parity.num_images} validation "
-        f"images: logits differ by up to {parity.max_abs:.3g} ({allowed:.3g} allowed), top-1 "
-        f"agreement is {parity.top1_agreement:.4f} ({tolerance.top1_agreement} needed), accuracy "
-        f"{parity.val_accuracy:.4f} (eager {parity.eager_val_accuracy:.4f}); nothing was published"
-    )
+    held: dict[str, Callable[[float], bool]] = {
+        "relative": lambda most: parity.max_abs <= most * max(1.0, parity.eager_max_abs_logit),
+        "top1_agreement": lambda least: parity.top1_agreement >= least,
+        "accuracy_points": lambda most: parity.lost_points <= most + 1e-9,
+        "sqnr_db": lambda least: parity.sqnr_db is None or parity.sqnr_db >= least,
+    }
+    broken = {name: limit for name, limit in limits.items() if not held[name](limit)}
+    if broken or not math.isfinite(parity.max_abs):
+        sqnr = "no" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"
+        raise ExportRefused(
+            f"{parity.file} ({parity.kind}, {parity.precision}) is not what the network computes "
+            f"on {parity.num_images} validation images: outputs differ by up to "
+            f"{parity.max_abs:.3g} (largest {parity.eager_max_abs_logit:.3g}, {sqnr} noise), "
+            f"top-1 agreement is {parity.top1_agreement:.4f}, accuracy {parity.val_accuracy:.4f} "
+            f"(eager {parity.eager_val_accuracy:.4f}); outside of tolerance: {broken}; "
+            "nothing was published"
+        )
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or all files of the folder that some formats are, in order of name."""
+    if not path.is_dir():
+        return [path]
+    return sorted((each for each in path.rglob("*") if each.is_file()), key=Path.as_posix)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of what `sha256sum` says of its files."""
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    lines = (f"{digest(each)}  {each.relative_to(path).as_posix()}\n" for each in files_of(path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

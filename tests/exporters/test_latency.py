@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.exporters import Onnx, latency
+from kd.exporters import Onnx, Trained, latency
 
 IMAGE_1CHW = torch.zeros(1, 1, 8, 8)
 
@@ -56,12 +56,18 @@ def test_eager_is_measured_in_eval_mode_without_autograd_with_the_threads_asked_
     assert torch.get_num_threads() == before
 
 
-def test_a_loaded_file_is_measured_beside_eager_with_the_same_threads(tmp_path: Path) -> None:
+def test_loaded_files_are_measured_beside_eager_with_the_same_threads(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    Onnx().export(module, IMAGE_1CHW, tmp_path / "model.onnx")
-    runner = Onnx().load(tmp_path / "model.onnx")
-    found = latency({"eager": module, "onnx": runner}, IMAGE_1CHW, seconds=0.05)
-    assert found.keys() == {"eager", "onnx"}
+    trained = Trained(
+        module=module, image_size=8, class_names=("a", "b", "c"), mean=(0.5,), std=(0.25,)
+    )
+    files = {}
+    for pictures in (False, True):
+        exporter, path = Onnx(picture_input=pictures), tmp_path / f"{pictures}.onnx"
+        exporter.export(trained, path)
+        files[f"pictures {pictures}"] = exporter.load(path)
+    found = latency({"eager": module, **files}, IMAGE_1CHW, seconds=0.05)
+    assert found.keys() == {"eager", "pictures False", "pictures True"}
     assert all(figures["median_ms"] > 0 for figures in found.values())
-    with pytest.raises(ValueError, match="onnx was loaded with 1 threads, not 2"):
-        latency({"onnx": runner}, IMAGE_1CHW, threads=2)
+    with pytest.raises(ValueError, match="was loaded with 1 threads, not 2"):
+        latency(files, IMAGE_1CHW, threads=2)

@@ -1,8 +1,7 @@
 """export_and_check publishes what it has verified, and nothing else."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd.component import ConfigError
-from kd.exporters import ExportRefused, Runner, Tolerance, export_and_check
+from kd.exporters import ExportRefused, Parity, Runner, Tolerance, Trained, export_and_check
 
-IMAGES_NCHW = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+PICTURES_NHWC = torch.randint(
+    0, 256, (40, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 LABELS_N = torch.zeros(40, dtype=torch.int64)
 
 
 def a_module() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+
+def trained(module: nn.Module) -> Trained:
+    return Trained(
+        module=module, image_size=8, class_names=tuple("abcde"), mean=(0.5,), std=(0.25,)
+    )
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,18 @@ class Weights:
 
     offset: float = 0.0
     tolerance: Tolerance = Tolerance()  # noqa: RUF009 - frozen
+    precision: str = "fp32"
+    kind = "weights"
+    picture_input = False
+    int8 = None
+    runs_here = True
     suffix = ".safetensors"
 
-    def export(self, module: nn.Module, example_BCHW: Tensor, path: Path) -> None:
-        state = {name: value.clone() for name, value in module.state_dict().items()}
+    def check(self) -> None:
+        pass
+
+    def export(self, trained: Trained, path: Path) -> None:
+        state = {name: value.clone() for name, value in trained.module.state_dict().items()}
         state["3.bias"][0] += self.offset
         save_file(state, path)
 
@@ -48,16 +63,16 @@ class Weights:
         return {"tensors": sorted(load_file(path))}
 
 
-def check(exporter, folder: Path, module: nn.Module | None = None, batches=None, labels=LABELS_N):
-    batches = torch.split(IMAGES_NCHW, 16) if batches is None else batches
-    return export_and_check(exporter, module or a_module(), IMAGES_NCHW, batches, labels, folder)
+def check(exporter, folder: Path, module: nn.Module | None = None, labels=LABELS_N, **others):
+    given = trained(module or a_module())
+    return export_and_check(exporter, given, PICTURES_NHWC, labels, folder, **others)
 
 
 @pytest.mark.parametrize("offset", [2e-4, -0.5, math.nan, math.inf])
 def test_a_file_that_computes_something_else_is_refused_with_the_figures(
     offset: float, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportRefused, match=r"on 40 validation .* allowed.*agreement.*eager"):
+    with pytest.raises(ExportRefused, match=r"on 40 validation .* agreement.*eager.*tolerance"):
         check(Weights(offset), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -80,7 +95,7 @@ def test_the_tolerance_is_what_decides(tmp_path: Path) -> None:
 
 
 def test_agreement_alone_can_refuse(tmp_path: Path) -> None:
-    with pytest.raises(ExportRefused, match=r"agreement is 0\.\d+ \(0\.999 needed\)"):
+    with pytest.raises(ExportRefused, match=r"agreement is 0\.\d+.*'top1_agreement': 0\.999"):
         check(Weights(5.0, Tolerance(relative=1e3)), tmp_path)
 
 
@@ -101,30 +116,29 @@ def test_a_network_that_is_itself_not_finite_is_refused(tmp_path: Path) -> None:
         check(Weights(), tmp_path, module=module)
 
 
-def test_all_images_are_compared_in_one_pass_over_a_generator(tmp_path: Path) -> None:
+def test_the_very_last_image_is_compared(tmp_path: Path) -> None:
+    last_CHW = trained(a_module()).normalise(PICTURES_NHWC)[-1]
+
     class Trap(nn.Sequential):
-        """Differs from its export for the very last image alone."""
+        """Differs from its export for the last image alone."""
 
         def forward(self, images_BCHW: Tensor) -> Tensor:
-            last_B = images_BCHW.sum((1, 2, 3)) == IMAGES_NCHW[-1].sum()
+            last_B = (images_BCHW == last_CHW).all((1, 2, 3))
             return super().forward(images_BCHW) + last_B[:, None]
 
-    def batches() -> Iterator[Tensor]:
-        yield from torch.split(IMAGES_NCHW, 1)
-
     with pytest.raises(ExportRefused):
-        check(Weights(), tmp_path, module=Trap(*a_module()), batches=batches())
+        check(Weights(), tmp_path, module=Trap(*a_module()))
 
 
 def test_labels_of_another_number_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="39 labels for 40 images"):
+    with pytest.raises(ValueError, match="39 labels for 40 pictures"):
         check(Weights(), tmp_path, labels=LABELS_N[:39])
     assert not list(tmp_path.iterdir())
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     class Failing(Weights):
-        def export(self, module: nn.Module, example_BCHW: Tensor, path: Path) -> None:
+        def export(self, trained: Trained, path: Path) -> None:
             path.write_bytes(b"half a fi")
             raise OSError("No space left on device")
 
@@ -133,7 +147,88 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [{"relative": -1.0}, {"top1_agreement": 1.1}])
+def test_each_precision_is_held_to_limits_of_its_own(tmp_path: Path) -> None:
+    parity = check(Weights(0.01, precision="int8"), tmp_path)
+    assert parity.max_abs > 1e-4
+    with pytest.raises(ExportRefused, match="sqnr_db"):
+        check(Weights(0.01, Tolerance(sqnr_db=90.0), "int8"), tmp_path)
+
+
+def test_noise_is_measured_in_decibels(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        module = trained(a_module())
+        logits_NC = module.module(module.normalise(PICTURES_NHWC)).double()
+    expected = 10 * math.log10(logits_NC.square().sum().item() / (40 * 0.01**2))
+    assert check(Weights(0.01, precision="int8"), tmp_path).sqnr_db == pytest.approx(
+        expected, 1e-4
+    )
+
+
+def test_without_any_noise_there_are_no_decibels(tmp_path: Path) -> None:
+    zero = a_module()
+    with torch.no_grad():
+        zero[3].weight.zero_()  # so that no sum depends on the batch size
+    exporter = Weights(tolerance=Tolerance(sqnr_db=90.0))
+    record = check(exporter, tmp_path, module=zero).record()
+    assert record["max_abs"] == 0
+    assert record["sqnr_db"] is None
+
+
+def test_lost_accuracy_alone_can_refuse(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        module = trained(a_module())
+        top1_N = module.module(module.normalise(PICTURES_NHWC)).argmax(1)
+    agreeing = Tolerance(top1_agreement=0.0, sqnr_db=-99.0)
+    offset = Weights(0.2, agreeing, "int8")  # one class is named too often
+    with pytest.raises(ExportRefused, match=r"accuracy_points': 1\.0"):
+        check(offset, tmp_path, labels=top1_N)
+    allowed = replace(agreeing, accuracy_points=100.0)
+    parity = check(replace(offset, tolerance=allowed), tmp_path, labels=top1_N)
+    assert parity.lost_points == pytest.approx(100 * (1 - parity.top1_agreement))
+    assert parity.lost_points > 1
+
+
+class Tuner:
+    """Returns a network, and notes the figures that it was asked with."""
+
+    def __init__(self, tuned: Trained | None) -> None:
+        self.tuned = tuned
+        self.asked: list[Parity] = []
+
+    def __call__(self, parity: Parity) -> Trained | None:
+        self.asked.append(parity)
+        return self.tuned
+
+
+def test_the_better_of_two_files_is_kept_and_both_figures_are_recorded(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        module = trained(a_module())
+        top1_N = module.module(module.normalise(PICTURES_NHWC)).argmax(1)
+    correcting = a_module()
+    with torch.no_grad():
+        correcting[3].bias[0] -= 0.2  # what the format adds
+    loose = Tolerance(top1_agreement=0.0, accuracy_points=100.0, sqnr_db=-99.0)
+    exporter = Weights(0.2, loose, "int8")
+    tuner = Tuner(trained(correcting))
+    parity = check(exporter, tmp_path, labels=top1_N, fine_tune=tuner)
+    (first,) = tuner.asked
+    assert first.val_accuracy < 1
+    assert parity.val_accuracy == 1
+    assert parity.record()["chosen"] == "qat"
+    assert parity.record()["ptq_val_accuracy"] == first.val_accuracy
+    assert parity.record()["qat_val_accuracy"] == 1
+    assert parity.max_abs < 1e-5  # compared with the network that was asked for
+    bias = load_file(tmp_path / "model.safetensors")["3.bias"]
+    torch.testing.assert_close(bias, a_module()[3].bias.detach())
+    worse = Tuner(trained(a_module()))
+    again = check(Weights(0.0, loose, "int8"), tmp_path, labels=top1_N, fine_tune=worse)
+    assert again.record()["chosen"] == "ptq"  # neither is better: the untouched one stays
+    assert "chosen" not in check(exporter, tmp_path, fine_tune=Tuner(None)).record()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"relative": -1.0}, {"top1_agreement": 1.1}, {"accuracy_points": -1.0}]
+)
 def test_a_tolerance_out_of_range_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Tolerance(**wrong)

@@ -1,0 +1,194 @@
+"""What an exported file costs here: time by batch and threads, memory, size.
+
+    kd bench FILE [--batch 1 8] [--threads 1 2] [--seconds 1]
+
+Milliseconds of a desktop rank files; only the phone gives the phone's.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from kd import artifacts
+from kd.bundle import checksums
+from kd.component import ConfigError
+from kd.exporters import Exporter, Runner, latency
+from kd.exporters.parity import digest, files_of
+
+RUNTIMES = {
+    ".onnx": "onnxruntime",
+    ".pte": "executorch.runtime",
+    ".tflite": "ai_edge_litert.interpreter",
+}
+"""Imported before memory is looked at: a phone's app holds a runtime of another size anyway."""
+ELSEWHERE = {".mlpackage": "runs on Apple's devices alone: measure it there, with Xcode"}
+"""Formats whose runtime is on no machine that runs this."""
+RECORDED: dict[str, Any] = {"batches": (1, 8), "threads": (1,), "seconds": 0.25}
+"""Of a bundle's benchmark.json: the stage that writes it has one thread to itself."""
+
+
+def load(path: Path, threads: int = 1) -> Runner:
+    """The file in its own runtime, having run once.
+
+    Raises:
+        ConfigError: there is no such file, it is of no known format or damaged, its runtime is
+            not installed, or it takes no picture.
+    """
+    formats = {cls.suffix: cls for cls in get_args(Exporter)}
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist")
+    if path.suffix in ELSEWHERE:
+        raise ConfigError(f"{path} {ELSEWHERE[path.suffix]}")
+    if path.suffix not in formats:
+        known = ", ".join(formats)
+        raise ConfigError(f"{path} is no exported file: known are {known}")
+    runner: Runner = formats[path.suffix]().load(path, threads)
+    try:
+        runner(runner.blank(1))
+    except Exception as error:  # each runtime has its own
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is no classifier of pictures ({reason})") from error
+    return runner
+
+
+def measure(
+    path: Path,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (1,),
+    seconds: float = 1.0,
+    eager: nn.Module | None = None,
+) -> dict[str, Any]:
+    """What benchmark.json holds.
+
+    Args:
+        path: The exported file.
+        batches: Pictures a call.
+        threads: Threads of the runtime, and of eager.
+        seconds: How long each row is measured.
+        eager: What the file was made from, measured side by side with it on the same input.
+
+    Returns:
+        file, sha256, size_bytes, rows (batch, threads, median_ms, p90_ms, n, and eager_median_ms,
+        eager_p90_ms where there is one), peak_mb (of a process that runs the file once) and of
+        that own_mb (since just before the file was loaded).
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    rows = []
+    for count in threads:
+        runner = load(path, count)
+        for batch in batches:
+            candidates = {"": runner} | ({"eager_": eager} if eager is not None else {})
+            found = latency(candidates, runner.blank(batch), count, seconds)
+            times = {
+                f"{who}{key}": found[who][key] for who in found for key in ("median_ms", "p90_ms")
+            }
+            rows.append({"batch": batch, "threads": count, **times, "n": int(found[""]["n"])})
+    return {
+        "file": path.name,
+        "sha256": digest(path),
+        "size_bytes": sum(each.stat().st_size for each in files_of(path)),
+        "rows": rows,
+        **memory(path),
+    }
+
+
+def record(path: Path, eager: nn.Module) -> dict[str, float]:
+    """Write benchmark.json beside an export, and give the figures that exports are compared by.
+
+    Neither is there where the runtime is not.
+    """
+    if path.suffix in ELSEWHERE:
+        return {}
+    found = measure(path, **RECORDED, eager=eager)
+    artifacts.write_json(path.with_name(checksums.BENCHMARK), found)
+    return recorded(path.parent)
+
+
+def recorded(folder: Path) -> dict[str, float]:
+    """The figures that exports are compared by, from a bundle's benchmark.json."""
+    path = folder / checksums.BENCHMARK
+    if not path.exists():
+        return {}
+    found = artifacts.read_json(path)
+    figures = {"latency_ms": found["rows"][0]["median_ms"], "memory_mb": found.get("own_mb")}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def memory(path: Path) -> dict[str, float]:
+    """Memory of a fresh process that loads the file and runs it; nothing where Linux is not."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    package_root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "kd.bench", str(path)],
+        env={**os.environ, "PYTHONPATH": package_root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ConfigError(f"{path} could not be run in a process of its own: {done.stderr[-500:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def memory_here(path: Path) -> dict[str, float]:
+    """This process's peak, and what of it came with loading and running the file."""
+    importlib.import_module(RUNTIMES[path.suffix])
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+    load(path)
+    peak = _status("VmHWM")
+    return {"peak_mb": round(peak, 1), "own_mb": round(peak - before, 1)}
+
+
+def table(found: dict[str, Any]) -> str:
+    """What was measured as text for a terminal."""
+    columns = list(found["rows"][0])
+    rows = [[_cell(row[key]) for key in columns] for row in found["rows"]]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [columns, *rows]
+    ]
+    told = f"{found['file']}: {found['size_bytes']:,} bytes, SHA-256 {found['sha256'][:16]}..."
+    if "peak_mb" in found:
+        told += (
+            f"\nmemory: {found['own_mb']} MB for the file, "
+            f"in a process that peaked at {found['peak_mb']} MB with Python and the runtime"
+        )
+    return "\n".join([told, "", *lines])
+
+
+def surroundings(path: Path) -> str:
+    """Whether the file lies in a bundle, all of which is there and as it was written.
+
+    Raises:
+        ArtifactError: it does, and something is missing, altered or foreign.
+    """
+    if checksums.around(path) is None:
+        return "alone: no labels, preprocessing or checksums beside it"
+    return f"in a whole bundle: {', '.join(checksums.check(path.parent))}"
+
+
+def _cell(value: float) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _status(key: str) -> float:
+    """A figure of this process in /proc, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(memory_here(Path(sys.argv[1]))))

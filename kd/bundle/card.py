@@ -1,0 +1,159 @@
+"""The model card: what the file is, how good, for what not, and how it is loaded."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd.bundle.loading import loading
+from kd.manifest import Manifest
+
+FENCES = {"Kotlin": "kotlin", "Swift": "swift", "Python": "python", "C++": "cpp"}
+
+
+def card(
+    parity: Mapping[str, Any],
+    student: Manifest,
+    data: Mapping[str, Any],
+    form: Mapping[str, Any],
+) -> str:
+    """What MODEL_CARD.md holds; no time, host or path is in it.
+
+    Args:
+        parity: The record of the file's comparison with the network.
+        student: The network's manifest.
+        data: The record of the data that it learned from.
+        form: What preprocessing.json holds.
+    """
+    sections = [
+        f"# {form['file']}: a classifier of {student.num_classes} classes",
+        _what(parity, student),
+        "## Use",
+        _use(form),
+        *_samples(form),
+        "## How good",
+        _how_good(parity),
+        "## What it learned from",
+        _origin(student, data),
+        "## Limits",
+        _limits(parity, data),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _what(parity: Mapping[str, Any], student: Manifest) -> str:
+    model = ", ".join(f"{key} {value}" for key, value in student.model.items() if key != "kind")
+    return (
+        f"A student network ({student.model['kind']}: {model}), distilled for phones and exported "
+        f"as one file of {parity['size_bytes']:,} bytes, in {parity['precision']}.\n\n"
+        f"SHA-256 `{parity['sha256']}`; `sha256sum --check SHA256SUMS` checks the whole folder."
+    )
+
+
+def _use(form: Mapping[str, Any]) -> str:
+    picture, given, found = form["picture"], form["input"], form["output"]
+    side, channels = picture["height"], picture["channels"]
+    prepared = (
+        f"A picture is {side} x {side} pixels with {channels} channel{'s' * (channels > 1)} "
+        f"({picture['colour_order']}), uint8; made by {picture['made_by']}."
+    )
+    normalised = (
+        "The graph normalises it itself."
+        if form["inside_the_graph"]
+        else f"Its pixels become {form['formula']}, with mean {form['mean']} and std "
+        f"{form['std']}, and channels go first."
+    )
+    return (
+        f"{prepared} {normalised}\n\n"
+        "| | name | type | shape |\n| --- | --- | --- | --- |\n"
+        f"| input | `{given['name']}` | {given['type']}, {given['layout']} | {given['shape']} |\n"
+        f"| output | `{found['name']}` | {found['type']} | {found['shape']} |\n\n"
+        "Outputs are in the order of labels.txt. preprocessing.json says all this to programs."
+    )
+
+
+def _samples(form: Mapping[str, Any]) -> list[str]:
+    shown = []
+    for language, lines in loading(Path(form["file"]).suffix, form).items():
+        shown.append(f"### {language}")
+        one_line = "\n" not in lines  # a remark, not a program
+        shown.append(lines if one_line else f"```{FENCES[language]}\n{lines}\n```")
+    return shown
+
+
+def _how_good(parity: Mapping[str, Any]) -> str:
+    accuracy, num = parity["val_accuracy"], parity["num_images"]
+    error = math.sqrt(accuracy * (1 - accuracy) / num)
+    unlike = parity.get("undelegated")
+    left = ", ".join(f"{name} ({calls})" for name, calls in (unlike or {}).items())
+    return (
+        f"{_verified(parity)}\n\n"
+        "| | |\n| --- | --- |\n"
+        f"| accuracy | {accuracy:.4f} ± {error:.4f} (n = {num}) |\n"
+        f"| the network's own, before export | {parity['eager_val_accuracy']:.4f} |\n"
+        f"{_fine_tuned(parity)}"
+        f"| same class as the network | {parity['top1_agreement']:.4f} |\n"
+        f"| difference of an output: largest, mean | {parity['max_abs']:.3g}, "
+        f"{parity['mean_abs']:.3g} |\n"
+        f"| bytes | {parity['size_bytes']:,} |\n"
+        + (
+            f"| operators outside the accelerated part | {left or 'none'} |\n"
+            if unlike is not None
+            else ""
+        )
+        + "\n± is one binomial standard error: what another draw of as many images would change. "
+        "It says nothing of other training seeds.\n"
+        "Latency and memory are in benchmark.json where they were measured; `kd bench "
+        f"{parity['file']}` measures them anywhere. Only the phone gives the phone's."
+    )
+
+
+def _fine_tuned(parity: Mapping[str, Any]) -> str:
+    """Both ways to int8, where both were tried."""
+    if "chosen" not in parity:
+        return ""
+    ways = {"ptq": "calibrated alone", "qat": "learned on with int8 simulated"}
+    return "".join(
+        f"| {words}{' (this file)' * (way == parity['chosen'])} "
+        f"| {parity[f'{way}_val_accuracy']:.4f} |\n"
+        for way, words in ways.items()
+    )
+
+
+def _verified(parity: Mapping[str, Any]) -> str:
+    """What ran, to give the figures."""
+    stand_in = parity.get("verified_by")
+    if stand_in:
+        return f"**Its own runtime was not at hand.** On every validation image, {stand_in}:"
+    return "Run in its own runtime on every validation image:"
+
+
+def _origin(student: Manifest, data: Mapping[str, Any]) -> str:
+    counts = ", ".join(f"{name} {split['count']:,}" for name, split in data["splits"].items())
+    taught = "It learned from labels alone."
+    if student.teachers:
+        rows = "".join(
+            f"| {teacher.name} | {weight:.4f} | `{teacher.sha256[:16]}` |\n"
+            for teacher, weight in zip(student.teachers, student.weights_K, strict=True)
+        )
+        taught = (
+            f"Its teachers, whose {student.mixing} were averaged by weight:\n\n"
+            f"| teacher | weight | SHA-256 begins |\n| --- | --- | --- |\n{rows}"
+        )
+    return (
+        f"Data set `{data['dataset']['kind']}` (hash `{data['data_hash'][:16]}`), images: "
+        f"{counts}.\n\n{taught}\nMethod, recipe, seed and code are in student.json; "
+        "`kd lineage FILE` follows them back in the project's workspace."
+    )
+
+
+def _limits(parity: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    names = data["class_names"]
+    classes = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return (
+        f"- It knows {len(names)} classes ({classes}), and any picture gets one of them.\n"
+        "- It was chosen on the validation images above, so its accuracy there is a little too "
+        "good; the project's report has the test images'.\n"
+        "- Its probabilities are as sure as training left them; nothing has calibrated them.\n"
+        "- Pictures unlike those it learned from (other cameras, light, crops) were not tried."
+    )

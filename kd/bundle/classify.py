@@ -1,0 +1,147 @@
+"""Classifies pictures with the exported file in this folder: what an app has to do, in Python.
+
+    from classify import Classifier
+    Classifier(".").predict(images)  # uint8 (N, height, width, channels)
+
+This file goes along with every bundle and is MLflow's loader too, so it imports nothing of `kd`:
+numpy, and the file's runtime (onnxruntime; executorch with torch; ai-edge-litert).  Core ML is on
+Apple's devices alone, and so not here.
+
+Shapes: N pictures, H W picture, C classes.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Call = Callable[["NDArray[Any]"], "NDArray[np.float32]"]
+
+
+class Classifier:
+    """A bundle, loaded: pictures in, class names and probabilities out."""
+
+    def __init__(self, folder: str | Path, threads: int = 1) -> None:
+        """Args: the bundle's folder, and how many threads the runtime may use."""
+        folder = Path(folder)
+        self.form = json.loads((folder / "preprocessing.json").read_text("utf-8"))
+        self.labels = np.array((folder / "labels.txt").read_text("utf-8").split("\n")[:-1])
+        if len(self.labels) != self.form["output"]["shape"][-1]:
+            raise ValueError(f"{folder} has {len(self.labels)} labels, which are another file's")
+        path = folder / self.form["file"]
+        if path.suffix not in RUNTIMES:
+            raise ValueError(f"{path.name} does not run here; these do: {', '.join(RUNTIMES)}")
+        self._call = RUNTIMES[path.suffix](path, self.form, threads)
+
+    def predict(
+        self, images: "NDArray[np.uint8]", params: dict[str, Any] | None = None
+    ) -> dict[str, "NDArray[Any]"]:
+        """Classify pictures.
+
+        Args:
+            images: uint8 (N, H, W, channels), of the size that preprocessing.json gives.
+            params: Not used; MLflow passes it.
+
+        Returns:
+            label (N,): the most probable class; probabilities (N, C), in the order of labels.txt.
+        """
+        scores_NC: NDArray[Any] = self.scores(images)
+        if self.form["output"]["meaning"] == "logits":
+            scores_NC = softmax(scores_NC)
+        label_N = self.labels[scores_NC.argmax(1)]
+        return {"label": label_N, "probabilities": scores_NC.astype(np.float32)}
+
+    def scores(self, images: "NDArray[np.uint8]") -> "NDArray[np.float32]":
+        """What the file itself gives for pictures: (N, C), logits or probabilities."""
+        images_NHWc = np.asarray(images)
+        picture = self.form["picture"]
+        wanted = (picture["height"], picture["width"], picture["channels"])
+        if images_NHWc.dtype != np.uint8 or images_NHWc.shape[1:] != wanted:
+            raise ValueError(
+                f"pictures are {images_NHWc.dtype} {images_NHWc.shape}; "
+                f"they must be uint8 ('N', {', '.join(map(str, wanted))})"
+            )
+        given = images_NHWc if self.form["inside_the_graph"] else self.normalised(images_NHWc)
+        if self.form["input"]["shape"][0] != 1:
+            return self._call(given)
+        return np.concatenate([self._call(one[None]) for one in given])
+
+    def normalised(self, images_NHWc: "NDArray[np.uint8]") -> "NDArray[np.float32]":
+        """(pixel / 255 - mean) / std, channels first: (N, channels, H, W).
+
+        In the order of operations that the network was trained with, to the last bit.
+        """
+        mean, std = (np.array(self.form[key]) for key in ("mean", "std"))
+        scale = (1 / (255 * std)).astype(np.float32)
+        values_NHWc = (images_NHWc.astype(np.float32) - (255 * mean).astype(np.float32)) * scale
+        return np.ascontiguousarray(values_NHWc.transpose(0, 3, 1, 2))
+
+
+def softmax(logits_NC: "NDArray[Any]") -> "NDArray[np.float64]":
+    """Probabilities (N, C); the largest logit is taken off first, so that no power overflows."""
+    powers_NC = np.exp(logits_NC.astype(np.float64) - logits_NC.max(1, keepdims=True))
+    probabilities: NDArray[np.float64] = powers_NC / powers_NC.sum(1, keepdims=True)
+    return probabilities
+
+
+def onnx(path: Path, form: dict[str, Any], threads: int) -> Call:
+    """The file in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda given: session.run([form["output"]["name"]], {form["input"]["name"]: given})[0]
+
+
+def executorch(path: Path, form: dict[str, Any], threads: int) -> Call:
+    """The file in ExecuTorch's runtime, whose inputs and outputs go by position."""
+    import torch
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    portable_lib._unsafe_reset_threadpool(threads)  # before loading: XNNPACK keeps the pool
+    program = Runtime.get().load_program(path.read_bytes())
+    method = program.load_method("forward")
+
+    def call(given: "NDArray[Any]", keeps: Any = program) -> "NDArray[np.float32]":
+        (scores,) = method.execute([torch.tensor(given)])  # the program outlives its method
+        found: NDArray[np.float32] = scores.numpy().copy()
+        return found
+
+    return one_at_a_time(call)
+
+
+def litert(path: Path, form: dict[str, Any], threads: int) -> Call:
+    """The file in LiteRT, through its signature."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path), num_threads=threads)
+    runner = interpreter.get_signature_runner()
+    given_as, found_as = form["input"]["name"], form["output"]["name"]
+    return one_at_a_time(lambda given: runner(**{given_as: given})[found_as].copy())
+
+
+def one_at_a_time(call: Call) -> Call:
+    """A call that waits for its turn: the file has one set of buffers, a server many threads."""
+    turn = Lock()
+
+    def guarded(given: "NDArray[Any]") -> "NDArray[np.float32]":
+        with turn:
+            return call(given)
+
+    return guarded
+
+
+RUNTIMES = {".onnx": onnx, ".pte": executorch, ".tflite": litert}
+
+
+def _load_pyfunc(folder: str) -> Classifier:
+    """What `mlflow.pyfunc.load_model` calls."""
+    return Classifier(folder)

@@ -1,0 +1,78 @@
+package kd.sample
+
+import ai.onnxruntime.OnnxJavaType
+import ai.onnxruntime.OnnxTensor
+import ai.onnxruntime.OrtEnvironment
+import ai.onnxruntime.OrtSession
+import org.pytorch.executorch.EValue
+import org.pytorch.executorch.Module
+import org.pytorch.executorch.Tensor
+import java.io.Closeable
+import java.nio.ByteBuffer
+import java.nio.FloatBuffer
+import kotlin.math.exp
+
+/** A label and how sure the file is of it. */
+data class Guess(val label: String, val probability: Float)
+
+/** An exported file in its runtime. Use one from one thread at a time. */
+abstract class Classifier(private val bundle: ModelBundle) : Closeable {
+    /** Classify a picture of the bundle's size: bytes in the order height, width, channels. */
+    fun classify(pixels: ByteArray): Guess {
+        require(pixels.size == bundle.side * bundle.side * bundle.channels) {
+            "a picture has ${bundle.side} x ${bundle.side} pixels of ${bundle.channels} bytes"
+        }
+        val scores = scores(pixels)
+        check(scores.size == bundle.labels.size) { "labels.txt is another file's" }
+        val probabilities = if (bundle.insideTheGraph) scores else softmax(scores)
+        val best = probabilities.indices.maxBy { probabilities[it] }
+        return Guess(bundle.labels[best], probabilities[best])
+    }
+
+    protected abstract fun scores(pixels: ByteArray): FloatArray
+}
+
+class ExecuTorchClassifier(private val bundle: ModelBundle) : Classifier(bundle) {
+    private val module = Module.load(bundle.file.path)
+
+    override fun scores(pixels: ByteArray): FloatArray {
+        val input =
+            if (bundle.insideTheGraph) Tensor.fromBlobUnsigned(pixels, bundle.shape)
+            else Tensor.fromBlob(bundle.normalised(pixels), bundle.shape)
+        return module.forward(EValue.from(input))[0].toTensor().dataAsFloatArray
+    }
+
+    override fun close() = module.destroy()
+}
+
+class OnnxClassifier(private val bundle: ModelBundle) : Classifier(bundle) {
+    private val environment = OrtEnvironment.getEnvironment()
+    private val session: OrtSession = environment.createSession(bundle.file.path)
+
+    override fun scores(pixels: ByteArray): FloatArray =
+        tensor(pixels).use { input ->
+            session.run(mapOf(bundle.inputName to input)).use { found ->
+                (found[0] as OnnxTensor).floatBuffer.let { FloatArray(it.remaining()).also(it::get) }
+            }
+        }
+
+    private fun tensor(pixels: ByteArray): OnnxTensor =
+        if (bundle.insideTheGraph)
+            OnnxTensor.createTensor(
+                environment, ByteBuffer.wrap(pixels), bundle.shape, OnnxJavaType.UINT8
+            )
+        else
+            OnnxTensor.createTensor(
+                environment, FloatBuffer.wrap(bundle.normalised(pixels)), bundle.shape
+            )
+
+    override fun close() = session.close()
+}
+
+/** Probabilities; the largest score is taken off first, so that no power overflows. */
+fun softmax(scores: FloatArray): FloatArray {
+    val largest = scores.max()
+    val powers = FloatArray(scores.size) { exp(scores[it] - largest) }
+    val sum = powers.sum()
+    return FloatArray(scores.size) { powers[it] / sum }
+}

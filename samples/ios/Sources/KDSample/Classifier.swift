@@ -1,0 +1,108 @@
+import CoreGraphics
+import CoreML
+import ExecuTorch
+import Foundation
+
+/// A label and how sure the file is of it.
+public struct Guess {
+    public let label: String
+    public let probability: Float
+}
+
+public enum ClassifierError: Error {
+    case unreadablePicture
+    case otherLabels
+}
+
+/// An exported file in its runtime.
+public protocol Classifier {
+    var bundle: ModelBundle { get }
+    func scores(of picture: CGImage) throws -> [Float]
+}
+
+extension Classifier {
+    public func classify(_ picture: CGImage) throws -> Guess {
+        let scores = try scores(of: picture)
+        guard scores.count == bundle.labels.count else { throw ClassifierError.otherLabels }
+        let probabilities = bundle.form.insideTheGraph ? scores : softmax(scores)
+        let best = probabilities.indices.max { probabilities[$0] < probabilities[$1] }!
+        return Guess(label: bundle.labels[best], probability: probabilities[best])
+    }
+
+    func pixels(of picture: CGImage) throws -> [UInt8] {
+        guard let pixels = bundle.pixels(of: picture) else {
+            throw ClassifierError.unreadablePicture
+        }
+        return pixels
+    }
+}
+
+/// model.pte. Use one from one thread at a time.
+public final class ExecuTorchClassifier: Classifier {
+    public let bundle: ModelBundle
+    private let module: Module
+
+    public init(bundle: ModelBundle) throws {
+        self.bundle = bundle
+        module = Module(filePath: bundle.file.path)
+        try module.load("forward")
+    }
+
+    public func scores(of picture: CGImage) throws -> [Float] {
+        let pixels = try pixels(of: picture)
+        let output: Tensor<Float>
+        if bundle.form.insideTheGraph {
+            output = try module.forward(Tensor<UInt8>(pixels, shape: bundle.shape))
+        } else {
+            output = try module.forward(
+                Tensor<Float>(bundle.normalised(pixels), shape: bundle.shape))
+        }
+        return output.scalars()
+    }
+}
+
+/// model.mlpackage.
+public final class CoreMLClassifier: Classifier {
+    public let bundle: ModelBundle
+    private let model: MLModel
+
+    public init(bundle: ModelBundle) async throws {
+        self.bundle = bundle
+        model = try MLModel(contentsOf: await MLModel.compileModel(at: bundle.file))
+    }
+
+    public func scores(of picture: CGImage) throws -> [Float] {
+        let name = bundle.form.input.name
+        let input = try MLDictionaryFeatureProvider(dictionary: [name: value(of: picture)])
+        let output = try model.prediction(from: input).featureValue(for: bundle.form.output.name)
+        if let found = output?.multiArrayValue {
+            return (0..<found.count).map { found[$0].floatValue }
+        }
+        guard let table = output?.dictionaryValue else { throw ClassifierError.otherLabels }
+        return try bundle.labels.map { label in
+            guard let share = table[label] else { throw ClassifierError.otherLabels }
+            return share.floatValue
+        }
+    }
+
+    /// The picture as the file takes it: as an image where it says so, else as numbers.
+    private func value(of picture: CGImage) throws -> MLFeatureValue {
+        let input = model.modelDescription.inputDescriptionsByName[bundle.form.input.name]
+        if let image = input?.imageConstraint {
+            return try MLFeatureValue(cgImage: picture, constraint: image)
+        }
+        let numbers = bundle.normalised(try pixels(of: picture))
+        let array = try MLMultiArray(
+            shape: bundle.shape.map { NSNumber(value: $0) }, dataType: .float32)
+        for (at, number) in numbers.enumerated() { array[at] = NSNumber(value: number) }
+        return MLFeatureValue(multiArray: array)
+    }
+}
+
+/// Probabilities; the largest score is taken off first, so that no power overflows.
+func softmax(_ scores: [Float]) -> [Float] {
+    let largest = scores.max() ?? 0
+    let powers = scores.map { exp($0 - largest) }
+    let sum = powers.reduce(0, +)
+    return powers.map { $0 / sum }
+}

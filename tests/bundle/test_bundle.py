@@ -1,0 +1,225 @@
+"""A bundle as its user has it: whole, true to its card, or refused."""
+
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kd import artifacts, bundle
+from kd.artifacts import ArtifactError
+from kd.bundle import checksums
+from kd.bundle.card import card
+from kd.bundle.classify import Classifier
+from kd.bundle.form import preprocessing
+from kd.bundle.loading import SNIPPETS
+from kd.component import Refused
+from kd.exporters import ExecuTorch, LiteRT, Onnx
+from tests.bundle.toys import CLASSES, DATA, bundled, outsider
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A bundle to be read only."""
+    return bundled(tmp_path_factory.mktemp("bundle"), Onnx())
+
+
+@pytest.fixture
+def spare(made, tmp_path):
+    """A copy that a test may spoil."""
+    return replace(made, folder=shutil.copytree(made.folder, tmp_path / "onnx"))
+
+
+@pytest.mark.parametrize(
+    ("exporter", "absent"),
+    [
+        (Onnx(), "kd,torch,mlflow"),
+        (Onnx(dynamic_batch=True, picture_input=True), "kd,torch,mlflow"),
+        pytest.param(Onnx(precision="int8"), "kd,torch,mlflow", marks=pytest.mark.slow),
+        pytest.param(ExecuTorch(picture_input=True), "kd,mlflow", marks=pytest.mark.slow),
+        pytest.param(ExecuTorch(), "kd,mlflow", marks=pytest.mark.slow),
+        pytest.param(LiteRT(), "kd,torch,mlflow", marks=pytest.mark.slow),
+        pytest.param(LiteRT(picture_input=True), "kd,torch,mlflow", marks=pytest.mark.slow),
+    ],
+)
+def test_an_outsider_finds_the_accuracy_of_the_card_by_the_cards_own_lines(
+    exporter, absent, tmp_path
+):
+    one = bundled(tmp_path, exporter)
+    np.save(tmp_path / "images.npy", one.images_NHWC)
+    found = outsider(one.folder, tmp_path / "images.npy", absent)
+    card = (one.folder / "MODEL_CARD.md").read_text()
+    written = re.search(r"\| accuracy \| (\S+) ± (\S+) \(n = 40\)", card)
+    accuracy = np.mean(found["index"] == one.labels_N)
+    assert written[1] == f"{accuracy:.4f}" == "0.7500"
+    assert float(written[2]) == pytest.approx(np.sqrt(0.75 * 0.25 / 40), abs=1e-4)
+    if one.parity["precision"] == "int8":
+        return
+    powers_NC = np.exp(one.logits_NC.astype(np.float64))
+    probabilities_NC = powers_NC / powers_NC.sum(1, keepdims=True)
+    np.testing.assert_allclose(found["probabilities"], probabilities_NC, atol=1e-5)
+
+
+def test_sha256sum_agrees(made):
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    subprocess.run(command, cwd=made.folder, check=True)
+    written = {path.name for path in made.folder.iterdir() if path.is_file()}
+    assert set(checksums.check(made.folder)) == written - {"SHA256SUMS"}
+
+
+@pytest.mark.parametrize(
+    "exporter",
+    [Onnx(), *(pytest.param(each, marks=pytest.mark.slow) for each in (ExecuTorch(), LiteRT()))],
+)
+def test_the_same_student_gives_the_same_bytes(exporter, tmp_path):
+    one, other = (bundled(tmp_path / each, exporter) for each in ("one", "other"))
+    names = [path.name for path in one.folder.iterdir()]
+    assert filecmp.cmpfiles(one.folder, other.folder, names, shallow=False)[0] == names
+
+
+def test_a_bundle_names_its_teachers_classes_and_preprocessing(made):
+    assert (made.folder / "labels.txt").read_text("utf-8").split("\n") == [*CLASSES, ""]
+    card = (made.folder / "MODEL_CARD.md").read_text("utf-8")
+    for shown in ("assistants/a | 0.7500", "猫", "train 12, val 40", made.parity["sha256"]):
+        assert shown in card
+    form = json.loads((made.folder / "preprocessing.json").read_text())
+    shape = made.parity["inputs"][form["input"]["name"]]
+    assert (form["input"]["shape"], form["input"]["layout"]) == (shape, "NCHW")
+    assert (form["mean"], form["picture"]["colour_order"]) == ([0.5, 0.4, 0.3], "RGB")
+    student = json.loads((made.folder / "student.json").read_text())
+    assert student["sha256"] == made.student.sha256
+
+
+@pytest.mark.parametrize("suffix", SNIPPETS)
+@pytest.mark.parametrize("outputs", [{"logits": [1, 3]}, {"probabilities": [1, 3]}])
+def test_every_card_has_lines_for_every_language(made, suffix, outputs):
+    parity = made.parity | {"file": f"model{suffix}", "outputs": outputs}
+    text = card(parity, made.student, DATA, preprocessing(parity, made.student))
+    titles = re.findall(r"^### (.+)", text, re.M)
+    assert titles == ["Kotlin", "Swift", "Python", "C++"]
+    assert "$" not in text
+    inside = "image, CGImage" if suffix == ".mlpackage" else "uint8, NHWC"
+    assert (inside in text) == ("probabilities" in outputs)
+
+
+def test_a_card_says_so_where_the_files_own_runtime_did_not_run(made):
+    parity = made.parity | {"verified_by": "an interpreter"}
+    text = card(parity, made.student, DATA, preprocessing(parity, made.student))
+    assert "Its own runtime was not at hand" in text
+    assert "Run in its own runtime" not in text
+
+
+def test_a_card_says_what_both_ways_to_int8_gave(made):
+    parity = made.parity | {"chosen": "qat", "ptq_val_accuracy": 0.5, "qat_val_accuracy": 0.75}
+    text = card(parity, made.student, DATA, preprocessing(parity, made.student))
+    assert "| calibrated alone | 0.5000 |\n" in text
+    assert "| learned on with int8 simulated (this file) | 0.7500 |\n" in text
+
+
+def test_classes_that_do_not_fit_the_outputs_are_refused(spare):
+    more = replace(spare.student, class_names=("a", "b", "c", "d"))
+    with pytest.raises(Refused, match=r"logits of shape \[1, 3\].*4 class names"):
+        bundle.write(spare.folder, spare.parity, more, DATA)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "", "line\u2028separator"])
+def test_a_class_name_that_is_not_one_line_is_refused(spare, name):
+    named = replace(spare.student, class_names=("a", name, "c"))
+    with pytest.raises(Refused, match="is not one line"):
+        bundle.write(spare.folder, spare.parity, named, DATA)
+
+
+def test_another_file_than_the_compared_one_is_not_bundled(spare):
+    (spare.folder / "model.onnx").write_bytes(b"another")
+    with pytest.raises(ArtifactError, match=r"model\.onnx is not the file that was compared"):
+        bundle.write(spare.folder, spare.parity, spare.student, DATA)
+
+
+def test_a_crash_at_any_moment_leaves_nothing_that_passes_for_a_bundle(spare, monkeypatch):
+    exported = (spare.folder / "model.onnx").read_bytes()
+    write = artifacts.atomic
+    for survived in range(7):
+        count = iter(range(survived))
+
+        def crash(path, count=count):
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+            return write(path)
+
+        bundle.clear(spare.folder)
+        (spare.folder / "model.onnx").write_bytes(exported)
+        monkeypatch.setattr(artifacts, "atomic", crash)
+        with pytest.raises(KeyboardInterrupt):
+            bundle.write(spare.folder, spare.parity, spare.student, DATA)
+        assert len(list(spare.folder.iterdir())) == 1 + survived
+        with pytest.raises(ArtifactError, match="no SHA256SUMS"):
+            checksums.check(spare.folder)
+    bundle.clear(spare.folder)
+    assert not list(spare.folder.iterdir())
+
+
+def test_a_foreign_file_stops_an_export_and_is_kept(spare):
+    (spare.folder / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes\.txt is no part of an export"):
+        bundle.clear(spare.folder)
+    assert (spare.folder / "SHA256SUMS").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda f: (f / "labels.txt").write_text("cat\ndog\n"), r"labels\.txt is not the file"),
+        (lambda f: (f / "model.onnx").unlink(), r"model\.onnx is missing"),
+        (lambda f: (f / "notes.txt").write_text("mine"), r"notes\.txt is no part"),
+        (lambda f: (f / "SHA256SUMS").write_text("nonsense"), "SHA256SUMS is damaged"),
+        (lambda f: (f / "SHA256SUMS").unlink(), "no SHA256SUMS.*copy the whole folder again"),
+    ],
+)
+def test_a_spoilt_bundle_is_told_by_the_file_at_fault(spare, spoil, reason):
+    checksums.check(spare.folder)
+    spoil(spare.folder)
+    with pytest.raises(ArtifactError, match=reason):
+        checksums.check(spare.folder)
+
+
+def test_a_benchmark_beside_does_not_count(spare):
+    (spare.folder / "benchmark.json").write_text("{}")
+    assert "benchmark.json" not in checksums.check(spare.folder)
+
+
+def test_the_files_of_an_export_that_is_a_folder_count_one_by_one(tmp_path):
+    package = tmp_path / "model.mlpackage"
+    (package / "Data").mkdir(parents=True)
+    (package / "Data" / "weights.bin").write_bytes(b"1")
+    (package / "Manifest.json").write_text("{}")
+    checksums.write(tmp_path)
+    assert set(checksums.check(tmp_path)) == {
+        "model.mlpackage/Data/weights.bin",
+        "model.mlpackage/Manifest.json",
+    }
+    (package / "Data" / "weights.bin").write_bytes(b"2")
+    with pytest.raises(ArtifactError, match=r"weights\.bin is not the file"):
+        checksums.check(tmp_path)
+
+
+def test_labels_of_another_file_are_refused_by_the_reader(spare):
+    (spare.folder / "labels.txt").write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match="has 2 labels, which are another file's"):
+        Classifier(spare.folder)
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), "float32"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"\(2, 3, 8, 8\)"),
+        (np.zeros((8, 8, 3), np.uint8), r"\(8, 8, 3\)"),
+    ],
+)
+def test_pictures_of_another_form_are_refused_by_the_reader(made, images, told):
+    with pytest.raises(ValueError, match=f"pictures are .*{told}.*must be uint8"):
+        Classifier(made.folder).predict(images)
