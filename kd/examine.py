@@ -83,6 +83,8 @@ def latencies(params: Params) -> dict[str, float]:
     eager = {name: manifest.load(artifacts.folder(name))[0] for name in run_names(params)}
     files = {}
     for name, exporter in params.exports.items():
+        if not exporter.runs_here:
+            continue
         folder = artifacts.folder(f"exports/{name}")
         files[f"exports/{name}"] = exporter.load(folder / f"model{exporter.suffix}")
     measured = latency({**eager, **files}, example, seconds=params.report.latency_seconds)

@@ -16,6 +16,7 @@ import pytest
 
 from kd import tracking
 from kd.component import ConfigError
+from kd.tracking import views
 from kd.tracking.weights import log_weight_sets
 
 SOURCES = str(Path(tracking.__file__).parents[2])
@@ -25,8 +26,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 GIVEN = {"params": {"seed": 0}, "tags": {"kd.role": "student"}}
 STAGE = """
-import sys, time
+import signal, sys, time
 from kd import tracking
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 name, ending = sys.argv[1:]
 with tracking.run("assistants", name, params={"recipe": {"ema": None}}, tags={}) as run:
     run.log_epoch(1, {"val_accuracy": 0.5})
@@ -76,7 +78,7 @@ def home(tmp_path_factory):
     """A repository of its own with a store that eight stages at once were the first to touch."""
     root = tmp_path_factory.mktemp("repository")
     (root / "dvc.yaml").write_text(
-        "stages:\n  student:\n    deps: [artifacts/data/train, kd/train.py]\n"
+        "stages:\n  student:\n    deps: [artifacts/data/train, kd/train]\n"
         "  assistants:\n    foreach: ${assistants}\n    do:\n"
         "      deps: [artifacts/data, 'artifacts/${key}/model']\n"
     )
@@ -123,17 +125,22 @@ def test_eight_stages_at_once_on_a_fresh_store_all_succeed(in_home):
 
 def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path, monkeypatch):
     monkeypatch.setenv("KD_FLOW_RUN_ID", "flow-1")
+    monkeypatch.setenv("KD_PIPELINE_RUN", "calm-otter")
     model = tmp_path / "model.pte"
     model.write_bytes(b"weights")
     with tracking.run(
-        "student", None, params={"model": {"kind": "plain_cnn"}, "seed": 0}, tags={"kd.role": "s"}
+        "student",
+        None,
+        params={"model": {"kind": "plain_cnn"}, "seed": 0},
+        tags={"kd.role": "s", "kd.data_hash": "d" * 64},
     ) as run:
         for epoch in (1, 2, 3):
             run.log_epoch(epoch, {"val_nll": np.float32(1 / epoch)})
         run.log_final({"size_mb": 0.5})
-        run.log_curve({g: {"search.best": 10.0 - g} for g in range(1500)})
+        run.log_curve({g: {"search/best": 10.0 - g} for g in range(1500)})
         run.log_file(model, "export")
-        assert run.url == f"http://127.0.0.1:5000/#/experiments/1/runs/{run.id}"
+        page = f"http://127.0.0.1:5000/#/experiments/1/runs/{run.id}"
+        assert run.url == f"{page}?workflowType=machine_learning"
         run_id = run.id
     stored = in_home.client.get_run(run_id)
     assert stored.info.run_name == "student"
@@ -145,7 +152,7 @@ def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path,
         (2, 0.5),
         (3, pytest.approx(1 / 3)),
     ]
-    assert len(in_home.client.get_metric_history(run_id, "search.best")) == 1500
+    assert len(in_home.client.get_metric_history(run_id, "search/best")) == 1500
     assert (
         stored.data.tags.items()
         >= {
@@ -155,10 +162,13 @@ def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path,
             "kd.host": socket.gethostname(),
             "kd.pid": str(os.getpid()),
             "prefect.flow_run_id": "flow-1",
+            "kd.pipeline_run": "calm-otter",
+            "mlflow.source.name": "kd student",
             "dvc.dep.artifacts/data/train": "aa.dir",
         }.items()
     )
     assert "dvc.dep.artifacts/data/val" not in stored.data.tags
+    assert [each.dataset.digest for each in stored.inputs.dataset_inputs] == ["d" * 36]
     assert [f.path for f in in_home.client.list_artifacts(run_id, "export")] == [
         "export/model.pte"
     ]
@@ -169,10 +179,40 @@ def test_a_stage_of_several_is_tagged_with_what_its_own_name_reads(in_home):
     tags = in_home.client.search_runs(["1"], "tags.`kd.name` = 'a0'")[0].data.tags
     read = {key: value for key, value in tags.items() if key.startswith("dvc.dep.")}
     assert read == {
-        "dvc.dep.artifacts/data/train": "aa.dir",
-        "dvc.dep.artifacts/data/val": "bb.dir",
+        "dvc.dep.artifacts/data": "train aa.dir, val bb.dir",
         "dvc.dep.artifacts/a0/model": "cc",
     }
+
+
+def test_the_experiment_has_views_that_find_runs_and_name_columns_as_runs_do(in_home):
+    with tracking.run("student", params={"model": {"kind": "plain_cnn"}}, tags={}) as run:
+        run.log_final({"val_accuracy": 0.9, "params_m": 0.1})
+    experiment = in_home.client.get_experiment_by_name("kd")
+    prefix = "mlflow.sharedViewState."
+    saved = {
+        key.removeprefix(prefix): json.loads(json.loads(value)["state"])
+        for key, value in experiment.tags.items()
+        if key.startswith(prefix)
+    }
+    assert views.NETWORKS in views.address("1")
+    assert saved.keys() == {views.NETWORKS, "weights", "exports"}
+    found = {
+        key: {each.info.run_id for each in in_home.client.search_runs(["1"], view["searchFilter"])}
+        for key, view in saved.items()
+    }
+    assert [key for key in saved if run.id in found[key]] == [views.NETWORKS]
+    assert {"metrics.`val_accuracy`", "params.`model.kind`"} <= set(
+        saved[views.NETWORKS]["selectedColumns"]
+    )
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch):
+    from kd.tracking import store
+
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert store._user() == str(os.getuid())
 
 
 def test_system_metrics_are_sampled(in_home):
@@ -337,13 +377,13 @@ def test_every_weight_set_is_a_run_with_its_weights_search_and_figures(in_home, 
     with tracking.run("weights", **GIVEN) as run:
         log_weight_sets(run, search, tags={"kd.data_hash": "d"}, study=search / "study.log")
     whole = in_home.client.get_run(run.id)
-    assert whole.data.metrics["gain.over_uniform.nll"] == 0.01
+    assert whole.data.metrics["gain/over_uniform.nll"] == 0.01
     assert whole.data.tags["kd.optuna_dashboard"].startswith("optuna-dashboard /")
-    best = in_home.client.get_metric_history(run.id, "search.best")
+    best = in_home.client.get_metric_history(run.id, "search/best")
     assert [point.value for point in best] == [1 - g / 10 for g in range(5)]
-    path = in_home.client.get_metric_history(run.id, "weight.small")
+    path = in_home.client.get_metric_history(run.id, "weight/small")
     assert [point.value for point in path] == [0.4, 0.4, 0.4, 0.4, 0.4, 0.5]
-    assert whole.data.metrics["weight.small"] == 0.5, "the weights chosen, not the search's last"
+    assert whole.data.metrics["weight/small"] == 0.5, "the weights chosen, not the search's last"
     pictures = {file.path for file in in_home.client.list_artifacts(run.id, "figures")}
     assert pictures == {
         f"figures/{name}.png" for name in ("weights", "convergence", "weights_path", "simplex")
@@ -353,11 +393,19 @@ def test_every_weight_set_is_a_run_with_its_weights_search_and_figures(in_home, 
     sets = in_home.client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{run.id}'")
     by_name = {one.info.run_name: one.data for one in sets}
     assert set(by_name) == {"weights/chosen", "weights/uniform"}
-    assert by_name["weights/chosen"].metrics["weight.medium"] == 0.3
+    assert by_name["weights/chosen"].metrics["weight/medium"] == 0.3
     assert by_name["weights/chosen"].metrics["gap"] == 1e-6
     assert by_name["weights/chosen"].params["weighting.objective"] == "nll"
     assert "gap" not in by_name["weights/uniform"].metrics
     assert by_name["weights/uniform"].params["weighting.kind"] == "uniform"
+
+
+def test_weights_that_were_not_searched_link_to_no_study(in_home, search):
+    with tracking.run("weights", **GIVEN) as run:
+        log_weight_sets(run, search, tags={}, study=search / "no_study.log")
+    whole = in_home.client.get_run(run.id)
+    assert whole.info.status == "FINISHED"
+    assert "kd.optuna_dashboard" not in whole.data.tags
 
 
 def save_student(folder: Path, seed: int) -> np.ndarray:
@@ -384,7 +432,7 @@ def save_student(folder: Path, seed: int) -> np.ndarray:
         return model(torch.full((2, 1, 8, 8), (2 / 255 - 0.5) / 0.25)).numpy()
 
 
-def register(folder: Path, accuracy: float, val_hash: str = "v1") -> str:
+def register(folder: Path, accuracy: float) -> str:
     """Log a student in a run of its own, as the student stage does."""
     example = np.full((2, 8, 8, 1), 2, np.uint8)
     with tracking.run("student", **GIVEN) as run:
@@ -392,38 +440,49 @@ def register(folder: Path, accuracy: float, val_hash: str = "v1") -> str:
             folder,
             registered_name="kd-test",
             val_accuracy=accuracy,
-            val_hash=val_hash,
+            val_hash="v1",
             example=example,
         )
+        assert run.registered("kd-test", sha256_of(folder))
     assert run.error is None
     return run.id
 
 
-def test_the_registry_keeps_one_version_a_student_and_the_best_on_validation_as_champion(
-    in_home, tmp_path
-):
+def sha256_of(folder: Path) -> str:
+    return json.loads((folder / "manifest.json").read_text())["sha256"]
+
+
+def test_the_registry_keeps_one_version_a_student_and_notes_who_won_over_whom(in_home, tmp_path):
     logits_NC = save_student(tmp_path / "s1", 1)
-    for seed in (2, 3, 4):
-        save_student(tmp_path / f"s{seed}", seed)
+    save_student(tmp_path / "s2", 2)
 
     def aliases():
-        model = in_home.client.get_registered_model("kd-test")
-        return {name: int(number) for name, number in model.aliases.items()}
+        found = in_home.client.get_registered_model("kd-test").aliases
+        return {alias: str(number) for alias, number in found.items()}
 
+    with tracking.run("student", **GIVEN) as run:
+        assert run.champion("kd-test") is None, "there is not even a model of that name"
     register(tmp_path / "s1", 0.90)
-    assert aliases() == {"challenger": 1, "champion": 1}
     register(tmp_path / "s1", 0.90)
     assert len(in_home.client.search_model_versions("name = 'kd-test'")) == 1
-    register(tmp_path / "s2", 0.90)
-    assert aliases() == {"challenger": 2, "champion": 1}, "a tie keeps the champion"
-    register(tmp_path / "s3", 0.91)
-    assert aliases() == {"challenger": 3, "champion": 3}
-    register(tmp_path / "s4", 0.99, val_hash="other images")
-    assert aliases() == {"challenger": 4, "champion": 3}
-    version = in_home.client.get_model_version("kd-test", "4")
-    assert "other validation images" in version.tags["kd.decision"]
-    register(tmp_path / "s1", 0.90)
-    assert aliases() == {"challenger": 1, "champion": 3}, "an old student comes back as itself"
+    last = register(tmp_path / "s2", 0.91)
+    with tracking.run("student", **GIVEN, resume=True) as run:
+        assert run.id == last
+        one, two = (run.registered("kd-test", sha256_of(tmp_path / s)) for s in ("s1", "s2"))
+        assert run.champion("kd-test") is None
+        assert run.promote("kd-test", one, None, "champion: first", True)
+        assert aliases() == {"challenger": "1", "champion": "1"}
+        assert not run.promote("kd-test", two, None, "champion: first", True), "there is one now"
+        assert run.promote("kd-test", two, one, "challenger: no better", False)
+        assert aliases() == {"challenger": "2", "champion": "1"}
+        assert run.champion("kd-test") == run.registered("kd-test", one.sha256)
+        brought = run.fetch(one.uri, tmp_path / "brought")
+        for name in ("model.safetensors", "manifest.json"):
+            assert (brought / name).read_bytes() == (tmp_path / "s1" / name).read_bytes()
+    assert in_home.client.get_model_version("kd-test", "2").tags["kd.decision"] == (
+        "challenger: no better"
+    )
+    assert in_home.client.get_run(last).info.status == "FINISHED"
 
     answer = subprocess.run(
         [sys.executable, "-c", LOAD, str(in_home.root)],
@@ -435,6 +494,24 @@ def test_the_registry_keeps_one_version_a_student_and_the_best_on_validation_as_
     np.testing.assert_allclose(told["logits"], logits_NC, atol=1e-6)
     assert told["signature"] == ["(-1, 8, 8, 1)", "(-1, 3)"]
     assert not told["pickles"]
+
+
+def test_where_there_is_no_run_to_resume_a_new_one_begins(in_home):
+    tags = {"kd.sha256": "never seen"}
+    with tracking.run("student", params={}, tags=tags, resume=True) as new:
+        assert new.id
+    with tracking.run("student", params={}, tags=tags, resume=True) as again:
+        assert again.id == new.id
+    assert in_home.client.get_run(new.id).info.status == "FINISHED"
+
+
+def test_a_question_that_has_no_answer_is_an_error_there(in_home, tmp_path):
+    with (
+        tracking.run("student", **GIVEN) as run,
+        pytest.raises(ConfigError, match=r"cannot be used: fetch: .*m-none"),
+    ):
+        run.fetch("models:/m-none", tmp_path)
+    assert run.error is None, "the record goes on"
 
 
 LOAD = """
@@ -562,6 +639,7 @@ def test_a_server_of_ones_own_holds_the_runs_and_their_files(tmp_path, monkeypat
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("KD_RECORDER_IDLE", "2")
+        monkeypatch.setenv("KD_RECORDER_OUTAGE", "1")
         eventually(lambda: answers(port), 180)
         save_student(tmp_path / "student", 1)
         run_id = register(tmp_path / "student", 0.9)
@@ -569,9 +647,14 @@ def test_a_server_of_ones_own_holds_the_runs_and_their_files(tmp_path, monkeypat
 
         client = mlflow.MlflowClient(uri)
         assert client.get_run(run_id).info.status == "FINISHED"
+        with tracking.run("student", **GIVEN, resume=True) as run:
+            version = run.registered("kd-test", sha256_of(tmp_path / "student"))
+            assert run.promote("kd-test", version, None, "champion: first", True)
+            brought = run.fetch(version.uri, tmp_path / "brought")
+        assert sha256_of(brought) == version.sha256
         assert client.get_model_version_by_alias("kd-test", "champion").version == "1"
         with tracking.run("student", **GIVEN) as run:
-            assert run.url == f"{uri}/#/experiments/1/runs/{run.id}"
+            assert run.url.startswith(f"{uri}/#/experiments/1/runs/{run.id}")
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             run.log_epoch(1, {"val_nll": 1.0})

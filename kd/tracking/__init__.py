@@ -9,7 +9,8 @@ one recorder process on this machine (kd/tracking/recorder.py), starts it where 
 goes on working; MLflow's own work happens beside the training.  A stage that dies, however it
 dies, closes its socket by dying, and the recorder ends the run: none is left RUNNING.
 
-This side needs nothing but the standard library.  MLflow is imported in kd/tracking/store.py.
+This side needs nothing but the standard library.  MLflow is imported in store.py, models.py and
+trash.py of this folder.
 """
 
 import itertools
@@ -19,8 +20,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -34,7 +36,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["NullRun", "Run", "TrackingError", "prepare_store", "run", "start", "tracking_uri"]
+__all__ = [
+    "NullRun",
+    "Run",
+    "TrackingError",
+    "Version",
+    "prepare_store",
+    "run",
+    "start",
+    "tracking_uri",
+]
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +53,18 @@ PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1
 """Where a store of each kind listens if its URI does not say."""
 REACHABLE_WITHIN = 3.0
 """Seconds that a tracking server has to answer before a stage starts."""
+BACK_WITHIN = 120.0
+"""Seconds that a stage of a flow waits for it: a server started anew must not end the run."""
 PATIENCE = 600.0
 """Seconds to wait for the recorder, which may be uploading a model."""
+BETWEEN_KNOCKS = 5.0
+SILENCE = 20.0
+"""Seconds of waiting after which a stage says what it waits for."""
 ENVIRONMENT_TAGS = {
+    "kd.pipeline_run": "KD_PIPELINE_RUN",
     "prefect.flow_run_id": "KD_FLOW_RUN_ID",
     "prefect.task_run_id": "KD_TASK_RUN_ID",
+    "prefect.task_run_url": "KD_TASK_RUN_URL",
     "dvc.stage": "DVC_STAGE",
     "dvc.exp_name": "DVC_EXP_NAME",
 }
@@ -63,8 +81,26 @@ class TrackingError(ConfigError):
         )
 
 
+@dataclass(frozen=True)
+class Version:
+    """A registered student."""
+
+    number: str
+    uri: str
+    """Of its model, as MLflow names it."""
+    tags: Mapping[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights, by which students are told apart."""
+        return self.tags.get("kd.sha256", "")
+
+
 class Run:
-    """One stage's run.  No call waits for MLflow but the first `log_epoch`, `id` and `url`."""
+    """One stage's run.
+
+    No call waits for MLflow but the first `log_epoch`, `id`, `url`, and what asks the registry.
+    """
 
     def __init__(self, line: Line, uri: str) -> None:
         """Args: the line to the recorder, and the store that it writes to."""
@@ -138,12 +174,12 @@ class Run:
         val_accuracy: float,
         val_hash: str,
         example: "NDArray[np.uint8]",
+        beside: Sequence[Path] = (),
     ) -> None:
         """Log the student as a model that `mlflow.pyfunc.load_model` opens, and register it.
 
-        The new version gets the alias `challenger`.  It becomes `champion` when there is none, or
-        when its accuracy on the same validation images is higher than the champion's.  A student
-        that is registered already (by the SHA-256 of its weights) keeps its version.
+        A student that is registered already (by the SHA-256 of its weights) keeps its version.
+        Who is champion is decided elsewhere (kd/promotion.py), and noted by `promote`.
 
         Args:
             folder: Holds model.safetensors and manifest.json.
@@ -151,6 +187,7 @@ class Run:
             val_accuracy: Share in [0, 1].
             val_hash: SHA-256 of the validation split that it was measured on.
             example: Two or more images (N, H, W, channels), shown with the model as its input.
+            beside: Further files to keep with it, which must stay until the run ends.
         """
         self._tell(
             "model",
@@ -159,6 +196,97 @@ class Run:
             val_accuracy=val_accuracy,
             val_hash=val_hash,
             example=example.tolist(),
+            beside=[str(path.resolve()) for path in beside],
+        )
+
+    def registered(self, registered_name: str, sha256: str) -> Version | None:
+        """The version that a student has in the registry; None where it is not registered.
+
+        Raises:
+            TrackingError: MLflow does not answer; so with all that asks the registry.
+        """
+        return _version(self._ask("registered", name=registered_name, sha256=sha256))
+
+    def champion(self, registered_name: str) -> Version | None:
+        """The version that has the alias champion; None before there is one."""
+        return _version(self._ask("champion", name=registered_name))
+
+    def fetch(self, uri: str, folder: Path) -> Path:
+        """Copy the files of a logged model to `folder`.
+
+        Args:
+            uri: The model, such as models:/m-...
+            folder: Where to put them.
+
+        Returns:
+            The folder in it that holds what was logged as the model's files.
+        """
+        return Path(self._ask("fetch", uri=uri, folder=str(folder.resolve()))["folder"])
+
+    def promote(
+        self,
+        registered_name: str,
+        challenger: Version,
+        champion: Version | None,
+        decision: str,
+        wins: bool,
+    ) -> bool:
+        """Make a version the challenger, note the decision, and make it champion if it wins.
+
+        Args:
+            registered_name: See `log_model`.
+            challenger: The version that was compared.
+            champion: What it was compared with.
+            decision: Shown as the version's tag kd.decision; "" leaves what stands there.
+            wins: Whether it becomes champion.
+
+        Returns:
+            False where another has become champion meanwhile; then nothing was done.
+        """
+        answer = self._ask(
+            "promote",
+            name=registered_name,
+            number=challenger.number,
+            over=champion.number if champion else None,
+            decision=decision,
+            wins=wins,
+        )
+        return bool(answer["done"])
+
+    def scratch(self) -> Path:
+        """A folder that lasts until the run ends."""
+        return Path(tempfile.mkdtemp(dir=self._scratch.name))
+
+    def log_export(
+        self,
+        folder: Path | str,
+        *,
+        registered_name: str,
+        metrics: Mapping[str, float],
+        val_hash: str,
+        example: "NDArray[np.uint8]",
+    ) -> None:
+        """Log an export as a model of its own, which runs the file in its own runtime.
+
+        It stands below the run of its student, and the student's version in the registry gets
+        the tags kd.export.<name> (the model's URI) and kd.export.<name>.sha256.  A student that
+        is not registered leaves the model below this run.  The same bundle is logged once.
+
+        Args:
+            folder: The bundle, artifacts/exports/<name>, which must stay until the run ends.
+            registered_name: The name of the pipeline's students in the registry.
+            metrics: What exports are compared by.
+            val_hash: SHA-256 of the validation split that they were measured on.
+            example: Two or more pictures (N, H, W, channels), shown with the model as its input.
+        """
+        self._tell(
+            "export",
+            folder=str(Path(folder).resolve()),
+            registered_name=registered_name,
+            metrics=_floats(metrics),
+            val_hash=val_hash,
+            example=example.tolist(),
+            at=time.time(),
         )
 
     def _begun(self) -> dict[str, Any]:
@@ -185,6 +313,21 @@ class Run:
             except OSError as error:
                 self._lost(error)
 
+    def _ask(self, what: str, **fields: Any) -> Any:
+        """Have the recorder answer, after all that it was told before."""
+        self._begun()
+        self._tell(what, **fields)
+        answer: dict[str, Any] = {"error": self.error}
+        if self.error is None:
+            try:
+                answer = self._line.receive(PATIENCE)
+            except OSError as error:
+                self._lost(error)
+                answer = {"error": self.error}
+        if answer.get("error"):
+            raise TrackingError(self._uri, answer["error"])
+        return answer["answer"]
+
     def _lost(self, reason: object) -> None:
         self.error = str(reason)
         where = recorder.without_password(self._uri)
@@ -195,6 +338,9 @@ class Run:
         try:
             self._begun()
             self._tell("end", status=status, reason=reason)
+            if self.error is None and self._line.is_silent(SILENCE):
+                where = recorder.without_password(self._uri)
+                log.warning("waiting for MLflow at %s to take the rest of the record", where)
             if self.error is None and (lost := self._line.receive(PATIENCE).get("error")):
                 self._lost(lost)
         except OSError as error:
@@ -217,6 +363,9 @@ class NullRun(Run):
     def _tell(self, what: str, **fields: Any) -> None:
         pass
 
+    def _ask(self, what: str, **fields: Any) -> Any:
+        raise RuntimeError("a run that is not tracked has no registry to ask")
+
     def log_file(self, path: Path | str, folder: str = "") -> None:
         """Copy nothing."""
 
@@ -233,6 +382,7 @@ def run(
     tags: Mapping[str, str],
     enabled: bool = True,
     parent: str | None = None,
+    resume: bool = False,
 ) -> Iterator[Run]:
     """Record what is done inside the block as the run <stage>[/<name>].
 
@@ -246,6 +396,8 @@ def run(
         tags: What else tells the run from others: kd.pipeline, kd.role, kd.data_hash.
         enabled: False for a block that runs the same without MLflow.
         parent: Id of the run to stand below; KD_PARENT_RUN, where the flow set it, otherwise.
+        resume: Add something to the last run that has all of `tags`, and leave it as it ended;
+            where there is none, a new run begins.
 
     Raises:
         TrackingError: the store cannot be reached, or refuses the run.
@@ -260,6 +412,7 @@ def run(
         "params": _flat(params),
         "tags": {**_environment_tags(), **tags},
         "parent": parent or os.environ.get("KD_PARENT_RUN"),
+        "resume": dict(tags) if resume else None,
         "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME", "kd"),
         "pid": os.getpid(),
         "time": time.time(),
@@ -336,12 +489,29 @@ def repository() -> Path:
     return here
 
 
+def _version(answer: Mapping[str, Any] | None) -> Version | None:
+    return Version(**answer) if answer else None
+
+
 def _knock(uri: str) -> None:
-    """Open a connection to a server and close it again; raise OSError if that fails."""
+    """Open a connection to a server and close it again; raise OSError if that fails.
+
+    Amid a flow a server that is away is waited for, but not one whose name nobody knows.
+    """
     parts = urlsplit(uri)
     port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
-    if parts.hostname and port:
-        socket.create_connection((parts.hostname, port), REACHABLE_WITHIN).close()
+    until = time.monotonic() + (BACK_WITHIN if os.environ.get("KD_FLOW_RUN_ID") else 0)
+    while parts.hostname and port:
+        try:
+            socket.create_connection((parts.hostname, port), REACHABLE_WITHIN).close()
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or time.monotonic() >= until:
+                raise
+            where = f"{parts.hostname}:{port}"
+            log.warning("MLflow at %s is away: waiting %.0f s", where, until - time.monotonic())
+            time.sleep(BETWEEN_KNOCKS)
+        else:
+            break
 
 
 def _installed(module: str) -> bool:

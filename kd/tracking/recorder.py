@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from kd.tracking.wire import Line
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 60.0
 """How long it waits for the next stage; KD_RECORDER_IDLE sets another number."""
+OUTAGE_SECONDS = 300.0
+"""How long a store may be away before a record is given up; KD_RECORDER_OUTAGE sets another."""
+QUESTIONS = ("registered", "champion", "fetch", "promote")
+"""What a stage waits for, beside its run's beginning and end."""
 OWN_ENVIRONMENT = ("MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "KD_RECORDER_")
 """Variables by which a store is reached: a change of them calls for another recorder."""
 
@@ -207,29 +212,64 @@ def _record(line: Line, store: "Store | Refusal") -> None:
         _say(line, {"error": _brief(error)})
         return
     _say(line, {"run_id": session.run_id, "url": session.url})
+    mail: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    threading.Thread(target=_listen, args=(line, mail, session.pid)).start()
     lost: str | None = None
-    try:
-        while (message := line.receive())["do"] != "end":
-            if lost is None:
-                lost = _attempt(session, **message)
-        ending = message["status"], message["reason"]
-    except (OSError, ValueError):
-        ending = "KILLED", f"process {session.pid} ended without a word; it was killed or crashed"
-    try:
-        session.end(*ending)
-    except Exception as error:
-        lost = lost or _brief(error)
-    _say(line, {"error": lost})
+    while (message := mail.get())["do"] != "end":
+        if message["do"] in QUESTIONS:
+            _say(line, {"error": lost} if lost else _answered(session, message))
+        elif lost is None:
+            lost = _attempt(session, message)
+    if lost:
+        _attempt(session, {"do": "tags", "tags": {"kd.incomplete": lost}}, patient=False)
+    unended = _attempt(session, message, patient=lost is None)
+    _say(line, {"error": lost or unended})
     line.close()
 
 
-def _attempt(session: "Session", do: str, **fields: Any) -> str | None:
-    """Do what a message says; the reason if that failed."""
+def _listen(line: Line, mail: "SimpleQueue[dict[str, Any]]", pid: int) -> None:
+    """Take in what a stage says as it comes: no training waits for a store that is away."""
+    message: dict[str, Any] = {"do": ""}
     try:
-        session.do(do, **fields)
+        while message["do"] != "end":
+            mail.put(message := line.receive())
+    except (OSError, ValueError):
+        reason = f"process {pid} ended without a word; it was killed or crashed"
+        mail.put({"do": "end", "status": "KILLED", "reason": reason})
+
+
+def _attempt(session: "Session", message: dict[str, Any], patient: bool = True) -> str | None:
+    """Do what a message says, once more if the store was away; the reason if that failed.
+
+    A store takes the same point, tag or file twice without harm.
+    """
+    patience = float(os.environ.get("KD_RECORDER_OUTAGE", OUTAGE_SECONDS)) if patient else 0.0
+    lost = _try(session, message)
+    if lost and patience and session.store.answers(patience):
+        session.resume()
+        lost = _try(session, message)
+    return lost
+
+
+def _try(session: "Session", message: dict[str, Any]) -> str | None:
+    try:
+        session.do(**message)
     except Exception as error:
-        return f"{do}: {_brief(error)}"
+        return f"{message['do']}: {_brief(error)}"
     return None
+
+
+def _answered(session: "Session", message: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a question, asked once more if the store was away, or why there is none."""
+    patience = float(os.environ.get("KD_RECORDER_OUTAGE", OUTAGE_SECONDS))
+    for _ in range(2):
+        try:
+            return {"answer": session.answer(**message)}
+        except Exception as error:
+            failed = f"{message['do']}: {_brief(error)}"
+            if not session.store.answers(patience):
+                break
+    return {"error": failed}
 
 
 def _say(line: Line, message: dict[str, Any]) -> None:

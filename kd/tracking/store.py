@@ -1,33 +1,32 @@
-"""MLflow, which nothing else imports: the store, one stage's session in it, and the registry.
+"""MLflow: the store, one stage's session in it, and the registry.
 
-Only the recorder process (kd/tracking/recorder.py) works here, off the training's path.
+With models.py and trash.py beside it the only importer of MLflow.  Only the recorder process
+(kd/tracking/recorder.py) works here, off the training's path.
 """
 # mypy: disallow-untyped-calls=False
 # MLflow gives types to half of its functions.
 
+import getpass
+import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import sqlite3
-import subprocess
-import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlflow
 import psutil
-from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
-from mlflow.models import Model, ModelSignature
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.types import Schema, TensorSpec
 from mlflow.utils.yaml_utils import read_yaml
 
-from kd.tracking import recorder
+from kd import git
+from kd.tracking import models, recorder, views
 
 T = TypeVar("T")
 
@@ -35,9 +34,8 @@ SAMPLING_SECONDS = 2.0
 """Between two samples of system metrics; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets another."""
 LOCAL_PAGES = "http://127.0.0.1:5000"
 """Where `make ui` shows a store that has no server of its own."""
-MOST_METRICS, MOST_TAGS, LONGEST_PARAM, LONGEST_TAG = 1000, 100, 6000, 8000
+MOST_METRICS, MOST_TAGS, LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 1000, 100, 6000, 8000, 36
 """What MLflow takes in one batch, and its longest texts."""
-SERVED_BY = ("torch", "safetensors", "numpy")
 
 
 class Store:
@@ -57,28 +55,56 @@ class Store:
         """Begin a run, after closing those that dead processes of this machine left RUNNING."""
         experiment = self._experiment(start["experiment"])
         self._reap(experiment)
+        if start["resume"] and (last := self._last(experiment, start["resume"])):
+            return Session(self, experiment, last, start["pid"], resumed=True)
         name = "/".join(filter(None, (start["stage"], start["name"])))
         tags = {
             "kd.stage": start["stage"],
             "kd.name": start["name"] or start["stage"],
+            "mlflow.source.name": " ".join(filter(None, ("kd", start["stage"], start["name"]))),
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": _user(),
             **_process_tags(start["pid"]),
             **_git_tags(self.root),
             **_dvc_tags(self.root, start["stage"], start["name"]),
             **start["tags"],
+            **_note(start["tags"]),
             **({"mlflow.parentRunId": start["parent"]} if start["parent"] else {}),
         }
         tags = {key: str(value)[:LONGEST_TAG] for key, value in tags.items()}
         run = self.client.create_run(experiment, int(start["time"] * 1000), tags, name)
         session = Session(self, experiment, run.info.run_id, start["pid"])
         session.log_params(start["params"])
+        if data_hash := tags.get("kd.data_hash"):
+            data = Dataset("data", data_hash[:LONGEST_DIGEST], "local", "artifacts/data")
+            self.client.log_inputs(run.info.run_id, datasets=[DatasetInput(data)])
         return session
+
+    def answers(self, patience: float) -> bool:
+        """Whether the store answers, within `patience` seconds if it is away now."""
+        until = time.monotonic() + patience
+        while True:
+            try:
+                self.client.search_experiments(max_results=1)
+            except Exception:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(1)
+            else:
+                return True
+
+    def _last(self, experiment: str, tags: Mapping[str, str]) -> str | None:
+        """The id of the last run with these tags, if there is one."""
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = self.client.search_runs([experiment], wanted, max_results=1)
+        return str(found[0].info.run_id) if found else None
 
     def _experiment(self, name: str) -> str:
         """The id of the experiment `name`, made where it is missing."""
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self.client.create_experiment(name, self._artifacts()))
+                return str(self.client.create_experiment(name, self._artifacts(), views.tags()))
             except mlflow.MlflowException:
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
@@ -109,27 +135,47 @@ class Store:
 class Session:
     """One stage's run."""
 
-    def __init__(self, store: Store, experiment: str, run_id: str, pid: int) -> None:
-        """Args: the store, the experiment's id, the run's id, the stage's process."""
+    def __init__(
+        self, store: Store, experiment: str, run_id: str, pid: int, resumed: bool = False
+    ) -> None:
+        """Args: the store, the ids of experiment and run, the stage's process, if it was over."""
         self.store = store
         self.experiment = experiment
         self.run_id = run_id
         self.pid = pid
-        self._monitor = SystemMetricsMonitor(
-            run_id, sampling_interval=SAMPLING_SECONDS, tracking_uri=store.uri
-        )
-        self._monitor.start()
+        self._monitor = None if resumed else self._watch()
 
     @property
     def url(self) -> str:
         """The run's page."""
         uri = recorder.without_password(self.store.uri)
         pages = uri if uri.startswith("http") else LOCAL_PAGES
-        return f"{pages.rstrip('/')}/#/experiments/{self.experiment}/runs/{self.run_id}"
+        path = f"#/experiments/{self.experiment}/runs/{self.run_id}"
+        return f"{pages.rstrip('/')}/{path}?{views.TRAINING}"
 
-    def do(self, what: str, **fields: Any) -> None:
-        """Do what the stage says: metrics, curve, tags, file, model."""
-        getattr(self, f"log_{what}")(**fields)
+    def do(self, do: str, **fields: Any) -> None:
+        """Do what the stage says: metrics, curve, tags, file, model, export, end."""
+        getattr(self, do if do == "end" else f"log_{do}")(**fields)
+
+    def resume(self) -> None:
+        """Sample the machine again; MLflow's sampling ends for good when its store is away."""
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = self._watch(resume_logging=True)
+
+    def _watch(self, **more: bool) -> SystemMetricsMonitor:
+        monitor = SystemMetricsMonitor(
+            self.run_id,
+            sampling_interval=SAMPLING_SECONDS,
+            tracking_uri=self.store.uri,
+            **more,
+        )
+        monitor.start()
+        return monitor
+
+    def answer(self, do: str, **fields: Any) -> Any:
+        """Answer what the stage asks: registered, champion, fetch, promote."""
+        return getattr(self, f"answer_{do}")(**fields)
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Log params that never change afterwards."""
@@ -165,8 +211,9 @@ class Session:
         val_accuracy: float,
         val_hash: str,
         example: list[Any],
+        beside: list[str],
     ) -> None:
-        """Log and register the student in a folder, and decide who is champion."""
+        """Log and register the student in a folder, unless it is registered."""
         manifest = json.loads(Path(folder, "manifest.json").read_text())
         tags = {
             "kd.sha256": manifest["sha256"],
@@ -177,56 +224,93 @@ class Session:
         with recorder.locked(self.store.registry_lock):
             if not client.search_registered_models(f"name = '{registered_name}'"):
                 client.create_registered_model(registered_name)
-            found = _version_of(client, registered_name, manifest["sha256"])
-            if found is None:
-                model_id = self._save_model(Path(folder), manifest, example)
-                found = client.create_model_version(
+            if _version_of(client, registered_name, manifest["sha256"]) is None:
+                saved = models.student(Path(folder), manifest, example, map(Path, beside))
+                model_id = models.log(client, self.experiment, self.run_id, saved)
+                client.create_model_version(
                     registered_name, f"models:/{model_id}", self.run_id, tags, model_id=model_id
                 )
-            promote(client, registered_name, str(found.version))
+                figures = {"val_accuracy": val_accuracy}
+                self._log_of_model(model_id, figures, val_hash, time.time())
 
-    def _save_model(self, folder: Path, manifest: Mapping[str, Any], example: list[Any]) -> str:
-        """Log the student as a model; its id.
+    def answer_registered(self, name: str, sha256: str) -> dict[str, Any] | None:
+        """The version of a student."""
+        return _plain(_version_of(self.store.client, name, sha256))
 
-        By a loader module of this package, because `mlflow.pytorch` would trace the model
-        again (torch.export) or pickle it, and the recorder would have to import torch.
+    def answer_champion(self, name: str) -> dict[str, Any] | None:
+        """The version that is champion."""
+        return _plain(_champion(self.store.client, name))
+
+    def answer_fetch(self, uri: str, folder: str) -> dict[str, str]:
+        """Where the files of a logged model are, or were brought to."""
+        return {"folder": models.fetch(uri, folder)}
+
+    def answer_promote(
+        self, name: str, number: str, over: str | None, decision: str, wins: bool
+    ) -> dict[str, bool]:
+        """Write a decision down, unless it was made against another than the present champion.
+
+        Each step may be the last before a crash: the next run decides the same again.
         """
-        import numpy as np
-
-        images_NHWc = np.asarray(example, np.uint8)
-        shape = (-1, *images_NHWc.shape[1:])
-        signature = ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), shape)]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(manifest["class_names"])))]),
-        )
         client = self.store.client
-        logged = client.create_logged_model(self.experiment, "student", self.run_id)
-        with tempfile.TemporaryDirectory() as temporary:
-            data = Path(temporary, "data")
-            data.mkdir()
-            for file in ("model.safetensors", "manifest.json"):
-                shutil.copy(folder / file, data)
-            mlflow.pyfunc.save_model(
-                f"{temporary}/model",
-                loader_module="kd.tracking.student",
-                data_path=str(data),
-                mlflow_model=Model(
-                    artifact_path=logged.artifact_location,
-                    model_uuid=logged.model_id,
-                    model_id=logged.model_id,
-                    run_id=self.run_id,
-                ),
-                signature=signature,
-                input_example=images_NHWc,
-                pip_requirements=[f"{package}=={version(package)}" for package in SERVED_BY],
-            )
-            client.log_model_artifacts(logged.model_id, f"{temporary}/model")
-        client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, 0)])
-        client.finalize_logged_model(logged.model_id, "READY")
-        return str(logged.model_id)
+        with recorder.locked(self.store.registry_lock):
+            holder = _champion(client, name)
+            if (str(holder.version) if holder else None) != over:
+                return {"done": False}
+            client.set_registered_model_alias(name, "challenger", number)
+            if decision:
+                client.set_model_version_tag(name, number, "kd.decision", decision)
+            if wins:
+                client.set_registered_model_alias(name, "champion", number)
+        return {"done": True}
+
+    def log_export(
+        self,
+        folder: str,
+        registered_name: str,
+        metrics: Mapping[str, float],
+        val_hash: str,
+        example: list[Any],
+        at: float,
+    ) -> None:
+        """Log the export in a folder below its student's run, and let the registry point at it.
+
+        The same bundle is logged once; its metrics are those of the last time.
+        """
+        client, name = self.store.client, Path(folder).name
+        tags = _export_tags(Path(folder))
+        registered = _version_of(client, registered_name, tags["kd.student_sha256"])
+        origin = registered.run_id if registered else self.run_id
+        model_id = self._logged(tags) or models.log(
+            client, self.experiment, origin, models.export(Path(folder), tags, example)
+        )
+        self._log_of_model(model_id, metrics, val_hash, at)
+        if registered:
+            pointers = {"": f"models:/{model_id}", ".sha256": tags["kd.export_sha256"]}
+            for suffix, value in pointers.items():
+                key = f"kd.export.{name}{suffix}"
+                client.set_model_version_tag(registered_name, registered.version, key, value)
+
+    def _log_of_model(
+        self, model_id: str, metrics: Mapping[str, float], val_hash: str, at: float
+    ) -> None:
+        """Log figures of a model on the validation images, by which MLflow compares models."""
+        owner = {"model_id": model_id, "run_id": self.run_id}
+        images = {"dataset_name": "val", "dataset_digest": val_hash[:LONGEST_DIGEST]}
+        points = [Metric(k, v, int(at * 1000), 0, **owner, **images) for k, v in metrics.items()]
+        self.store.client.log_batch(self.run_id, metrics=points)
+
+    def _logged(self, tags: Mapping[str, str]) -> str | None:
+        """The id of the model that was logged with these very tags, if there is one."""
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = self.store.client.search_logged_models([self.experiment], wanted)
+        ready = [model for model in found if model.status == "READY"]
+        return str(ready[0].model_id) if ready else None
 
     def end(self, status: str, reason: str) -> None:
-        """End the run: FINISHED, FAILED or KILLED, and why."""
+        """End the run: FINISHED, FAILED or KILLED, and why.  A resumed one stays as it ended."""
+        if self._monitor is None:
+            return
         self._monitor.finish()
         if reason:
             self.log_tags({"kd.end_reason": reason})
@@ -257,43 +341,38 @@ def make_tables(path: Path) -> None:
         engine.dispose()
 
 
-def promote(client: mlflow.MlflowClient, name: str, number: str) -> None:
-    """Make a version the challenger, and the champion if it beats the present one.
-
-    Two accuracies are compared on the same validation images only.  On others the champion
-    stays, and the tag kd.decision says how to replace it by hand.
-    """
-    client.set_registered_model_alias(name, "challenger", number)
-    challenger = client.get_model_version(name, number)
+def _champion(client: mlflow.MlflowClient, name: str) -> Any | None:
+    """The version that is champion, if there is one."""
+    if not client.search_registered_models(f"name = '{name}'"):
+        return None
     holder = client.get_registered_model(name).aliases.get("champion")
-    champion = client.get_model_version(name, holder) if holder else None
-    decision, wins = _decide(challenger, champion)
-    client.set_model_version_tag(name, number, "kd.decision", decision)
-    if wins:
-        client.set_registered_model_alias(name, "champion", number)
+    return client.get_model_version(name, holder) if holder else None
 
 
-def _decide(challenger: Any, champion: Any) -> tuple[str, bool]:
-    """What to say of a challenger, and whether it becomes champion."""
-    if champion is None:
-        return "champion: the first of its name", True
-    if champion.version == challenger.version:
-        return challenger.tags.get("kd.decision", "champion"), False
-    if champion.tags.get("kd.val_hash") != challenger.tags["kd.val_hash"]:
-        return (
-            f"not compared: version {champion.version} was measured on other validation images; "
-            "to replace it, give this version the alias champion",
-            False,
-        )
-    new, old = (float(one.tags["kd.val_accuracy"]) for one in (challenger, champion))
-    verdict = f"validation accuracy {new:.4f} against {old:.4f} of version {champion.version}"
-    return (f"champion: {verdict}", True) if new > old else (f"challenger: {verdict}", False)
+def _plain(version: Any | None) -> dict[str, Any] | None:
+    """What the other side knows of a version."""
+    if version is None:
+        return None
+    return {"number": str(version.version), "uri": version.source, "tags": dict(version.tags)}
 
 
 def _version_of(client: mlflow.MlflowClient, name: str, sha256: str) -> Any | None:
     """The registered version with these weights, if there is one."""
     found = client.search_model_versions(f"name = '{name}' and tags.`kd.sha256` = '{sha256}'")
     return found[0] if found else None
+
+
+def _export_tags(folder: Path) -> dict[str, str]:
+    """What tells the bundle in a folder from all others."""
+    parity, student = (
+        json.loads((folder / name).read_text("utf-8")) for name in ("parity.json", "student.json")
+    )
+    return {
+        "kd.export": folder.name,
+        "kd.export_sha256": parity["sha256"],
+        "kd.bundle_sha256": hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest(),
+        "kd.student_sha256": student["sha256"],
+    }
 
 
 def _process_tags(pid: int) -> dict[str, str]:
@@ -313,17 +392,26 @@ def _lives(tags: Mapping[str, str]) -> bool:
     return bool(abs(born - float(tags.get("kd.pid_born", 0))) < 5)
 
 
+def _note(tags: Mapping[str, str]) -> dict[str, str]:
+    """A description with a link back to Prefect; MLflow's page shows tags as plain text."""
+    page = tags.get("prefect.task_run_url")
+    return {"mlflow.note.content": f"[Its task run in Prefect]({page})"} if page else {}
+
+
+def _user() -> str:
+    """Who runs this, by name; a container's user may have a number alone."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 def _git_tags(root: Path) -> dict[str, str]:
     """The commit, and whether files other than dvc.lock (which the pipeline writes) differ."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = git("rev-parse", "HEAD")
-    if not commit:
+    found = git.state(root)
+    if found is None:
         return {}
-    dirty = bool(git("status", "--porcelain", "--", ".", ":!dvc.lock"))
+    commit, dirty = found
     return {"git.commit": commit, "git.dirty": str(dirty).lower()}
 
 
@@ -337,11 +425,15 @@ def _dvc_tags(root: Path, stage: str, name: str | None) -> dict[str, str]:
         deps = [_filled_in(dep, name or "") for dep in _deps(pipeline[stage])]
     except Exception:
         return {}  # no pipeline here, or another stage's DVC is writing dvc.lock just now
-    return {
-        f"dvc.dep.{path}": md5
-        for path, md5 in made.items()
-        if any(path == dep or path.startswith(f"{dep}/") for dep in deps)
-    }
+    return {f"dvc.dep.{dep}": read for dep in deps if (read := _read_of(dep, made))}
+
+
+def _read_of(dep: str, made: Mapping[str, str]) -> str:
+    """The hash of a dependency; where several stages fill a folder, their outputs with hashes."""
+    inside = (
+        f"{out[len(dep) + 1 :]} {md5}" for out, md5 in made.items() if out.startswith(f"{dep}/")
+    )
+    return made.get(dep) or ", ".join(inside)
 
 
 def _filled_in(dep: str, name: str) -> str:

@@ -1,5 +1,6 @@
 """The weights stage's run: every weight set as a run of its own, the search as curves and figures.
 
+MLflow's pages give figures with a slash, which other runs lack, sections of their own.
 Reads what the stage wrote to artifacts/weights, and nothing else.
 """
 
@@ -24,7 +25,8 @@ def log_weight_sets(
         folder: Holds weights.json, val_logits.safetensors, and where a search ran,
             convergence.csv and path.csv.
         tags: What the stage's run was tagged with; the sets' runs share them.
-        study: The Optuna study's file, kept with the run so that optuna-dashboard can open it.
+        study: The Optuna study's file, kept with the run so that optuna-dashboard can open it;
+            absent where nothing was searched.
     """
     record = json.loads((folder / "weights.json").read_text())
     parent.log_figure(figures.weights(record), "weights")
@@ -34,7 +36,7 @@ def log_weight_sets(
     if (folder / "convergence.csv").exists():
         _log_search(parent, record, folder)
     parent.log_final(_finals(record["sets"]["chosen"]) | _gains(record["gain"]))
-    if study is not None:
+    if study is not None and study.exists():
         parent.log_file(study, "study")
         parent.log_tags({"kd.optuna_dashboard": f"optuna-dashboard {shlex.quote(str(study))}"})
     for name, found in record["sets"].items():
@@ -54,13 +56,13 @@ def _log_search(parent: Run, record: Mapping[str, object], folder: Path) -> None
     path = figures.read_rows(folder / "path.csv")
     parent.log_curve(
         {
-            int(row["generation"]): {f"search.{k}": row[k] for k in ("best", "median", "worst")}
+            int(row["generation"]): {f"search/{k}": row[k] for k in ("best", "median", "worst")}
             for row in convergence
         }
     )
     parent.log_curve(
         {
-            int(row["generation"]): {f"weight.{k}": w for k, w in row.items() if k != "generation"}
+            int(row["generation"]): {f"weight/{k}": w for k, w in row.items() if k != "generation"}
             for row in path
         }
     )
@@ -86,13 +88,13 @@ def _finals(found: Mapping[str, object]) -> dict[str, float]:
         for key, value in found.items()
         if isinstance(value, int | float) and value is not None
     }
-    return {**{f"weight.{name}": float(w) for name, w in weights.items()}, **numbers}
+    return {**{f"weight/{name}": float(w) for name, w in weights.items()}, **numbers}
 
 
 def _gains(gain: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Held-out gains with their standard errors, flat: gain.over_uniform.nll."""
+    """Held-out gains with their standard errors, flat: gain/over_uniform.nll."""
     return {
-        f"gain.{over}.{key}": float(value)
+        f"gain/{over}.{key}": float(value)
         for over, row in gain.items()
         for key, value in row.items()
     }

@@ -1,6 +1,7 @@
 """One JSON object a line, over a socket: how a stage and the recorder talk."""
 
 import json
+import select
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,10 @@ class Line:
             raise ConnectionError("the other end hung up")
         message: dict[str, Any] = json.loads(text)
         return message
+
+    def is_silent(self, seconds: float) -> bool:
+        """Whether nothing comes for so long."""
+        return not select.select([self._socket], [], [], seconds)[0]
 
     def close(self) -> None:
         """Hang up."""

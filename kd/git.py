@@ -1,0 +1,24 @@
+"""What git says of the code that runs."""
+
+import subprocess
+from pathlib import Path
+
+
+def state(root: Path) -> tuple[str, bool] | None:
+    """The commit, and whether files differ from it; None where there is no git or no commit.
+
+    dvc.lock does not count, because the pipeline itself writes it.
+    """
+    commit = ask(root, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit, bool(ask(root, "status", "--porcelain", "--", ".", ":!dvc.lock"))
+
+
+def ask(root: Path, *words: str) -> str:
+    """What `git WORDS` prints, nothing where it fails or is not installed."""
+    try:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

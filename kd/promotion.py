@@ -1,0 +1,247 @@
+"""Who is champion: a new student takes over if it beats the present one by more than noise.
+
+    kd promote
+
+The student stage decides it, `kd promote` decides it again, and both come here.  Everything goes
+by the SHA-256 of the student's weights: whoever is registered keeps its version, and the same two
+students on the same images get the same decision.  So it does no harm to repeat any of it, and
+what a crash left half done is done by the next time.
+
+Both networks predict the present validation images, here and now, and are compared in pairs by
+McNemar's exact test.  Where the images are others than those that the champion was chosen on, it
+may have learned from some of them; it is registered with a hash of each image that it has seen,
+and those are left out.
+
+N samples, H W image, channels last.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd import artifacts, bench, manifest
+from kd.bundle import checksums
+from kd.component import ConfigError
+from kd.data import Images
+from kd.evaluate import correct, predict
+from kd.manifest import Manifest
+from kd.tracking import Run, TrackingError, Version
+
+REGISTERED_NAME = "kd-student"
+LEVEL = 0.05
+"""A student that is no better than the champion replaces it in at most this share of cases."""
+DATA = artifacts.ROOT / "data"
+STUDENT = artifacts.ROOT / "student"
+EXPORTS = artifacts.ROOT / "exports"
+SEEN = "seen.npy"
+"""Beside a registered student: a hash of each image that it learned from."""
+BOTH_WAYS = ("ptq_val_accuracy", "qat_val_accuracy")
+"""In parity.json where int8 was reached by calibration alone and by fine-tuning."""
+TRIES = 10
+"""How often to decide again because another student became champion meanwhile."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a comparison."""
+
+    decision: str
+    """For people; begins with "champion", "challenger" or "not compared"."""
+    wins: bool
+
+
+def promote(run: Run) -> str:
+    """Register the student in artifacts/student with its exports, and decide who is champion.
+
+    Args:
+        run: The student's own.
+
+    Returns:
+        The decision.
+
+    Raises:
+        TrackingError: MLflow does not answer.
+        ArtifactError: there is no student.
+    """
+    described = manifest.read(STUDENT)
+    challenger = run.registered(REGISTERED_NAME, described.sha256)
+    if challenger is None:
+        register(run)
+        challenger = run.registered(REGISTERED_NAME, described.sha256)
+        assert challenger  # `register` would have said why not
+    complete(run, challenger)
+    for _ in range(TRIES):
+        champion = run.champion(REGISTERED_NAME)
+        found = judge(challenger, champion, lambda it: run.fetch(it.uri, run.scratch()))
+        if run.promote(REGISTERED_NAME, challenger, champion, found.decision, found.wins):
+            return f"version {challenger.number}: {found.decision or 'champion already'}"
+    raise TrackingError("the registry", f"the champion changed {TRIES} times while it was asked")
+
+
+def register(run: Run) -> None:
+    """Log the student as a model, and as a version in the registry."""
+    val = Images.load(DATA, "val")
+    folder = run.scratch()
+    np.save(folder / SEEN, seen())
+    run.log_model(
+        STUDENT,
+        registered_name=REGISTERED_NAME,
+        val_accuracy=artifacts.read_json(STUDENT / "metrics.json")["val_accuracy"],
+        val_hash=artifacts.read_json(DATA / "data.json")["splits"]["val"]["sha256"],
+        example=val.pixels_NHWC[:2].numpy(),
+        beside=[folder / SEEN],
+    )
+
+
+def complete(run: Run, version: Version) -> None:
+    """Log those exports of the student that its version does not point at, after a loss."""
+    for folder in sorted(path.parent for path in EXPORTS.glob(f"*/{checksums.SUMS}")):
+        made_from = manifest.read(folder, "student.json").sha256
+        sha256 = artifacts.read_json(folder / "parity.json")["sha256"]
+        known = version.tags.get(f"kd.export.{folder.name}.sha256")
+        if made_from == version.sha256 and known != sha256:
+            log_export(run, folder)
+
+
+def log_export(run: Run, folder: Path) -> dict[str, float]:
+    """Log the export in a bundle's folder; the figures that exports are compared by."""
+    parity = artifacts.read_json(folder / "parity.json")
+    figures = {
+        "val_accuracy": parity["val_accuracy"],
+        "size_mb": parity["size_bytes"] / 1e6,
+        "parity_max_abs": parity["max_abs"],
+        "parity_mean_abs": parity["mean_abs"],
+        "parity_top1_agreement": parity["top1_agreement"],
+        **{key: parity[key] for key in BOTH_WAYS if key in parity},
+        **bench.recorded(folder),
+    }
+    run.log_export(
+        folder,
+        registered_name=REGISTERED_NAME,
+        metrics=figures,
+        val_hash=artifacts.read_json(DATA / "data.json")["splits"]["val"]["sha256"],
+        example=Images.load(DATA, "val").pixels_NHWC[:2].numpy(),
+    )
+    return figures
+
+
+def judge(
+    challenger: Version, champion: Version | None, fetch: Callable[[Version], Path]
+) -> Verdict:
+    """Whether the student in artifacts/student is to replace the champion.
+
+    Args:
+        challenger: Its version in the registry.
+        champion: The one to beat; None where there is none.
+        fetch: Brings the champion's files; called only where they are needed.
+    """
+    if champion is None:
+        return Verdict("champion: the first of its name", True)
+    if champion.number == challenger.number:
+        return Verdict("", False)
+    try:
+        folder = fetch(champion)
+        theirs, holder = manifest.load(folder)
+        ours, student = manifest.load(STUDENT)
+        fits(student, holder)
+    except TrackingError:
+        raise
+    except (ConfigError, ValueError) as error:
+        return Verdict(
+            f"not compared: version {champion.number} cannot be run on these images ({error}); "
+            "to replace it, give this version the alias champion",
+            False,
+        )
+    val = Images.load(DATA, "val")
+    new_N = correct(predict(ours, val), val.labels_N)
+    old_N = correct(predict(theirs, replace(val, mean=holder.mean, std=holder.std)), val.labels_N)
+    fresh_N = unseen(val, folder / SEEN)
+    return compared(new_N[fresh_N], old_N[fresh_N], champion.number, len(val))
+
+
+def compared(new_N: Tensor, old_N: Tensor, champion: str, num_val: int) -> Verdict:
+    """The verdict on two students by what each predicts rightly.
+
+    Args:
+        new_N: Of the challenger: which images it predicts rightly.
+        old_N: Of the champion, for the same images.
+        champion: Its version.
+        num_val: How many validation images there are; those that are missing it has learned from.
+    """
+    if not len(new_N):
+        return Verdict(
+            f"not compared: version {champion} has learned from every validation image; "
+            "to replace it, give this version the alias champion",
+            False,
+        )
+    gained, lost, p = mcnemar(new_N, old_N)
+    wins = p <= LEVEL
+    accuracies = [f"{each_N.double().mean().item():.4f}" for each_N in (new_N, old_N)]
+    on = f"{len(new_N)}" if len(new_N) == num_val else f"those {len(new_N)} of {num_val}"
+    unknown = "" if len(new_N) == num_val else " that it has not learned from"
+    decision = (
+        f"{'champion' if wins else 'challenger'}: accuracy {accuracies[0]} against "
+        f"{accuracies[1]} of version {champion} on {on} validation images{unknown}; "
+        f"right where that errs {gained} times, wrong where it is right {lost} times, "
+        f"p = {p:.3g} ({LEVEL} or less is needed)"
+    )
+    return Verdict(decision, wins)
+
+
+def mcnemar(new_N: Tensor, old_N: Tensor) -> tuple[int, int, float]:
+    """McNemar's exact test of one classifier being better than another on the same samples.
+
+    Args:
+        new_N: Which samples the one predicts rightly.
+        old_N: Which the other does.
+
+    Returns:
+        Samples that only the one predicts rightly, those that only the other does, and the
+        chance that a fair coin shows the first as often or more among both.
+    """
+    gained, lost = int((new_N & ~old_N).sum()), int((old_N & ~new_N).sum())
+    tosses, ways, total = gained + lost, 1, 0
+    for heads in range(lost + 1):  # as many tails or fewer: the same by symmetry, in exact numbers
+        total += ways
+        ways = ways * (tosses - heads) // (heads + 1)
+    return gained, lost, float(Fraction(total, 2**tosses))
+
+
+def fits(student: Manifest, holder: Manifest) -> None:
+    """See that the champion answers the same question.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    for what in ("class_names", "channels", "image_size"):
+        old, new = getattr(holder, what), getattr(student, what)
+        if old != new:
+            raise ValueError(f"its {what} {old} are not {new}")
+
+
+def seen() -> NDArray[np.uint64]:
+    """A hash of each image of train and pool, sorted."""
+    parts = [hashes(Images.load(DATA, split)) for split in ("train", "pool")]
+    return np.unique(np.concatenate(parts))
+
+
+def unseen(val: Images, path: Path) -> Tensor:
+    """Which of the validation images are not among those whose hashes a file holds."""
+    if not path.exists():
+        return torch.ones(len(val), dtype=torch.bool)
+    return torch.from_numpy(~np.isin(hashes(val), np.load(path)))
+
+
+def hashes(images: Images) -> NDArray[np.uint64]:
+    """64 bits for each image: of a million, two that differ agree with a chance of 3e-8."""
+    parts = (images.pixels_NHWC, *images.beyond_NHWC)
+    rows = (row.numpy().tobytes() for pixels_NHWC in parts for row in pixels_NHWC)
+    short = (hashlib.blake2b(row, digest_size=8).digest() for row in rows)
+    return np.array([int.from_bytes(each, "little") for each in short], np.uint64)

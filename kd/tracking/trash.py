@@ -1,0 +1,98 @@
+"""What people deleted in MLflow, which keeps it until it is emptied out for good."""
+# mypy: disallow-untyped-calls=False
+# MLflow gives types to half of its functions.
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import mlflow
+from mlflow.entities import ViewType
+from mlflow.tracking._tracking_service.utils import _get_store
+
+from kd.component import ConfigError
+
+
+class Trash:
+    """What was deleted in a database store more than some days ago."""
+
+    def __init__(self, uri: str, days: float) -> None:
+        """Look into it.
+
+        Args:
+            uri: The store, a database's.
+            days: How long ago; what was deleted later is left alone.
+
+        Raises:
+            ConfigError: a registered student would lose what it points at.
+        """
+        self.uri, self.days = uri, days
+        store = _get_store(uri)
+        age = int(days * 86_400_000)
+        client = mlflow.MlflowClient(uri)
+        self.runs = {
+            each: store.get_run(each).info.artifact_uri for each in store._get_deleted_runs(age)
+        }
+        self.models = {
+            each: store.get_logged_model(each, allow_deleted=True).artifact_location
+            for each in store._get_deleted_logged_models(older_than=age)
+        }
+        threshold = time.time() * 1000 - age
+        self.experiments = {
+            each.experiment_id: each.artifact_location
+            for each in client.search_experiments(ViewType.DELETED_ONLY)
+            if (each.last_update_time or 0) < threshold
+        }
+        for version in client.search_model_versions():
+            self._spare(version.name, str(version.version), version.run_id or "", version.tags)
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Each thing that would go, and its bytes on this machine."""
+        for kind, found in (
+            ("run", self.runs),
+            ("model", self.models),
+            ("experiment", self.experiments),
+        ):
+            for identity, uri in found.items():
+                yield f"{kind} {identity}", 0 if kind == "experiment" else _bytes(uri)
+
+    def empty(self) -> str:
+        """Delete it for good; what `mlflow gc` says."""
+        command = [sys.executable, "-m", "mlflow", "gc", "--older-than", f"{self.days}d"]
+        done = subprocess.run(
+            [*command, "--backend-store-uri", self.uri],
+            env={**os.environ, "MLFLOW_TRACKING_URI": self.uri},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise ConfigError(f"`mlflow gc` failed: {done.stderr.strip()[-1000:]}")
+        return done.stdout.strip()
+
+    def _spare(self, name: str, version: str, run_id: str, tags: dict[str, str]) -> None:
+        """See that nothing goes that a registered version points at."""
+        needed = {run_id, *(uri.removeprefix("models:/") for uri in tags.values())}
+        if lost := needed & {*self.runs, *self.models}:
+            raise ConfigError(
+                f"{lost.pop()} was deleted in MLflow, but version {version} of {name} needs it: "
+                "restore it, or delete the version too"
+            )
+        if run_id and _get_store(self.uri).get_run(run_id).info.experiment_id in self.experiments:
+            raise ConfigError(
+                f"version {version} of {name} lies in an experiment that was deleted in MLflow: "
+                "restore it, or delete the version too"
+            )
+
+
+def _bytes(uri: str) -> int:
+    """Of the files below a folder; 0 where it is not on this machine."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file"):
+        return 0
+    return sum(
+        each.stat().st_size for each in Path(unquote(parts.path)).rglob("*") if each.is_file()
+    )

@@ -1,0 +1,78 @@
+"""The views that an experiment's page offers: which runs, which columns, in which order.
+
+MLflow keeps a saved view as a tag of the experiment.  They are made with the experiment, so that
+what somebody changes there stays changed.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+
+TRAINING = "workflowType=machine_learning"
+"""Of two faces that MLflow's pages have, the one for runs; they open with the one for agents."""
+NETWORKS = "networks"
+"""The view to open first."""
+
+
+def address(experiment: str) -> str:
+    """The page of an experiment's networks, below the server's address."""
+    return f"/#/experiments/{experiment}/runs?{TRAINING}&viewStateShareKey={NETWORKS}"
+
+
+def tags() -> dict[str, str]:
+    """The views as tags of an experiment."""
+    return {f"mlflow.sharedViewState.{key}": json.dumps(view) for key, view in _views()}
+
+
+def _views() -> Iterator[tuple[str, dict[str, object]]]:
+    yield (
+        NETWORKS,
+        _view(
+            "Networks: teacher, assistants, student, baselines",
+            "metrics.params_m > 0",
+            metrics=("val_accuracy", "val_nll", "params_m", "size_mb"),
+            params=("model.kind", "model.depth", "method.kind", "method.temperature"),
+        ),
+    )
+    yield (
+        "weights",
+        _view(
+            "Weight sets",
+            "tags.`kd.stage` = 'weights'",
+            metrics=("held_out_nll", "held_out_accuracy", "val_nll", "gap"),
+            params=("weighting.kind",),
+        ),
+    )
+    yield (
+        "exports",
+        _view(
+            "Exports",
+            "tags.`kd.stage` = 'exports'",
+            metrics=("val_accuracy", "parity_top1_agreement", "size_mb", "latency_ms"),
+            params=("export.kind", "export.precision"),
+        ),
+    )
+
+
+def _view(
+    name: str, runs: str, metrics: tuple[str, ...], params: tuple[str, ...]
+) -> dict[str, object]:
+    columns = [
+        "tags.`kd.pipeline_run`",
+        *(f"metrics.`{each}`" for each in metrics),
+        *(f"params.`{each}`" for each in params),
+    ]
+    state = {
+        "searchFilter": runs,
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": columns,
+        "runsHiddenMode": "FIRST_20_RUNS",
+        "hideEmptyCharts": True,
+    }
+    now = int(time.time() * 1000)
+    return {"name": name, "createdAt": now, "updatedAt": now, "state": json.dumps(state)}

@@ -1,0 +1,292 @@
+"""Who becomes champion, on a real store, also when the process that decides is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from kd import promotion, publish, tracking
+from kd.bundle import checksums
+from kd.component import ConfigError
+from kd.evaluate import predict
+from kd.exporters import Onnx
+from tests.bundle import toys
+from tests.test_tracking import GIVEN, SOURCES
+
+pytestmark = pytest.mark.filterwarnings(
+    # MLflow 3.17 with SQLAlchemy 2.1, in the client that these tests look at the store with.
+    "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
+)
+
+
+def rights(both: int, gained: int, lost: int, neither: int = 0):
+    """Which images the new and the old student predict rightly."""
+    new = [True] * (both + gained) + [False] * (lost + neither)
+    old = [True] * both + [False] * gained + [True] * lost + [False] * neither
+    return torch.tensor(new, dtype=torch.bool), torch.tensor(old, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost"), [(0, 0), (1, 0), (0, 1), (5, 0), (4, 4), (30, 12), (12, 30), (900, 700)]
+)
+def test_the_paired_test_is_the_exact_one_sided_binomial(gained, lost):
+    found = promotion.mcnemar(*rights(3, gained, lost, 2))
+    tossed = gained + lost
+    wanted = binomtest(gained, tossed, alternative="greater").pvalue if tossed else 1.0
+    assert found == (gained, lost, pytest.approx(wanted, rel=1e-9))
+
+
+def test_random_pairs_agree_with_the_slow_way():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        new_N, old_N = (torch.from_numpy(rng.random(40) < share) for share in rng.random(2))
+        gained = sum(bool(a and not b) for a, b in zip(new_N, old_N, strict=True))
+        lost = sum(bool(b and not a) for a, b in zip(new_N, old_N, strict=True))
+        p = binomtest(gained, gained + lost, alternative="greater").pvalue if gained + lost else 1
+        assert promotion.mcnemar(new_N, old_N) == (gained, lost, pytest.approx(p, rel=1e-9))
+
+
+def test_a_student_wins_by_more_than_noise_only():
+    won = promotion.compared(*rights(90, 5, 0, 5), "3", 100)
+    assert won.wins, "p = 1/32"
+    assert won.decision.startswith("champion: accuracy 0.9500 against 0.9000 of version 3 on 100 ")
+    tied = promotion.compared(*rights(90, 4, 0, 6), "3", 100)
+    assert not tied.wins, "p = 1/16, though it is better"
+    assert tied.decision.startswith("challenger: ")
+    none = promotion.compared(*rights(0, 0, 0), "3", 100)
+    assert (none.wins, none.decision.startswith("not compared")) == (False, True)
+
+
+def test_a_student_that_is_no_better_seldom_wins():
+    rng = np.random.default_rng(1)
+    wins = 0
+    for _ in range(2000):
+        new_N, old_N = (torch.from_numpy(rng.random(200) < 0.9) for _ in range(2))
+        wins += promotion.compared(new_N, old_N, "1", 200).wins
+    assert wins / 2000 < promotion.LEVEL + 3 * (promotion.LEVEL / 2000) ** 0.5
+
+
+class Workspace:
+    """artifacts/ with data and one student at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        rng = np.random.default_rng(0)
+        self.pixels = rng.integers(0, 256, (180, 8, 8, 3), dtype=np.uint8)
+        self.modules = {seed: toys.network(root / f"networks/{seed}", seed)[0] for seed in (1, 2)}
+        self.data(train=range(120), val=range(120, 180))
+
+    def data(self, train: range, val: range, right: int = 2, data_hash: str = "d" * 64) -> None:
+        """Write the data; labels are what the network `right` predicts."""
+        mean, std = [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]
+        folder = self.root / "artifacts/data"
+        for name, chosen in (("train", train), ("pool", range(0)), ("val", val)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            np.save(folder / name / "images.npy", self.pixels[chosen.start : chosen.stop])
+            np.save(folder / name / "labels.npy", np.zeros(len(chosen), np.int64))
+        record = {"mean": mean, "std": std, "data_hash": data_hash, "class_names": toys.CLASSES}
+        record["splits"] = {"train": {"count": 120}, "val": {"sha256": str(val), "count": 60}}
+        (folder / "data.json").write_text(json.dumps(record | {"dataset": {"kind": "toys"}}))
+        labels_N = predict(self.modules[right], self.images()).argmax(1).numpy()
+        np.save(folder / "val/labels.npy", labels_N)
+
+    def images(self):
+        from kd.data import Images
+
+        return Images.load(self.root / "artifacts/data", "val")
+
+    def student(self, seed: int, **others) -> str:
+        """Put a student in place; the SHA-256 of its weights."""
+        folder = self.root / "artifacts/student"
+        _, described = toys.network(folder, seed, **others)
+        (folder / "metrics.json").write_text('{"val_accuracy": 0.5}')
+        return described.sha256
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A repository with a store."""
+    root = tmp_path_factory.mktemp("promotion")
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KD_RECORDER_IDLE", "20")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of MLflow's many dependencies
+            import mlflow
+        yield SimpleNamespace(root=root, mlflow=mlflow)
+
+
+@pytest.fixture
+def place(home, monkeypatch, request):
+    """Fresh artifacts, and a name of their own in the registry."""
+    name = request.node.name
+    monkeypatch.chdir(home.root)
+    monkeypatch.setattr(promotion, "REGISTERED_NAME", name)
+    for left_over in ("artifacts", "networks"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+    def aliases(name=name):
+        client = home.mlflow.MlflowClient(tracking.tracking_uri())
+        found = client.get_registered_model(name).aliases
+        return {alias: str(number) for alias, number in found.items()}
+
+    def everything(name=name):
+        """All that the store knows of runs, versions, models and decisions."""
+        client = home.mlflow.MlflowClient(tracking.tracking_uri())
+        return (
+            aliases(name),
+            sorted(run.info.run_id for run in client.search_runs(["1"])),
+            sorted(
+                (v.name, v.version, sorted(v.tags.items())) for v in client.search_model_versions()
+            ),
+            sorted(model.model_id for model in client.search_logged_models(["1"])),
+        )
+
+    workspace = Workspace(home.root)
+    return SimpleNamespace(workspace=workspace, name=name, aliases=aliases, everything=everything)
+
+
+def promote(resume: bool = False) -> str:
+    with tracking.run("student", **GIVEN, resume=resume) as run:
+        said = promotion.promote(run)
+        assert run.id
+    assert run.error is None
+    return said
+
+
+KILLED = """
+import os, signal, sys
+from kd import promotion, tracking
+from kd.tracking import Run
+promotion.REGISTERED_NAME = sys.argv[1]
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+Run.promote = die  # between the registration and the alias
+with tracking.run("student", params={}, tags={}) as run:
+    promotion.promote(run)
+"""
+
+
+def test_a_better_student_takes_over_and_no_repetition_or_crash_changes_that(place):
+    place.workspace.student(1)
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, place.name],
+        env={**os.environ, "PYTHONPATH": SOURCES},
+        capture_output=True,
+        text=True,
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert place.aliases() == {}, "registered, and nothing decided"
+    assert promote() == "version 1: champion: the first of its name"
+    assert place.aliases() == {"challenger": "1", "champion": "1"}
+
+    place.workspace.student(2)
+    said = promote()
+    assert said.startswith("version 2: champion: accuracy 1.0000 against 0.")
+    before = place.everything()
+    assert before[0] == {"challenger": "2", "champion": "2"}
+    promote(resume=True)
+    assert place.everything() == before, "the same student again"
+
+    place.workspace.student(1)  # comes back, as from the run-cache
+    said = promote(resume=True)
+    assert said.startswith("version 1: challenger: accuracy 0.")
+    assert place.aliases() == {"challenger": "1", "champion": "2"}
+    before = place.everything()
+    assert promote(resume=True) == said
+    assert place.everything() == before
+
+
+def test_on_other_images_the_champion_is_tried_on_those_that_it_has_not_learned_from(place):
+    place.workspace.student(1)
+    promote()
+    place.workspace.data(train=range(90), val=range(90, 180), data_hash="e" * 64)
+    place.workspace.student(2, data_hash="e" * 64)
+    said = promote()
+    assert "on those 60 of 90 validation images that it has not learned from" in said
+    assert place.aliases()["champion"] == "2", said
+
+
+def test_a_champion_that_answers_another_question_stays_and_the_remedy_is_named(place):
+    place.workspace.student(1, class_names=("x", "y", "z"))
+    promote()
+    place.workspace.student(2)
+    said = promote()
+    assert "not compared: version 1 cannot be run on these images (its class_names" in said
+    assert "give this version the alias champion" in said
+    assert place.aliases() == {"challenger": "2", "champion": "1"}
+
+
+def test_exports_that_were_lost_are_logged_by_the_next_promotion_and_published(place):
+    public = place.workspace.root / "public"
+    url = str(public)
+    one = toys.bundled(place.workspace.root / "artifacts", Onnx())
+    place.workspace.student(0)
+    with tracking.run("student", **GIVEN) as run:
+        promotion.promote(run)
+        said = publish.champion(run, place.name, url)
+    assert said == f"published version 1 at {url}: onnx"
+    pointer = json.loads((public / "champion.json").read_text())
+    assert pointer["sha256"] == one.student.sha256
+    bundle = public / pointer["exports"]["onnx"]
+    assert checksums.check(bundle) == checksums.check(one.folder)
+
+    before = {path: path.stat().st_mtime_ns for path in public.rglob("*")}
+    with tracking.run("student", **GIVEN, resume=True) as run:
+        promotion.promote(run)
+        assert publish.champion(run, place.name, url) == f"version 1 is published at {url} already"
+    assert before == {path: path.stat().st_mtime_ns for path in public.rglob("*")}
+
+    (bundle / checksums.SUMS).unlink()  # as a copy that was cut short leaves it
+    with tracking.run("student", **GIVEN, resume=True) as run:
+        assert publish.champion(run, place.name, url) == said
+    assert checksums.check(bundle) == checksums.check(one.folder)
+
+
+def test_without_a_student_the_stage_to_run_is_named(place):
+    with (
+        tracking.run("student", **GIVEN) as run,
+        pytest.raises(ConfigError, match="dvc repro student"),
+    ):
+        promotion.promote(run)
+
+
+def test_the_command_promotes_publishes_and_does_no_harm_when_repeated(place):
+    root = place.workspace.root
+    toys.bundled(root / "artifacts", Onnx())
+    place.workspace.student(0)
+    given = (Path(SOURCES) / "params.yaml").read_text()
+    (root / "params.yaml").write_text(given)
+
+    def kd_promote():
+        done = subprocess.run(
+            [sys.executable, "-m", "kd", "promote", "--publish", "shop"],
+            env={**os.environ, "PYTHONPATH": SOURCES},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.splitlines()
+
+    assert kd_promote() == [
+        "version 1: champion: the first of its name",
+        "published version 1 at shop: onnx",
+    ]
+    before = place.everything("kd-student")
+    assert before[0] == {"challenger": "1", "champion": "1"}
+    assert kd_promote()[1] == "version 1 is published at shop already"
+    assert place.everything("kd-student") == before
+
+    (root / "params.yaml").write_text(given.replace("tracking: true", "tracking: false"))
+    assert "there is no registry to promote in" in kd_promote()[0]
