@@ -1,7 +1,9 @@
 """Child processes that end with us, stop when told to, and whose lines are heard at once."""
 
+import contextlib
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -9,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from flows import leash
 
@@ -63,6 +67,15 @@ def end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    if process.returncode < 0:  # killed itself, the leash held nothing any more
+        _end_session(process.pid)
+
+
+def _end_session(leader: int) -> None:
+    for each in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(each) == leader:
+                os.kill(each, signal.SIGKILL)
 
 
 def run(
@@ -108,7 +121,8 @@ def run(
             pass
         lines.close()
         process.stdout.close()
-    return process.returncode
+    code = process.returncode
+    return code if code >= 0 else 128 - code
 
 
 class _Lines:

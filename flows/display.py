@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
+from flows import timeline
 from flows.graph import Plan
 
 STYLES = {"running": "cyan", "done": "green", "failed": "bold red", "stopped": "yellow"}
@@ -53,6 +54,13 @@ def show_report(root: Path, console: Console) -> None:
         console.print(FURTHER, markup=False, highlight=False, soft_wrap=True)
 
 
+def show_timeline(root: Path, console: Console) -> None:
+    """When each stage of the run waited, ran and ended, if the run came so far as to say."""
+    drawn = root / timeline.FILE
+    if drawn.exists():
+        console.print(drawn.read_text(), markup=False, highlight=False, soft_wrap=True)
+
+
 @dataclass
 class Row:
     """One stage on the screen."""
@@ -75,7 +83,8 @@ class Progress(logging.Handler):
     def __init__(self, plan: Plan, console: Console) -> None:
         super().__init__(logging.INFO)
         self.console = console
-        self.rows = {name: Row() for name in plan.reasons}
+        names = [*plan.reasons, *(["promote"] if plan.promotes else [])]
+        self.rows = {name: Row() for name in names}
         self.width = max(len(name) for name in self.rows)
         self.live = Live(self, console=console, refresh_per_second=5, transient=False)
 
@@ -104,6 +113,8 @@ class Progress(logging.Handler):
             return
         message = record.getMessage()
         state = getattr(record, "stage_state", None)
+        if state == "waiting":
+            return  # the table says so already
         if state or self.rows[name].state == "running":
             self._follow(self.rows[name], message, state)
             if not self.console.is_terminal:

@@ -4,8 +4,13 @@ For a deployment name `flows/flow.py:pipeline`; for people there is `python -m f
 """
 
 import contextlib
+import os
 import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+from uuid import UUID
 
 import httpx
 from prefect import flow, get_run_logger, task
@@ -15,11 +20,14 @@ from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Crashed
+from prefect.utilities.urls import url_for
 
-from flows import graph, locks, results
+from flows import durations, graph, last_run, locks, remote, results
 from flows.child import Stopped
+from flows.promote import promote
 from flows.stage import reproduce
+from flows.timeline import Timeline
 
 CANCEL_POLL = 3.0
 """Seconds between questions to the server whether the run was cancelled there."""
@@ -29,43 +37,119 @@ class PipelineFailedError(Exception):
     """At least one stage failed; what did not depend on it has finished."""
 
 
-@task(task_run_name="{stage.name}", cache_policy=NO_CACHE, persist_result=False)
-def run_stage(stage: graph.Stage, root: Path, workspace: int, stop: threading.Event) -> None:
-    """Wait for a slot and run one stage there.  DVC decides whether there is anything to do."""
-    log = get_run_logger()
-    with locks.slots().take(threads=stage.threads, gpu=stage.gpu, stop=stop) as slot:
-        log.info("starts on %s", slot.name, extra={"stage_state": "running"})
-        try:
-            reproduce(
+class Place(Protocol):
+    """Where stages run: on this machine, or on remote workers."""
+
+    def run(
+        self,
+        stage: graph.Stage,
+        *,
+        env: Mapping[str, str],
+        log: remote.Log,
+        stop: threading.Event,
+        hold: Sequence[int],
+    ) -> graph.Hashes:
+        """Run one stage to its end, once there is room for it; what it read and made.
+
+        Raises:
+            flows.stage.StageFailedError: it failed.
+            flows.child.Stopped: `stop` was set.
+        """
+
+
+@dataclass(frozen=True)
+class Here:
+    """This machine, with its slots."""
+
+    root: Path
+
+    seconds: Mapping[str, float]
+    """How long each stage will probably take."""
+
+    def run(
+        self,
+        stage: graph.Stage,
+        *,
+        env: Mapping[str, str],
+        log: remote.Log,
+        stop: threading.Event,
+        hold: Sequence[int],
+    ) -> graph.Hashes:
+        """Wait for a slot and run one stage there."""
+        log.info("waits for a slot", extra={"stage_state": "waiting"})
+        with locks.slots().take(
+            threads=stage.threads, gpu=stage.gpu, stop=stop, seconds=self.seconds[stage.name]
+        ) as slot:
+            log.info("starts on %s", slot.name, extra={"stage_state": "running"})
+            return reproduce(
                 stage,
-                root,
-                env={**slot.env, **_run_ids()},
+                self.root,
+                env={**slot.env, **env},
                 hear=log.info,
                 stop=stop,
-                hold=[*slot.descriptors, workspace],
+                hold=[*slot.descriptors, *hold],
             )
-        except Exception as error:  # DVC's own too: dvc.yaml may be edited while we run
-            state = "stopped" if isinstance(error, Stopped) else "failed"
-            log.error("%s", str(error) or "stopped", extra={"stage_state": state})
-            raise
+
+
+@task(task_run_name="{stage.name}", cache_policy=NO_CACHE, persist_result=False)
+def run_stage(
+    stage: graph.Stage, root: Path, place: Place, workspace: int, stop: threading.Event
+) -> None:
+    """Run one stage in its place.  DVC decides whether there is anything to do."""
+    log = get_run_logger()
+    try:
+        hashes = place.run(stage, env=_run_ids(), log=log, stop=stop, hold=[workspace])
+    except Exception as error:  # DVC's own too: dvc.yaml may be edited while we run
+        state = "stopped" if isinstance(error, Stopped) else "failed"
+        log.error("%s", str(error) or "stopped", extra={"stage_state": state})
+        raise
+    results.publish_stage(root, stage.name, hashes)
+    log.info("done", extra={"stage_state": "done"})
+
+
+@task(task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
+def run_promotion(root: Path, workspace: int, publish: str | None, stop: threading.Event) -> None:
+    """Register the student, decide who is champion, and publish its exports."""
+    log = get_run_logger()
+    log.info("starts", extra={"stage_state": "running"})
+    try:
+        promote(root, publish, env=_run_ids(), hear=log.info, stop=stop, workspace=workspace)
+    except Exception as error:
+        state = "stopped" if isinstance(error, Stopped) else "failed"
+        log.error("%s", str(error) or "stopped", extra={"stage_state": state})
+        raise
     log.info("done", extra={"stage_state": "done"})
 
 
 @flow(name="pipeline", persist_result=False)
-def pipeline(root: str = ".") -> State | None:
-    """Bring every stage of `root`/dvc.yaml up to date.
+def pipeline(
+    root: str = ".", publish: str | None = None, on_workers: bool = False
+) -> State | None:
+    """Bring every stage of `root`/dvc.yaml up to date, and let the student compete for champion.
 
     Args:
         root: The folder that holds dvc.yaml.
+        publish: Where the champion's exports are copied to: a folder, or a URL such as
+            s3://bucket/models.
+        on_workers: Whether its stages run on the workers of the pools `gpu` and `cpu`.
 
     Raises:
-        PipelineFailedError: a stage failed; those after it were not run.
+        PipelineFailedError: a stage failed, or the promotion; those after it were not run.
+        flows.needs.WorkersCannotError: what workers need is not there.
         flows.locks.WorkspaceBusyError: another flow works there.
     """
     folder = Path(root).resolve()
+    worker = os.getppid() if "PREFECT__FLOW_RUN_ID" in os.environ else None
+    ended: State | None = None
     stop = threading.Event()
-    with locks.workspace(folder) as workspace:
+    with locks.workspace(folder) as workspace, Timeline(str(flow_run.id)) as times:
+        last_run.follow(folder, UUID(flow_run.id))
         plan = graph.read(folder)
+        results.publish_plan(plan)
+        seconds = durations.expected(folder, plan.stages)
+        place: Place = Here(folder, seconds)
+        if on_workers and plan.reasons:
+            place = remote.Workers(folder, plan, seconds)
         futures: dict[str, PrefectFuture[None]] = {}
         for stage in plan.stages:
             if stage.name in plan.reasons:
@@ -76,25 +160,32 @@ def pipeline(root: str = ".") -> State | None:
                 ).submit(
                     stage,
                     folder,
+                    place,
                     workspace,
                     stop,
                     return_state=False,
                     wait_for=[futures[each] for each in stage.waits_for if each in futures],
                 )
+        if plan.promotes:  # also where nothing was stale
+            futures["promote"] = run_promotion.submit(
+                folder, workspace, publish, stop, return_state=False, wait_for=[*futures.values()]
+            )
         try:
             while wait(list(futures.values()), timeout=CANCEL_POLL).not_done:
-                if _cancelled_on_the_server():
+                ended = ended or _ended_from_outside(worker)
+                if ended:
                     stop.set()
         except BaseException:
             stop.set()  # SIGINT and SIGTERM arrive here; no task may start another stage
             raise
-    if stop.is_set():
-        return Cancelled(message="cancelled on the server; all its processes were ended")
+        results.publish(folder, times)
+    if ended:
+        return ended
     for future in futures.values():
         future.wait()  # it is done, and this is when it takes over its task's last state
     if failed := [name for name, future in futures.items() if not future.state.is_completed()]:
         raise PipelineFailedError(f"not completed: {', '.join(failed)}")
-    results.publish(folder)
+    results.publish_report(folder)
     return None
 
 
@@ -102,7 +193,27 @@ def _run_ids() -> dict[str, str]:
     """For the stage's own records, which link back to this run."""
     context = TaskRunContext.get()
     assert context
-    return {"KD_FLOW_RUN_ID": str(flow_run.id), "KD_TASK_RUN_ID": str(context.task_run.id)}
+    task_run = context.task_run.id
+    return {
+        "KD_PIPELINE_RUN": str(flow_run.name),
+        "KD_FLOW_RUN_ID": str(flow_run.id),
+        "KD_TASK_RUN_ID": str(task_run),
+        "KD_TASK_RUN_URL": url_for("task-run", task_run) or "",
+    }
+
+
+def _ended_from_outside(worker: int | None) -> State | None:
+    """What became of a run that nobody waits for any more; None while all is well.
+
+    Args:
+        worker: The process that started this one for Prefect.  Without it the run's next word on
+            the terminal breaks it, at any moment; so it ends here, while it can clean up.
+    """
+    if worker is not None and os.getppid() != worker:
+        return Crashed(message="its worker is gone; all its processes were ended")
+    if _cancelled_on_the_server():
+        return Cancelled(message="cancelled on the server; all its processes were ended")
+    return None
 
 
 def _cancelled_on_the_server() -> bool:

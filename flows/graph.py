@@ -6,7 +6,8 @@ child processes, which can be cancelled (flows/stage.py).
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ class Stage:
     threads: int = 1
     """CPU threads it keeps busy."""
 
-    gpu: bool = False
-    """Whether a GPU helps it."""
+    gpu: float = 0.0
+    """The share of a GPU that it takes; 0 where no GPU helps it."""
 
     timeout: float | None = None
     """Seconds it may take; None is no limit."""
@@ -55,6 +56,11 @@ class Plan:
     reasons: dict[str, str]
     """Why each stage of the run is in it, in the order of `stages`.  Empty: nothing to do."""
 
+    @property
+    def promotes(self) -> bool:
+        """Whether there is a student, which is to compete for champion in the end."""
+        return any(stage.name == "student" for stage in self.stages)
+
 
 def read(root: Path) -> Plan:
     """The plan for the workspace `root`, which is the folder that holds dvc.yaml.
@@ -71,19 +77,68 @@ def read(root: Path) -> Plan:
     return Plan(stages, dict(_with_downstream(stages, stale)))
 
 
-def inputs(root: Path, name: str) -> dict[str, object]:
-    """A stage's inputs as they are now: the content hash of each file, the value of each param.
+def sources(root: Path) -> dict[str, bool]:
+    """The .dvc files that stages read from, and whether each is an import from elsewhere."""
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        graph = repo.index.graph
+        read = [each for each in graph if not _is_ours(each) and graph.in_degree(each)]
+        return {str(Path(each.path).relative_to(root)): each.is_import for each in read}
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """What a stage reads and what it made: files by DVC's content hash, params by value."""
+
+    inputs: dict[str, object]
+    """As they are now."""
+
+    outputs: dict[str, object]
+    """As dvc.lock has them from its last run."""
+
+
+def hashes(root: Path, name: str) -> Hashes:
+    """A stage's hashes.
 
     Under DVC's lock, since another stage that ends just then rewrites dvc.lock in place.
     """
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         stage = _load(repo, root, name)
+        outputs = {str(each.def_path): each.hash_info.value for each in stage.outs}
         stage.save_deps(allow_missing=True)
-        seen: dict[str, object] = {}
+        inputs: dict[str, object] = {}
         for each in stage.deps:
             value = each.hash_info.value
-            seen.update(value if isinstance(value, dict) else {str(each.def_path): value})
-        return seen
+            inputs.update(value if isinstance(value, dict) else {str(each.def_path): value})
+        return Hashes(inputs, outputs)
+
+
+def tracked_inputs(root: Path, names: Iterable[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What the stages read of what DVC tracks, and no one of them makes.
+
+    Returns:
+        The paths below `root`, and dvc.lock's entries of the stages that make them.
+    """
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        readers = [_load(repo, root, name) for name in names]
+        read = [each.fs_path for stage in readers for each in stage.deps]
+        made = [each for each in repo.index.outs if each.use_cache and each.stage not in readers]
+        found = {
+            os.path.relpath(each.fs_path, root): each.stage
+            for each in made
+            if any(_overlap(each.fs_path, path) for path in read)
+        }
+        lock = {
+            each.name: to_single_stage_lockfile(each, with_files=True)
+            for each in found.values()
+            if _is_ours(each)
+        }
+    return tuple(sorted(found)), lock
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one of the paths is the other, or lies in it."""
+    one, other = os.path.join(one, ""), os.path.join(other, "")
+    return one.startswith(other) or other.startswith(one)
 
 
 def disown(root: Path, name: str) -> None:
@@ -120,7 +175,7 @@ def _stage(stage: Any, upstream: Iterator[Any]) -> Stage:
             name=stage.name,
             waits_for=tuple(sorted(each.name for each in upstream if _is_ours(each))),
             threads=int(meta.pop("threads", 1)),
-            gpu=bool(meta.pop("gpu", False)),
+            gpu=_share(meta.pop("gpu", False)),
             timeout=float(meta.pop("timeout")) if "timeout" in meta else None,
             retries=int(meta.pop("retries", 0)),
         )
@@ -132,6 +187,12 @@ def _stage(stage: Any, upstream: Iterator[Any]) -> Stage:
             "it may have threads, gpu, timeout and retries"
         )
     return made
+
+
+def _share(gpu: object) -> float:
+    if not isinstance(gpu, bool | int | float) or not 0 <= gpu <= 1:
+        raise ValueError(f"gpu is {gpu!r}; it may be true, false, or the share that it takes: 0.5")
+    return float(gpu)
 
 
 def _with_downstream(

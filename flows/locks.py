@@ -23,6 +23,8 @@ from flows.child import Stopped
 POLL = 0.2
 """Seconds between attempts to take a slot."""
 
+SEATS = 12
+"""Parts that a GPU is shared out in, so that halves, thirds, quarters and sixths come out even."""
 
 LAST_RITES = 15.0
 """Seconds that a killed flow's stages are given to end: they are killed after ten."""
@@ -91,41 +93,110 @@ class Slots:
     threads: int
 
     @contextlib.contextmanager
-    def take(self, *, threads: int, gpu: bool, stop: threading.Event) -> Iterator[Slot]:
-        """Wait for a slot: one GPU if a GPU helps and there are any, else `threads` CPU threads.
+    def take(
+        self, *, threads: int, gpu: float, stop: threading.Event, seconds: float = 0.0
+    ) -> Iterator[Slot]:
+        """Wait for a slot: of a GPU if one helps and there are any, else `threads` CPU threads.
+
+        Args:
+            threads: How many it keeps busy; more than the machine has means all.
+            gpu: The share of a GPU that it takes; 0 where none helps it.
+            stop: Ends the wait when set.
+            seconds: How long it will take the slot; of those that wait in this process, the
+                longest is next.
 
         Raises:
             Stopped: `stop` was set before a slot was free.
         """
-        on_gpu = gpu and bool(self.gpus)
-        names = [f"gpu-{each}" for each in self.gpus] if on_gpu else _numbered(self.threads)
-        wanted = 1 if on_gpu else max(1, min(threads, self.threads))
+        on_gpu = gpu > 0 and bool(self.gpus)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        while not stop.is_set():
-            with contextlib.ExitStack() as held:
-                taken = self._take(names, wanted, held)
-                if len(taken) == wanted:
-                    yield _slot(taken) if on_gpu else _threads(taken)
-                    return
-            stop.wait(POLL)
-        raise Stopped
+        slot = None
+        with _in_line((self.folder, on_gpu), seconds) as me:
+            while slot is None:
+                if stop.wait(POLL):  # also the first time: a longer one may come at this moment
+                    raise Stopped
+                if me.is_next():
+                    slot = self._take_gpu(gpu) if on_gpu else self._take_threads(threads)
+        try:
+            yield slot
+        finally:
+            _close(slot.descriptors)
 
-    def _take(self, names: list[str], wanted: int, held: contextlib.ExitStack) -> dict[str, int]:
-        """Take up to `wanted` of `names`, one taker at a time: two that each want both of two
-        threads must not end up with one each.
-        """
-        taken: dict[str, int] = {}
+    def _take_threads(self, threads: int) -> Slot | None:
+        """All or none: two takers that each want both of two must not get one each."""
+        wanted = max(1, min(threads, self.threads))
+        with self._one_at_a_time():
+            taken = self._lock("thread", self.threads, wanted)
+            if len(taken) == wanted:
+                return Slot(f"{wanted} thread{'s' if wanted > 1 else ''}", {}, taken)
+            _close(taken)
+            return None
+
+    def _take_gpu(self, share: float) -> Slot | None:
+        """As many seats of the GPU that has most of them free."""
+        wanted = max(1, round(share * SEATS))
+        with self._one_at_a_time():
+            free = {gpu: self._lock(f"gpu-{gpu}", SEATS, SEATS) for gpu in self.gpus}
+            gpu = max(free, key=lambda each: len(free[each]))
+            taken = free[gpu][:wanted] if len(free[gpu]) >= wanted else []
+            _close([each for seats in free.values() for each in seats if each not in taken])
+            return Slot(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu}, taken) if taken else None
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
         with _opened(self.folder / "door") as door:
             filelock.lock_descriptor(door)
-            for name in names:
-                with contextlib.ExitStack() as attempt:
-                    descriptor = attempt.enter_context(_opened(self.folder / name))
-                    if filelock.lock_descriptor(descriptor, blocking=False):
-                        taken[name] = descriptor
-                        held.push(attempt.pop_all())
-                if len(taken) == wanted:
-                    break
+            yield
+
+    def _lock(self, kind: str, count: int, most: int) -> list[int]:
+        """Descriptors of up to `most` locks that were free among the `count` of a kind."""
+        taken: list[int] = []
+        for number in range(count):
+            if len(taken) == most:
+                break
+            path = self.folder / f"{kind}-{number}"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            if filelock.lock_descriptor(descriptor, blocking=False):
+                taken.append(descriptor)
+            else:
+                os.close(descriptor)
         return taken
+
+
+class _Place:
+    """A place in this process's line for slots of one kind."""
+
+    def __init__(self, kind: object, seconds: float) -> None:
+        self.kind = kind
+        self.seconds = seconds
+
+    def is_next(self) -> bool:
+        """Whether it is the longest of the line, and of equals the first."""
+        with _line_lock:
+            return self is max(
+                (each for each in _line if each.kind == self.kind), key=lambda each: each.seconds
+            )
+
+
+_line: list[_Place] = []
+_line_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _in_line(kind: object, seconds: float) -> Iterator[_Place]:
+    place = _Place(kind, seconds)
+    with _line_lock:
+        _line.append(place)
+    try:
+        yield place
+    finally:
+        with _line_lock:
+            _line.remove(place)
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for each in descriptors:
+        os.close(each)
 
 
 def slots() -> Slots:
@@ -159,21 +230,6 @@ def _gpus() -> tuple[str, ...]:
         except (OSError, subprocess.CalledProcessError):
             return ()
     return tuple(each for each in visible.replace(",", " ").split() if each != "-1")
-
-
-def _numbered(threads: int) -> list[str]:
-    return [f"thread-{number}" for number in range(threads)]
-
-
-def _slot(taken: dict[str, int]) -> Slot:
-    ((name, descriptor),) = taken.items()
-    gpu = name.removeprefix("gpu-")
-    return Slot(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu}, [descriptor])
-
-
-def _threads(taken: dict[str, int]) -> Slot:
-    plural = "s" if len(taken) > 1 else ""
-    return Slot(f"{len(taken)} thread{plural}", {}, list(taken.values()))
 
 
 @contextlib.contextmanager

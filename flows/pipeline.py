@@ -5,27 +5,35 @@ server cost more than finding out.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.scm import SCMError
+from dvc.utils.serialize import load_yaml
 from rich.console import Console
 
-from flows import child, display, graph, locks, server
+from flows import child, display, graph, locks, needs, server, timeline
 from flows.stage import environment
+from kd import SETTINGS, STAGES
 
 
 class PipelineStoppedError(Exception):
     """A stage failed, or somebody cancelled the run."""
 
 
-OURS = (ValueError, PipelineStoppedError, locks.WorkspaceBusyError, server.NoServerError)
+OURS = (
+    ValueError,
+    PipelineStoppedError,
+    locks.WorkspaceBusyError,
+    needs.WorkersCannotError,
+    server.NoServerError,
+)
 """What is said to people without a traceback."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM, as shells have it."""
@@ -33,7 +41,13 @@ INTERRUPTED = 130
 
 def main() -> int:
     """Run what is stale in this folder; 0 when all is up to date in the end."""
-    argparse.ArgumentParser(prog="python -m flows.pipeline", description=main.__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=main.__doc__)
+    parser.add_argument(
+        "--remote",
+        action="store_true",
+        help="run the stages on the workers of a Prefect server (docs/orchestration.md)",
+    )
+    given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it in the same order
     root = Path.cwd()
     console = Console()
@@ -41,11 +55,12 @@ def main() -> int:
     try:
         with locks.workspace(root):
             plan = graph.read(root)
+        check_keys(plan, root)
         if not plan.reasons:
             console.print(f"Nothing to do: all {len(plan.stages)} stages are up to date.\n")
             display.show_report(root, console)
             return 0
-        return run(plan, root, console)
+        return run(plan, root, console, on_workers=given.remote)
     except (NotDvcRepoError, SCMError) as error:
         complaints.print(
             f"error: {error}: work in a clone of the project, or `git init` and `dvc init` here",
@@ -60,38 +75,73 @@ def main() -> int:
         return INTERRUPTED
 
 
-def run(plan: graph.Plan, root: Path, console: Console) -> int:
+def check_keys(plan: graph.Plan, root: Path) -> None:
+    """Refuse a top-level key of params.yaml that no stage reads, which is nothing to DVC.
+
+    What is wrong inside a section makes its stage stale, and the stage says so.
+
+    Raises:
+        kd.component.ConfigError: names the key and the nearest one.
+    """
+    ours = {stage.name.partition("@")[0] for stage in plan.stages} == set(STAGES)
+    if ours and not load_yaml(root / "params.yaml").keys() <= {*STAGES, *SETTINGS}:
+        from kd import params  # 5 s, for a better message than we could give
+
+        params.load()
+
+
+def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> int:
     """Run the plan as a Prefect flow, on the user's server or on one of our own.
 
     Raises:
-        flows.server.NoServerError: PREFECT_API_URL does not answer, or our own did not start.
+        flows.needs.WorkersCannotError: what workers need is not there.
+        flows.server.NoServerError: PREFECT_API_URL does not answer, or our own did not start, or
+            it went away for too long.
     """
     locks.slots()  # a wrong KD_CPUS is told before anything starts
     display.show_plan(plan, console)
     server.configure(root)
     api = os.environ.get("PREFECT_API_URL")
+    if on_workers:
+        needs.check(root)
+        if not api:
+            raise needs.WorkersCannotError(
+                "workers get their stages from a Prefect server: set PREFECT_API_URL to its "
+                "address, here and for them"
+            )
     if api and not server.answers(f"{api}/health"):
         raise server.NoServerError(
             f"PREFECT_API_URL is {api}, and no Prefect server answers there: "
             "start it, or unset the variable to run without one"
         )
     own = None if api else server.Server(root)
-    with warm_process(root):
+    with contextlib.nullcontext() if on_workers else warm_process(root):
         with console.status("starting Prefect (half a minute the first time)"):
+            from httpx import HTTPError
+
             from flows.flow import pipeline  # 3 s, while the server starts
 
             if own:
                 own.wait()
-        with display.Progress(plan, console):
-            state = pipeline(str(root), return_state=True)
+        (root / timeline.FILE).unlink(missing_ok=True)
+        try:
+            with display.Progress(plan, console):
+                state = pipeline(str(root), on_workers=on_workers, return_state=True)
+        except HTTPError as error:
+            raise server.NoServerError(
+                f"Prefect's server at {os.environ['PREFECT_API_URL']} went away ({error}): what "
+                "was finished stays, and the next run goes on from there"
+            ) from error
     console.print()
+    if len(plan.reasons) > 1:
+        display.show_timeline(root, console)
     if not state.is_completed():
         raise PipelineStoppedError(state.message or state.name)
     display.show_report(root, console)
     return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def warm_process(root: Path) -> Iterator[None]:
     """Keep a process that has imported torch, from which stages are forked (kd/warm.py)."""
     if os.environ.get("KD_WARM") == "0" or sys.platform != "linux":

@@ -1,32 +1,93 @@
-"""What a run leaves to look at: the report's table, and a link to each stage's MLflow run."""
+"""What a run leaves to look at in Prefect: why it ran, when what ran, and links to MLflow.
 
+A server that is away for the moment costs the picture, not the training.
+"""
+
+import contextlib
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+import httpx
+from prefect.artifacts import create_markdown_artifact
+
+from flows import graph
+from flows.timeline import FILE, Timeline
+from kd import STAGES
+
+log = logging.getLogger(__name__)
 
 
-def publish(root: Path) -> None:
-    """Attach them to the Prefect run."""
-    table = root / "artifacts" / "report" / "report.md"
-    if table.exists():
-        create_markdown_artifact(table.read_text(), key="report", description="The result")
-    for stage, link in mlflow_links(root):
-        create_link_artifact(
-            link, link_text=f"{stage} in MLflow", key=f"mlflow-{_key(stage)}", description=stage
+def publish_plan(plan: graph.Plan) -> None:
+    """Attach to the flow run which stages are stale, and why."""
+    _attach(
+        _table(("stage", "because"), plan.reasons.items()),
+        key="plan",
+        description=f"{len(plan.reasons)} of {len(plan.stages)} stages to run",
+    )
+
+
+def publish_stage(root: Path, name: str, hashes: graph.Hashes) -> None:
+    """Attach to the stage's task run its MLflow run, and DVC's hashes of what it read and made."""
+    made = [(f"made `{path}`", value) for path, value in hashes.outputs.items()]
+    read = [(f"read `{path}`", value) for path, value in hashes.inputs.items()]
+    record = root / "artifacts" / "runs" / f"{name.replace('@', '/')}.json"
+    link = _url(record) if str(record.relative_to(root)) in hashes.outputs else None
+    lines = [f"[Its run in MLflow]({link})", ""] if link else []
+    _attach(
+        "\n".join([*lines, _table(("", "DVC's hash, or the value"), [*made, *read])]),
+        key=re.sub("[^a-z0-9]+", "-", f"stage {name.lower()}"),
+        description=f"What {name} read and made",
+    )
+
+
+def publish(root: Path, times: Timeline) -> None:
+    """Attach to the flow run its timeline, and a link to each stage's MLflow run."""
+    if drawn := times.draw():
+        (root / FILE).write_text(f"{drawn}\n")
+        _attach(f"```\n{drawn}\n```", key="timeline", description="When each stage ran, and where")
+    links = [(stage, f"[open]({link})") for stage, link in mlflow_links(root)]
+    if links:
+        _attach(
+            _table(("stage", "its run in MLflow"), links),
+            key="mlflow-runs",
+            description="Each stage's MLflow run (`make ui` shows them)",
         )
 
 
+def publish_report(root: Path) -> None:
+    """Attach the report's table, where the pipeline has one."""
+    table = root / "artifacts" / "report" / "report.md"
+    if table.exists():
+        _attach(table.read_text(), key="report", description="The result")
+
+
 def mlflow_links(root: Path) -> Iterator[tuple[str, str]]:
-    """The name of each stage that was tracked, and the address of its MLflow run."""
+    """Each stage that was tracked, in the pipeline's order, and where its MLflow run is."""
     folder = root / "artifacts" / "runs"
-    for path in sorted(folder.rglob("*.json")):
-        record = json.loads(path.read_text())
-        if record.get("url"):
-            yield path.relative_to(folder).with_suffix("").as_posix(), record["url"]
+    for stage in STAGES:
+        for path in sorted([folder / f"{stage}.json", *(folder / stage).glob("*.json")]):
+            if link := _url(path):
+                yield path.relative_to(folder).with_suffix("").as_posix(), link
 
 
-def _key(name: str) -> str:
-    """Prefect's keys know small letters, digits and dashes."""
-    return "".join(each if each.isalnum() else "-" for each in name.lower())
+def _url(record: Path) -> str | None:
+    """Where the MLflow run of a stage's record is, if it was tracked."""
+    with contextlib.suppress(FileNotFoundError):
+        found: str | None = json.loads(record.read_text()).get("url")
+        return found
+    return None
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, object]]) -> str:
+    lines = [f"| {left} | {right} |" for left, right in rows]
+    return "\n".join([f"| {head[0]} | {head[1]} |", "| --- | --- |", *lines])
+
+
+def _attach(text: str, *, key: str, description: str) -> None:
+    try:
+        create_markdown_artifact(text, key=key, description=description)
+    except (httpx.HTTPError, RuntimeError) as error:  # Prefect has both for a server that is away
+        log.warning("the artifact %s is lost: %s", key, error)

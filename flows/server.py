@@ -15,8 +15,16 @@ from pathlib import Path
 
 from flows import child
 
+PAGES = "http://127.0.0.1:4200"
+"""Where `make ui` shows the runs of a server that lives for one run only."""
 STARTUP_SECONDS = 120
 """A fresh database takes 25 s on two slow cores."""
+
+HEARTBEAT = "30"
+"""Seconds between a flow's signs of life, the least that Prefect takes.
+
+After 90 without one, infra/automations.yaml takes it for dead.
+"""
 
 
 class NoServerError(Exception):
@@ -32,6 +40,7 @@ def configure(root: Path) -> None:
         "PREFECT_HOME": str(root / ".kd" / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": HEARTBEAT,
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
     }.items():
@@ -60,7 +69,7 @@ class Server:
         home = Path(os.environ["PREFECT_HOME"])
         home.mkdir(parents=True, exist_ok=True)
         self.log = home / "server.log"
-        port = _free_port()
+        port = free_port()
         self.api = f"http://127.0.0.1:{port}/api"
         # What `prefect server start` runs, without its 2 s of command line and its UI.
         application = "prefect.server.api.server:create_app"
@@ -82,6 +91,7 @@ class Server:
                 output=log,
             )
         os.environ["PREFECT_API_URL"] = self.api
+        os.environ.setdefault("PREFECT_UI_URL", PAGES)
         # Registered before Prefect is imported, so it is called after Prefect's own last words.
         atexit.register(child.end, self.process)
 
@@ -99,6 +109,7 @@ class Server:
             time.sleep(0.1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

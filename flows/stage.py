@@ -35,7 +35,8 @@ def reproduce(
     hear: Callable[[str], None],
     stop: threading.Event,
     hold: Sequence[int] = (),
-) -> None:
+    pull: bool = False,
+) -> graph.Hashes:
     """Run `stage` through `dvc repro`, which skips it when it is up to date after all.
 
     Args:
@@ -45,12 +46,16 @@ def reproduce(
         hear: Called with each line it prints.
         stop: Cancels it when set.
         hold: Descriptors of locks that must stay taken while any of its processes lives.
+        pull: Look in the DVC remote's run-cache first, where another machine may have put it.
+
+    Returns:
+        What it read and made.
 
     Raises:
         StageFailedError: see there; the message ends with the stage's last lines.
         flows.child.Stopped: `stop` was set.
     """
-    before = graph.inputs(root, stage.name)
+    before = graph.hashes(root, stage.name)
     last = deque[str](maxlen=LAST_LINES)
 
     def keep(line: str) -> None:
@@ -67,6 +72,7 @@ def reproduce(
         "--wait-for-lock",
         "repro",
         "--single-item",
+        *(["--pull"] if pull else []),
         stage.name,
     ]
     try:
@@ -86,7 +92,9 @@ def reproduce(
         ) from None
     if code:
         raise StageFailedError("\n".join([f"{stage.name} ended with exit code {code}", *last]))
-    _refuse_edited_inputs(stage, root, before)
+    after = graph.hashes(root, stage.name)
+    _refuse_edited_inputs(stage, root, before.inputs, after.inputs)
+    return after
 
 
 def environment() -> dict[str, str]:
@@ -96,12 +104,14 @@ def environment() -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",  # lines are shown as they come
         "DVC_NO_ANALYTICS": "1",
+        "KD_WARM": "0",  # a `dvc` that runs one stage alone gains nothing by one of its own
     }
 
 
-def _refuse_edited_inputs(stage: graph.Stage, root: Path, before: dict[str, object]) -> None:
+def _refuse_edited_inputs(
+    stage: graph.Stage, root: Path, before: dict[str, object], after: dict[str, object]
+) -> None:
     """DVC would certify that the edited inputs made the output (its issue 11058)."""
-    after = graph.inputs(root, stage.name)
     edited = [each for each in sorted({*before, *after}) if before.get(each) != after.get(each)]
     if edited:
         graph.disown(root, stage.name)

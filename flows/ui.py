@@ -1,16 +1,21 @@
 """`python -m flows.ui`: this project's runs in the browser, in MLflow and in Prefect."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from flows import child, server
 from kd import tracking
+from kd.tracking import views
 
-PAGES = {"Prefect": "http://127.0.0.1:4200", "MLflow": "http://127.0.0.1:5000"}
+PAGES = {"Prefect": server.PAGES, "MLflow": "http://127.0.0.1:5000"}
 HEALTH = {"Prefect": "/api/health", "MLflow": "/health"}
 POLL = 0.5
 """Seconds between looks at the servers."""
@@ -20,15 +25,21 @@ def main() -> int:
     """Start both servers, say where they are, and end them on Ctrl-C."""
     root = Path.cwd()
     server.configure(root)
-    os.environ.pop("PREFECT_API_URL", None)
-    commands = {"Prefect": [sys.executable, "-m", "prefect", "server", "start"]}
+    commands = {}
+    api = os.environ.pop("PREFECT_API_URL", None)
+    if api and server.answers(f"{api}/health"):
+        print(f"Prefect: {api.removesuffix('/api')}")  # somebody else's server
+    else:
+        commands["Prefect"] = [sys.executable, "-m", "prefect", "server", "start"]
     uri = tracking.tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow: {uri}")  # somebody else's server
+        print(f"MLflow: {uri}")
     else:
         commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
         # The default is 14 processes and 3 GB.
         commands["MLflow"] += ["--workers", "1"]
+    if not commands:
+        return 0
     print(f"starting {' and '.join(commands)}: about 20 s")
     with contextlib.ExitStack() as running, contextlib.suppress(KeyboardInterrupt):
         servers = {}
@@ -37,7 +48,7 @@ def main() -> int:
             running.callback(child.end, servers[name])
         for name, process in servers.items():
             _wait(root, name, process)
-            print(f"{name}: {PAGES[name]}")
+            print(f"{name}: {PAGES[name]}{_first_page() if name == 'MLflow' else ''}")
         print("Ctrl-C ends them")
         while all(process.poll() is None for process in servers.values()):
             time.sleep(POLL)
@@ -58,6 +69,17 @@ def _wait(root: Path, name: str, process: subprocess.Popen[bytes]) -> None:
             last = "\n".join(_log(root, name).read_text().splitlines()[-5:])
             raise SystemExit(f"{name} did not start ({_log(root, name)}):\n{last}")
         time.sleep(POLL)
+
+
+def _first_page() -> str:
+    """Where MLflow shows this project's networks; nothing before there are any."""
+    name = urllib.parse.quote(os.environ.get("MLFLOW_EXPERIMENT_NAME", "kd"))
+    ask = f"{PAGES['MLflow']}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
+    try:
+        with urllib.request.urlopen(ask, timeout=10) as answer:
+            return views.address(json.load(answer)["experiment"]["experiment_id"])
+    except urllib.error.HTTPError:
+        return ""
 
 
 def _log(root: Path, name: str) -> Path:

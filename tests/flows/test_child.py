@@ -64,6 +64,20 @@ def test_stop_gives_the_group_time_to_end_its_records(tmp_path: Path) -> None:
     assert (tmp_path / "closed").read_text() == "closed\n"
 
 
+def test_a_stage_is_told_once_though_its_command_ends_before_it(tmp_path: Path) -> None:
+    """A second SIGTERM would cut short what a stage saves."""
+    stage = "trap 'echo told >> TOLD' TERM; touch READY; for i in $(seq 20); do sleep 0.1; done"
+    (tmp_path / "stage.sh").write_text(stage)
+    stop = threading.Event()
+    timer = threading.Timer(0.7, stop.set)
+    timer.start()
+    with pytest.raises(child.Stopped):
+        run("sh stage.sh & sleep 600 & wait", tmp_path, stop=stop)
+    timer.join()
+    assert (tmp_path / "READY").exists()
+    assert (tmp_path / "TOLD").read_text() == "told\n"
+
+
 @pytest.mark.slow
 def test_who_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     started = time.monotonic()
@@ -85,3 +99,9 @@ def test_the_command_dies_with_whoever_started_it(tmp_path: Path) -> None:
     starter.kill()
     starter.wait()
     wait_until(lambda: not lives(pid), patience=10)
+
+
+def test_a_leash_that_is_killed_itself_leaves_nothing_behind(tmp_path: Path) -> None:
+    killed = "echo $$ > PID; kill -9 $PPID; sleep 600; true"
+    assert run(killed, tmp_path)[0] == 128 + signal.SIGKILL
+    wait_until(lambda: not lives(pid_in(tmp_path / "PID")), patience=5)

@@ -1,9 +1,12 @@
 """The flow in this process, against a real server that started on a fresh database."""
 
+import hashlib
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,6 +39,10 @@ def task_runs(state: "State") -> dict[str, list[Any]]:
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
         )
     return {each.name: [each.state_name, each.run_count] for each in found}
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def overlap(toy: Toy, one: str, other: str) -> float:
@@ -176,11 +183,11 @@ def test_a_stage_knows_its_run_and_its_task_bears_its_name(
 def test_the_report_and_the_tracked_runs_can_be_reached_from_the_flow_run(
     toy: Toy, run: Callable[[], "State"], prefect: str
 ) -> None:
-    runs = toy.path("artifacts/runs/each")
-    runs.mkdir(parents=True)
-    link = "http://127.0.0.1:5000/#/experiments/1/runs/abc"
-    (runs / "Large_1.json").write_text(json.dumps({"run_id": "abc", "url": link}))
-    (runs / "untracked.json").write_text(json.dumps({"run_id": None, "url": None}))
+    runs = toy.path("artifacts/runs")
+    (runs / "assistants").mkdir(parents=True)
+    for name in ("student", "teacher", "assistants/Large_1"):
+        (runs / f"{name}.json").write_text(json.dumps({"url": f"http://there/{name}"}))
+    (runs / "report.json").write_text(json.dumps({"run_id": None, "url": None}))
     toy.path("artifacts/report").mkdir()
     toy.path("artifacts/report/report.md").write_text("| student | 0.9 |")
     toy.write({"one": timed("one", 0)})
@@ -195,5 +202,13 @@ def test_the_report_and_the_tracked_runs_can_be_reached_from_the_flow_run(
             if each.flow_run_id == state.state_details.flow_run_id
         }
     assert found.pop("report") == "| student | 0.9 |"
-    assert found.keys() == {"mlflow-each-large-1"}
-    assert link in str(found["mlflow-each-large-1"])
+    rows = str(found.pop("mlflow-runs")).splitlines()[2:]
+    assert rows == [
+        f"| {name} | [open](http://there/{name}) |"
+        for name in ("teacher", "assistants/Large_1", "student")
+    ]
+    assert str(found.pop("plan")).splitlines()[2:] == ["| one | never run |"]
+    assert re.match(r"```\none +░*█+ +1 thread +\d+\.\d s\n\n", str(found.pop("timeline")))
+    hashed = str(found.pop("stage-one")).splitlines()
+    assert hashed[2] == f"| made `one.txt` | {md5(toy.path('one.txt'))} |"
+    assert not found

@@ -89,6 +89,22 @@ def test_unknown_meta_is_refused_by_name(toy: Toy) -> None:
         graph.read(toy.root)
 
 
+def test_a_share_of_a_gpu_is_at_most_a_whole_one(toy: Toy) -> None:
+    toy.write({"one": {"cmd": "true", "meta": {"gpu": 0.5}}})
+    assert graph.read(toy.root).stages[0].gpu == 0.5
+    toy.write({"one": {"cmd": "true", "meta": {"gpu": 2}}})
+    with pytest.raises(ValueError, match=r"meta of one: gpu is 2; it may be true, false, or"):
+        graph.read(toy.root)
+
+
+def test_what_a_stage_reads_of_what_dvc_tracks_and_who_made_it(done: Toy) -> None:
+    paths, lock = graph.tracked_inputs(done.root, ["last"])
+    assert (paths, set(lock)) == (("out/large", "out/small"), {"each@small", "each@large"})
+    paths, lock = graph.tracked_inputs(done.root, ["last", "each@small", "each@large"])
+    assert (paths, set(lock)) == (("prep.txt",), {"prep"})
+    assert lock["prep"]["outs"][0]["md5"]
+
+
 def test_meta_of_the_wrong_type_is_refused(toy: Toy) -> None:
     toy.write({"one": {"cmd": "true", "meta": {"threads": "many"}}})
     with pytest.raises(ValueError, match=r"meta of one: .*many"):

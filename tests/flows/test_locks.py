@@ -1,3 +1,5 @@
+import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -72,6 +74,44 @@ def test_a_gpu_is_handed_out_once_and_its_number_goes_to_the_stage(tmp_path: Pat
         threading.Timer(0.3, stop.set).start()
         with pytest.raises(Stopped), slots.take(threads=1, gpu=True, stop=stop):
             pass
+
+
+def test_stages_that_take_a_share_of_a_gpu_sit_on_it_together(tmp_path: Path) -> None:
+    slots = locks.Slots(tmp_path, ("0", "1"), 4)
+    stop = threading.Event()
+    with contextlib.ExitStack() as running:
+        taken = [
+            running.enter_context(slots.take(threads=1, gpu=share, stop=NEVER))
+            for share in (0.5, 0.5, 1 / 3, 0.5)
+        ]
+        # Each goes where most is free, and two thirds of a GPU are not free for a whole one.
+        assert [each.env["CUDA_VISIBLE_DEVICES"] for each in taken] == ["0", "1", "0", "1"]
+        threading.Timer(0.5, stop.set).start()
+        with pytest.raises(Stopped), slots.take(threads=1, gpu=0.5, stop=stop):
+            pass
+    with (
+        slots.take(threads=1, gpu=1, stop=NEVER) as one,
+        slots.take(threads=1, gpu=1, stop=NEVER) as other,
+    ):
+        assert {one.name, other.name} == {"GPU 0", "GPU 1"}
+
+
+def test_of_those_that_wait_the_longest_is_next_and_of_equals_the_first(tmp_path: Path) -> None:
+    slots = locks.Slots(tmp_path, (), 1)
+    order: list[float] = []
+
+    def work(seconds: float) -> None:
+        with slots.take(threads=1, gpu=0, stop=NEVER, seconds=seconds):
+            order.append(seconds)
+
+    with slots.take(threads=1, gpu=0, stop=NEVER):
+        waiting = [threading.Thread(target=work, args=(each,)) for each in (1, 30, 2, math.inf)]
+        for each in waiting:
+            each.start()
+        wait_until(lambda: len(locks._line) == len(waiting))
+    for each in waiting:
+        each.join(30)
+    assert order == [math.inf, 30, 2, 1]
 
 
 def test_threads_are_shared_out_and_a_wish_beyond_the_machine_gets_all(tmp_path: Path) -> None:

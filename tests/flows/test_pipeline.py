@@ -1,13 +1,18 @@
 """`python -m flows.pipeline` as a process of its own, ended in every way a process can be."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import urllib.request
 
 import pytest
 
+from flows import locks
+from kd import STAGES
 from tests.flows.toys import SOURCES, Toy, endless, lives, pid_in, timed, wait_until
 
 TWO = {"one": timed("one", 0), "two": timed("two", 0, deps=["one.txt"])}
@@ -29,6 +34,16 @@ def test_a_flow_after_dvc_repro_says_that_there_is_nothing_to_do(toy: Toy) -> No
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Nothing to do: all 2 stages are up to date." in done.stdout
+
+
+def test_a_key_that_no_stage_reads_is_refused_before_anything_runs(toy: Toy) -> None:
+    toy.write({stage: timed(stage, 0) for stage in STAGES})
+    text = (SOURCES / "params.yaml").read_text()
+    toy.path("params.yaml").write_text(text + "assistant: {}\n")
+    said, _ = (process := toy.start()).communicate()
+    assert process.returncode == 1
+    assert said.startswith("error: params.yaml: ")
+    assert "assistants" in said
 
 
 def test_a_run_against_a_running_server_shows_plan_lines_and_failure(
@@ -83,12 +98,17 @@ def test_a_flow_killed_by_force_leaves_no_training_and_the_next_one_runs(
     process.kill()
     process.communicate()
     wait_until(lambda: not lives(pid), patience=10)
+    with locks.slots().take(threads=8, gpu=False, stop=threading.Event()):
+        pass  # every slot is free again
+    killed = toy.path(".kd/flow.run").read_text()
     toy.write({"one": timed("one", 0), "train": timed("train", 0, deps=["one.txt"])})
     again = toy.start(PREFECT_API_URL=prefect)
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0, said
     assert toy.path("one.txt").read_text() == first  # what was finished stays
     assert toy.status() == {}
+    with urllib.request.urlopen(f"{prefect}/flow_runs/{killed}") as answer:
+        assert json.load(answer)["state"]["type"] == "CRASHED"  # the next run told the server
 
 
 def test_a_server_that_does_not_answer_is_named_at_once(toy: Toy) -> None:

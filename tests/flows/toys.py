@@ -44,10 +44,10 @@ class Toy:
     def status(self) -> dict[str, Any]:
         return dict(json.loads(self.dvc("status", "--json")))
 
-    def start(self, **env: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         """`python -m flows.pipeline` as a user's process."""
         return subprocess.Popen(
-            [*PYTHON, "-m", "flows.pipeline"],
+            [*PYTHON, "-m", "flows.pipeline", *arguments],
             cwd=self.root,
             env={**os.environ, "PYTHONPATH": str(SOURCES), "KD_WARM": "0", **env},
             stdout=subprocess.PIPE,
@@ -81,7 +81,7 @@ def endless(name: str, **more: Any) -> dict[str, Any]:
     return {"cmd": f'python -c "{code}"; true', "outs": [f"{name}.txt"], **more}
 
 
-def wait_until(holds: Callable[[], Any], patience: float = 60) -> Any:
+def wait_until(holds: Callable[[], Any], patience: float = 180) -> Any:
     """What `holds` returns, once it is true."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:

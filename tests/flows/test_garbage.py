@@ -1,0 +1,103 @@
+"""What housekeeping deletes is what nothing needs, and nothing else."""
+
+import os
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from flows import garbage
+from kd import tracking
+from kd.component import ConfigError
+from tests.flows.test_upstream import commit
+from tests.flows.toys import Toy
+
+
+def made(toy: Toy, text: str) -> None:
+    toy.write({"one": {"cmd": f"echo {text} > one.txt", "outs": ["one.txt"]}})
+    toy.dvc("repro", "-q")
+
+
+def test_only_what_neither_commits_nor_the_workspace_name_goes_from_dvcs_cache(toy: Toy) -> None:
+    made(toy, "committed")
+    commit(toy)
+    made(toy, "forgotten")
+    made(toy, "present")
+    (item,) = garbage.unused_in_dvc(toy.root, "commits")
+    assert item.size == len("forgotten\n")
+    cache = toy.path(".dvc/cache/files/md5")
+    before = {path for path in cache.rglob("*") if path.is_file()}
+    assert len(before) == 3
+    garbage.empty_dvc(toy.root, "commits")
+    gone = before - {path for path in cache.rglob("*") if path.is_file()}
+    assert [f"{path.parent.name}{path.name}" for path in gone] == [item.name]
+    assert toy.status() == {}
+    assert garbage.unused_in_dvc(toy.root, "commits") == []
+    commit(toy)
+    (item,) = garbage.unused_in_dvc(toy.root, "branches")
+    assert item.size == len("committed\n")
+
+
+def test_a_repository_that_dvc_cannot_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(garbage.GarbageError, match="dvc gc"):
+        garbage.unused_in_dvc(tmp_path, "commits")
+
+
+def test_checkpoints_that_were_used_lately_stay(tmp_path: Path) -> None:
+    inside = tmp_path / ".kd/compare/digits/seed-0/.kd"
+    for name in ("checkpoints/a/old", "checkpoints/a/new", "targets/old.npy", "machine/old"):
+        for parent in (tmp_path / ".kd", inside):
+            path = parent / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            if "old" in name:
+                os.utime(path, (time.time() - 10 * 86400,) * 2)
+    read_lately = tmp_path / ".kd/targets/read.npy"
+    read_lately.touch()
+    os.utime(read_lately, (time.time(), time.time() - 10 * 86400))
+    found = {str(path.relative_to(tmp_path)) for path in garbage.old_checkpoints(tmp_path, 9)}
+    names = ("checkpoints/a/old", "targets/old.npy")
+    prefix = ".kd/compare/digits/seed-0/.kd"
+    assert found == {f"{parent}/{name}" for parent in (".kd", prefix) for name in names}
+    assert garbage.old_checkpoints(tmp_path, 11) == []
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+def test_mlflows_trash_is_listed_and_emptied_but_not_what_a_version_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KD_RECORDER_IDLE", "2")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    subprocess.run(["git", "init", "-q"], check=True)
+    ids = []
+    for name in ("kept", "dropped", "needed"):
+        with tracking.run("assistants", name, params={}, tags={}) as run:
+            (tmp_path / "file").write_text("12345")
+            run.log_file("file")
+            ids.append(str(run.id))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mlflow
+
+        from kd.tracking.trash import Trash
+    uri = tracking.tracking_uri()
+    client = mlflow.MlflowClient(uri)
+    kept, dropped, needed = ids
+    client.delete_run(dropped)
+    assert list(Trash(uri, 1).sizes()) == [], "it was deleted today"
+    assert list(Trash(uri, 0).sizes()) == [(f"run {dropped}", 5)]
+    client.delete_run(needed)
+    client.create_registered_model("student")
+    client.create_model_version("student", f"runs:/{needed}/file", needed)
+    with pytest.raises(
+        ConfigError, match=f"{needed} was deleted .* version 1 of student needs it"
+    ):
+        Trash(uri, 0)
+    client.restore_run(needed)
+    Trash(uri, 0).empty()
+    assert not list(tmp_path.glob(f".kd/mlruns/**/{dropped}/**/file"))
+    assert list(Trash(uri, 0).sizes()) == []
+    assert {run.info.run_id for run in client.search_runs(["1"])} == {kept, needed}

@@ -1,0 +1,250 @@
+"""Stages on workers in other clones: a real server, real worker processes, a real DVC remote."""
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import needs
+from flows.checkpoints import Checkpoints
+from tests.flows import servers, workers
+from tests.flows.toys import FOREIGN_WARNINGS, SOURCES, Toy, lives, timed, wait_until
+
+pytestmark = FOREIGN_WARNINGS
+
+
+@pytest.fixture
+def project(toy: Toy) -> Toy:
+    toy.path(".gitignore").write_text(".kd\n/*.txt\n")
+    toy.write({"one": timed("one", 0)}, tracking=False)
+    workers.with_remote(toy, str(toy.root.parent / "remote"))
+    return toy
+
+
+def refused(toy: Toy) -> str:
+    with pytest.raises(needs.WorkersCannotError) as error:
+        needs.check(toy.root)
+    return str(error.value)
+
+
+def test_what_is_committed_and_can_be_fetched_will_do(project: Toy) -> None:
+    assert needs.check(project.root) == workers.git(project.root, "rev-parse", "HEAD").strip()
+    project.path("dvc.lock").write_text("schema: '2.0'\n")  # which the pipeline itself writes
+    needs.check(project.root)
+
+
+def test_what_workers_cannot_see_is_named(project: Toy) -> None:
+    project.write({"one": timed("one", 1)}, tracking=False)
+    project.path("notes").write_text("")
+    assert "dvc.yaml, notes: commit" in refused(project)
+
+
+def test_a_commit_that_nobody_can_fetch_is_named(project: Toy) -> None:
+    workers.git(project.root, "clone", "-q", "--bare", ".", "../origin.git")
+    workers.git(project.root, "remote", "add", "origin", "../origin.git")
+    workers.git(project.root, "fetch", "-q", "origin")
+    needs.check(project.root)
+    workers.git(project.root, "commit", "-q", "--allow-empty", "-m", "later")
+    assert "`git push` first" in refused(project)
+
+
+def test_a_project_without_a_commit_or_a_dvc_remote_is_told_so(toy: Toy) -> None:
+    toy.write({}, tracking=False)
+    assert "commit first" in refused(toy)
+    workers.commit(toy)
+    assert "`dvc remote add --default NAME URL`" in refused(toy)
+
+
+def test_a_remote_without_a_run_cache_is_refused(project: Toy) -> None:
+    project.dvc("remote", "modify", "shared", "url", "https://example.org/dvc")
+    workers.commit(project)
+    assert "shared is reached by HTTP" in refused(project)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("", "set MLFLOW_TRACKING_URI to a server's address"),
+        ("sqlite:///mlflow.db", "set MLFLOW_TRACKING_URI to a server's address"),
+        ("https://me:secret@example.org", "holds a password"),
+        ("https://example.org", None),
+    ],
+)
+def test_mlflow_must_be_within_the_workers_reach(
+    project: Toy, monkeypatch: pytest.MonkeyPatch, uri: str, said: str | None
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    project.write({"one": timed("one", 0)}, tracking=True)
+    workers.commit(project)
+    if said:
+        assert said in refused(project)
+    else:
+        needs.check(project.root)
+
+
+def test_without_a_server_or_a_worker_nothing_is_handed_out(
+    project: Toy, prefect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, _ = (process := project.start("--remote", PREFECT_API_URL=prefect)).communicate()
+    assert process.returncode == 1
+    assert "start one, in a clone of its own, by `python -m flows.worker cpu`" in said
+    monkeypatch.delenv("PREFECT_API_URL")
+    said, _ = (process := project.start("--remote")).communicate()
+    assert process.returncode == 1
+    assert "set PREFECT_API_URL" in said
+
+
+def test_a_worker_refuses_a_folder_that_somebody_works_in(project: Toy, prefect: str) -> None:
+    project.path("notes").write_text("")
+    worker = workers.Worker(project.root, "cpu", PREFECT_API_URL=prefect)
+    assert worker.process.wait(30) == 1
+    assert "give it a clone of its own:\n?? notes" in worker.log.read_text()
+
+
+@pytest.fixture
+def distillation(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """This project up to the weights, of two assistants that train for a while."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("KD_CPUS", "2")
+    root = tmp_path / "project"
+    workers.git(tmp_path, "clone", "-q", "--no-local", str(SOURCES), str(root))
+    workers.git(root, "remote", "remove", "origin")
+    new = ("ls-files", "--modified", "--others", "--exclude-standard")
+    for path in workers.git(SOURCES, *new).splitlines():
+        shutil.copy(SOURCES / path, root / path)
+    pipeline = yaml.safe_load((root / "dvc.yaml").read_text())
+    wanted = ("data", "teacher", "assistants", "weights")
+    pipeline["stages"] = {name: pipeline["stages"][name] for name in wanted}
+    (root / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["recipe"] |= {"epochs": 2, "checkpoint_steps": 5}
+    del params["assistants"]["small"]
+    for each in params["assistants"].values():
+        each["recipe"] = {"epochs": 150}
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    project = Toy(root)
+    workers.with_remote(project, str(tmp_path / "remote"))
+    return project
+
+
+@pytest.mark.slow
+def test_workers_in_clones_end_as_one_machine_does_though_one_is_killed(
+    distillation: Toy, prefect: str, tmp_path: Path
+) -> None:
+    project, root = distillation, distillation.root
+    env = {"PREFECT_API_URL": prefect, "PREFECT_WORKER_QUERY_SECONDS": "2"}
+    clones = {"a": "gpu", "b": "gpu", "c": "cpu"}
+    with (
+        contextlib.closing(servers.mlflow(tmp_path)) as mlflow,
+        workers.workers(root, clones, **env) as pool,
+        workers.flow(project, MLFLOW_TRACKING_URI=mlflow.url, **env) as flow,
+    ):
+
+        def saved(folder: Path, name: str) -> bool:
+            return any((folder / "checkpoints" / "assistants" / name).glob("*.safetensors"))
+
+        def at_work(name: str) -> list[workers.Worker]:
+            return [each for each in pool if saved(each.clone / ".kd", name)]
+
+        # Both train, and one's last state can be had elsewhere.
+        wait_until(lambda: at_work("large") and at_work("medium"), patience=600)
+        wait_until(lambda: saved(tmp_path / "remote", "large"), patience=120)
+        (killed,) = at_work("large")
+        assert at_work("medium") != [killed]
+        left = killed.kill()
+        wait_until(lambda: not any(map(lives, left)), patience=20)
+        said, _ = flow.communicate(timeout=600)
+        assert flow.returncode == 0, said
+        runs = workers.mlflow_runs(mlflow.url)
+
+    lost = said.index("lost its worker (no sign of life for 60 s)")
+    epochs = re.findall(r"assistants/large  epoch (\d+)/", said)
+    again = re.findall(r"assistants/large  epoch (\d+)/", said[lost:])
+    assert len(epochs) > len(again)
+    assert int(again[0]) > 1  # it went on, and did not begin again
+    assert project.status() == {}
+    assert not saved(tmp_path / "remote", "large")
+
+    runs = [each for each in runs if not each["name"].startswith("weights/")]  # below weights
+    by_name = {(each["name"], each["status"]): each for each in runs}
+    assert set(by_name) == {
+        ("assistants/large", "KILLED"),
+        *((each, "FINISHED") for each in ("data", "teacher", "weights")),
+        *((f"assistants/{each}", "FINISHED") for each in ("large", "medium")),
+    }
+    one, other = by_name["assistants/large", "KILLED"], by_name["assistants/medium", "FINISHED"]
+    seconds = min(one["end"], other["end"]) - max(one["start"], other["start"])
+    assert seconds > 0, by_name
+    assert len({each["tags"]["kd.pipeline_run"] for each in runs}) == 1
+    assert {each["tags"]["dvc.stage"] for each in runs} <= {
+        each.name for each in workers.stage_runs()
+    }
+
+    alone = Toy(tmp_path / "alone")
+    workers.git(tmp_path, "clone", "-q", str(root), str(alone.root))
+    alone.path("params.yaml").write_text(
+        alone.path("params.yaml").read_text().replace("tracking: true", "tracking: false")
+    )
+    alone.dvc("repro")
+    assert contents(alone) == contents(project)
+
+
+def contents(project: Toy) -> dict[str, str]:
+    """The MD5 of every output but those that hold times and hosts."""
+    stages = yaml.safe_load(project.path("dvc.lock").read_text())["stages"].values()
+    outs = {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}
+    return {path: md5 for path, md5 in outs.items() if not path.startswith("artifacts/runs/")}
+
+
+@pytest.mark.slow
+def test_results_come_back_through_an_object_store(
+    toy: Toy, prefect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("dvc_s3", "moto.server"):
+        pytest.importorskip(package, reason="needs `pip install 'dvc[s3]' 'moto[server]'`")
+    toy.path(".gitignore").write_text(".kd\n/*.txt\n")
+    both = {"cmd": "cat code one.txt > two.txt", "deps": ["code", "one.txt"], "outs": ["two.txt"]}
+    toy.write({"one": timed("one", 0), "two": both}, tracking=False)
+    toy.path("code").write_text("1")
+    toy.dvc("repro", "one")  # is here alone, so it has to be sent first
+    with contextlib.closing(workers.object_store(tmp_path)) as store:
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(key, "any")
+        toy.dvc("remote", "add", "shared", "s3://bucket/dvc")
+        toy.dvc("remote", "modify", "shared", "endpointurl", store.url)
+        toy.dvc("remote", "default", "shared")
+        workers.commit(toy)
+        check_checkpoints(toy)
+        env = {"PREFECT_API_URL": prefect}
+        with workers.workers(toy.root, {"a": "cpu"}, **env), workers.flow(toy, **env) as flow:
+            said, _ = flow.communicate(timeout=300)
+    assert flow.returncode == 0, said
+    assert "two | starts on" in said
+    assert toy.path("two.txt").read_text() == "1" + toy.path("one.txt").read_text()
+    assert toy.status() == {}
+
+
+def test_checkpoints_go_to_the_remote_and_with_their_training_they_are_gone(project: Toy) -> None:
+    check_checkpoints(project)
+
+
+def check_checkpoints(project: Toy) -> None:
+    complaints: list[str] = []
+    here = project.path(".kd/checkpoints/each/large")
+    here.mkdir(parents=True)
+    for name in ("one", "other"):
+        (here / f"{name}.safetensors").write_text(name)
+    Checkpoints(project.root, "each@large", complaints.append)._send()
+    shutil.rmtree(here)
+    last = Checkpoints(project.root, "each@large", complaints.append)
+    with last.carried():
+        assert (here / "one.safetensors").read_text() == "one"
+        (here / "one.safetensors").unlink()  # as a training does that has come to its end
+    shutil.rmtree(here)
+    last._bring()
+    assert [each.name for each in here.iterdir()] == ["other.safetensors"]
+    assert complaints == []

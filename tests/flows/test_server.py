@@ -1,0 +1,24 @@
+"""What Prefect's server needs of the libraries under it, and `pip check` does not know."""
+
+import json
+import urllib.request
+from typing import Any
+
+from tests.flows.toys import wait_until
+
+
+def test_a_schedule_makes_runs(prefect: str) -> None:
+    """With SQLAlchemy 2.1 the server of Prefect 3.8 logs an error here, and starts nothing."""
+
+    def ask(path: str, **body: Any) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{prefect}/{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    flow = ask("flows/", name="scheduled")
+    schedule = {"active": True, "schedule": {"interval": 3600}}
+    made = ask("deployments/", name="hourly", flow_id=flow["id"], schedules=[schedule])
+    planned = {"deployments": {"id": {"any_": [made["id"]]}}}
+    run = wait_until(lambda: ask("flow_runs/filter", **planned), patience=30)[0]
+    assert (run["state_type"], run["auto_scheduled"]) == ("SCHEDULED", True)
