@@ -3,12 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LITERT := .venv-litert
+RESOLVE := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 # dvc.yaml says `python`: the environment's own must come first, also where it is not activated.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK := true
 
-.PHONY: help install demo test test-slow lint types contracts check coverage ui lock clean
+.PHONY: help install litert demo test test-slow lint types contracts check coverage ui stack stack-status stack-stop lock clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -23,6 +25,17 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@echo "installing the locked dependencies into $(VENV): 7 GB, a few minutes the first time"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@mkdir -p .kd/prefect && PREFECT_HOME=$(CURDIR)/.kd/prefect \
+	  PREFECT_API_DATABASE_CONNECTION_URL=sqlite+aiosqlite:///$(CURDIR)/.kd/prefect/prefect.db \
+	  $(BIN)/prefect server database upgrade --yes > .kd/prefect.log
+	@touch $@
+
+litert: install $(LITERT)/.installed  ## What exports to LiteRT need besides: an environment of its converter
+
+$(LITERT)/.installed: requirements-litert.lock
+	@test -x $(LITERT)/bin/pip || $(PYTHON) -m venv --clear $(LITERT)
+	@echo "installing LiteRT's converter into $(LITERT): 7 GB"
+	@$(LITERT)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
 demo: install  ## The whole pipeline on the embedded data, then its table
@@ -32,7 +45,7 @@ test: install  ## The tests, but for the slow ones
 	python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: install  ## The slow tests
-	python -m pytest -m slow
+	python -m pytest -m slow --numprocesses 2 --dist loadfile
 
 lint: install  ## Style
 	ruff format --check .
@@ -52,10 +65,19 @@ coverage: install  ## Lines and branches that the tests reach
 ui: install  ## MLflow and Prefect in the browser, until Ctrl-C
 	@python -m flows.ui
 
+stack: install  ## PostgreSQL, Prefect, MLflow and a worker, in the background (infra/stack.env)
+	@python -m flows.stack start
+
+stack-status: install  ## What of the stack runs, and where
+	@python -m flows.stack status
+
+stack-stop: install  ## End the stack; its data stays
+	@python -m flows.stack stop
+
 lock: install  ## Resolve pyproject.toml again, keeping present pins where they fit
 	python -m pip install --quiet uv
-	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-header --output-file requirements.lock
+	$(RESOLVE) pyproject.toml --all-extras --output-file requirements.lock
+	$(RESOLVE) --group litert --output-file requirements-litert.lock
 
 clean:  ## Forget runs, checkpoints and logs; artifacts and DVC's cache stay
 	rm -rf .kd

@@ -1,4 +1,4 @@
-"""`python -m kd STAGE [NAME]`: the command line, no logic.
+"""`python -m kd STAGE [NAME]`, `kd bench`, `kd lineage`, `kd promote`: the command line, no logic.
 
 dvc.yaml calls it, one process for one stage; nothing heavy is imported before the arguments and
 params.yaml are known to be good.
@@ -6,30 +6,45 @@ params.yaml are known to be good.
 
 import argparse
 import errno
+import os
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from kd import FAMILIES, STAGES, warm
+
+if TYPE_CHECKING:
+    from kd.params import Params
 
 
 def main() -> int:
     """Run a stage in this process, or in a warm one where the flow keeps one; the exit status."""
     argv = sys.argv[1:]
+    if "KD_PIPELINE_RUN" not in os.environ and (name := warm.pipeline_run()):
+        os.environ["KD_PIPELINE_RUN"] = name
     status = warm.delegate(argv)
     return run(argv) if status is None else status
 
 
 def run(argv: list[str]) -> int:
-    """Run the stage that the arguments name; 2 where the input is at fault, 1 for a failure."""
+    """Do what the arguments say; 2 where the input is at fault, 1 for a failure."""
     from kd.component import ConfigError, Refused
 
     arguments = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        run_stage(arguments.stage, arguments.name)
+        if arguments.command == "bench":
+            bench_file(arguments)
+        elif arguments.command == "lineage":
+            trace_file(arguments.file)
+        elif arguments.command == "promote":
+            promote_student(arguments.publish)
+        else:
+            run_stage(arguments.command, getattr(arguments, "name", ""))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,12 +62,85 @@ def run(argv: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    made = argparse.ArgumentParser(prog="kd", description="Run one stage of the pipeline.")
-    made.add_argument("stage", choices=STAGES, help="what to run; dvc.yaml says what it reads")
-    made.add_argument(
-        "name", nargs="?", default="", help=f"which one of {', '.join(FAMILIES)} (params.yaml)"
+    made = argparse.ArgumentParser(
+        prog="kd", description="Run one stage of the pipeline, or look at an exported file."
     )
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for stage in STAGES:
+        one = commands.add_parser(stage, help="a stage; dvc.yaml says what it reads")
+        if stage in FAMILIES:
+            one.add_argument("name", help=f"which one of params.yaml's {stage}")
+    bench = commands.add_parser("bench", help="measure an exported file here")
+    bench.add_argument("file", type=Path, help="an exported file: .onnx, .pte, ...")
+    bench.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="pictures a call")
+    bench.add_argument("--threads", type=positive, nargs="+", default=[1], help="of the runtime")
+    bench.add_argument("--seconds", type=float, default=1.0, help="for each row of the table")
+    lineage = commands.add_parser(
+        "lineage", help="where a file comes from: student, teachers, data"
+    )
+    lineage.add_argument(
+        "file", type=Path, help="an exported file, a bundle, a model.safetensors, or a SHA-256"
+    )
+    promote = commands.add_parser(
+        "promote", help="register the student, and make it champion if it beats the present one"
+    )
+    promote.add_argument("--publish", metavar="URL", help="copy the champion's exports there")
     return made
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def bench_file(arguments: argparse.Namespace) -> None:
+    """Print what an exported file costs on this machine."""
+    from kd import bench
+
+    around = bench.surroundings(arguments.file)
+    record = bench.measure(arguments.file, arguments.batch, arguments.threads, arguments.seconds)
+    print(bench.table(record))
+    print(f"\nIt lies {around}.")
+
+
+def trace_file(file: Path) -> None:
+    """Print where a file comes from."""
+    from kd import lineage
+
+    print(lineage.tell(file))
+
+
+def promote_student(url: str | None) -> None:
+    """Register the student of artifacts/, decide who is champion, and publish its exports."""
+    from kd import params as experiment
+    from kd import tracking
+
+    params = experiment.load()
+    if not params.tracking:
+        print("tracking is false in params.yaml: there is no registry to promote in")
+        return
+    tracking.start()[0].close()
+
+    import torch
+
+    from kd import manifest, promotion, publish, stages
+
+    torch.set_num_threads(1)
+    sha256 = manifest.read(promotion.STUDENT).sha256
+    with tracking.run(
+        "student",
+        params=experiment.of_stage(params, "student", ""),
+        tags={**stages.tags("student"), "kd.sha256": sha256},
+        resume=True,  # the run that trained it, where there is one
+    ) as run:
+        print(promotion.promote(run))
+        if url:
+            print(publish.champion(run, promotion.REGISTERED_NAME, url))
+    if run.error:
+        raise tracking.TrackingError(tracking.tracking_uri(), run.error)
 
 
 def run_stage(stage: str, name: str) -> None:
@@ -65,7 +153,9 @@ def run_stage(stage: str, name: str) -> None:
     known = getattr(params, stage) if stage in FAMILIES else [""]
     if name not in known:
         raise ConfigError(f"{stage} has no {name!r} in params.yaml; it has {', '.join(known)}")
-    if params.tracking:
+    spread(stage, name, devices_of(params, stage, name))
+    tracked = params.tracking and is_first()
+    if tracked:
         tracking.start()[0].close()  # MLflow is imported elsewhere while torch is imported here
 
     import torch
@@ -81,11 +171,37 @@ def run_stage(stage: str, name: str) -> None:
         name or None,
         params=experiment.of_stage(params, stage, name),
         tags=stages.tags(stage),
-        enabled=params.tracking,
+        enabled=tracked,
     ) as run:
         stages.STAGES[stage](params, name, run)
         run.log_tags({"kd.artifacts": str(artifacts.folder(run_name))})
-        artifacts.write_run_record(run_name, started, run.id, run.url)
+        if is_first():
+            artifacts.write_run_record(run_name, started, run.id, run.url)
+
+
+def devices_of(params: "Params", stage: str, name: str) -> int:
+    """How many devices share the training of a stage; 1 where it trains nothing."""
+    if stage == "teacher":
+        return params.teacher.recipe.devices
+    if stage == "assistants":
+        return params.assistants[name].recipe.devices
+    return params.student.recipe.devices if stage in ("student", "baselines") else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes and tells; of several that share a training one does."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def spread(stage: str, name: str, devices: int) -> None:
+    """Become one process for each device, each of which runs the stage; its first one writes."""
+    if devices > 1 and "LOCAL_RANK" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun warns that it chose the same
+        sys.stdout.flush()
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "kd", stage, *name.split()])
+    if not is_first():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

@@ -6,10 +6,12 @@ Nothing here is a pickle: tensors are safetensors files, records are JSON, table
 import csv
 import hashlib
 import json
+import math
 import os
 import platform
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock  # PyTorch itself needs it
 from torch import Tensor, nn
 
-from kd import FAMILIES
+from kd import FAMILIES, git
 from kd.component import ConfigError
 from kd.ensemble import digest_of_tensors
 from kd.train import Epoch
@@ -27,9 +30,13 @@ from kd.train import Epoch
 ROOT = Path("artifacts")
 CHECKPOINTS = Path(".kd/checkpoints")
 """Outside every stage's folder: DVC empties those before it runs a stage."""
+MACHINE = Path(".kd/machine")
+"""What was measured on this machine, and decides how it trains."""
+TARGETS = Path(".kd/targets")
+"""Members' logits; whoever is taught by the same members shares them."""
 LEARNING = (
     "roles.py",
-    "train.py",
+    "train",
     "recipe.py",
     "ensemble.py",
     "evaluate.py",
@@ -157,11 +164,11 @@ def digest(record: object) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def code_digest() -> str:
-    """SHA-256 over the sources that decide what is learned, which are those dvc.yaml watches."""
+def code_digest(names: Sequence[str] = LEARNING) -> str:
+    """SHA-256 over sources; by default those that decide what is learned, which DVC watches."""
     package = Path(__file__).parent
     whole = hashlib.sha256()
-    for name in LEARNING:
+    for name in names:
         path = package / name
         for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             whole.update(str(source.relative_to(package)).encode() + source.read_bytes())
@@ -201,35 +208,129 @@ class DiskCheckpoint:
     """fit()'s state on disk, valid for one set of inputs.
 
     The state is one safetensors file whose metadata hold the epochs done and the checksum of
-    the tensors, so state and history cannot come apart.  A file that fails its checksum is as
-    good as none: training then starts afresh.
+    the tensors, so state and history cannot come apart.  The one before stays beside it: should
+    the newest fail its checksum, training goes on from there, and without either afresh.
     """
 
     def __init__(self, run_name: str, inputs: object) -> None:
         """Args: whose state it is, and all that decides the result, as plain data."""
         self.path = CHECKPOINTS / run_name / f"{digest(inputs)[:32]}.safetensors"
+        self.before = self.path.with_suffix(".before")
 
     def load(self) -> tuple[dict[str, Tensor], list[Epoch]] | None:
-        """The last state saved and the epochs it covers, or None for a fresh start."""
-        if not self.path.exists():
-            return None
-        try:
-            state, metadata = read_tensors(self.path)
-        except ArtifactError:
-            return None
-        if metadata.get("checksum") != digest_of_tensors(state):
-            return None
-        return state, [Epoch(**row) for row in json.loads(metadata["history"])]
+        """The last good state and the epochs it covers, or None for a fresh start."""
+        for path in (self.path, self.before):
+            if path.exists():
+                try:
+                    return read_state(path)
+                except ArtifactError as error:
+                    print(f"warning: {error}", flush=True)
+        return None
 
     def save(self, state: dict[str, Tensor], history: list[Epoch]) -> None:
-        """Replace the state by this one, atomically."""
+        """Replace the state by this one, atomically, and keep the last."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self.path.replace(self.before)
         rows = json.dumps([asdict(epoch) for epoch in history])
         write_tensors(self.path, state, {"history": rows, "checksum": digest_of_tensors(state)})
 
     def remove(self) -> None:
-        """Forget the state, once the result is written."""
+        """Forget the states, once the result is written."""
         self.path.unlink(missing_ok=True)
+        self.before.unlink(missing_ok=True)
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], list[Epoch]]:
+    """A checkpoint's tensors and epochs.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    state, metadata = read_tensors(path)
+    if metadata.get("checksum") != digest_of_tensors(state):
+        raise ArtifactError(f"{path} fails its checksum and is left aside")
+    return state, [Epoch(**row) for row in json.loads(metadata["history"])]
+
+
+class DiskTables:
+    """Members' logits on disk, each under the digest of all that decides them.
+
+    A table is a .npy file, mapped into memory, and beside it a record that names what it was
+    made from and its SHA-256; without a record that fits, it is as good as none.
+    """
+
+    def table(
+        self, record: Mapping[str, object], shape: tuple[int, ...], fill: Callable[[Tensor], None]
+    ) -> Tensor:
+        """The float16 table that `record` names; made by `fill` where there is none."""
+        import numpy as np
+
+        whole = {**record, "code": code_digest(), "shape": list(shape)}
+        path = TARGETS / f"{digest(whole)[:32]}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # students that train side by side want the same
+            if not is_of(path, whole):
+                check_space(path.parent, 2 * math.prod(shape))
+                with atomic(path) as temporary:
+                    made = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+                    fill(torch.from_numpy(made))
+                    made.flush()
+                write_json(path.with_suffix(".json"), {**whole, "sha256": sha256(path)})
+        # "c": changes, which nobody makes, would stay private; torch warns of read-only memory.
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def remembered(
+    topic: str, question: Mapping[str, Any], ask: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """An answer that this machine was asked for once, under .kd; by `ask` where it never was.
+
+    Args:
+        topic: What kind of question it is.
+        question: All that the answer depends on, as plain data.
+        ask: Finds the answer.
+    """
+    path = MACHINE / topic / f"{digest(question)[:32]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            write_json(path, {**question, **ask()})
+        return read_json(path)
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement's answer depends on beside the question."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def is_of(table: Path, record: Mapping[str, object]) -> bool:
+    """Whether a table is there, whole, and was made from what `record` says."""
+    try:
+        found = read_json(table.with_suffix(".json"))
+        return found == {**record, "sha256": sha256(table)}
+    except (ArtifactError, FileNotFoundError):
+        return False
+
+
+def check_space(folder: Path, wanted: int) -> None:
+    """Refuse to start what could not be written.
+
+    Raises:
+        ArtifactError: names the folder and what it needs.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < wanted + 2**26:  # and something for records
+        raise ArtifactError(
+            f"{folder.absolute()} has {free / 2**20:.0f} MiB free and needs "
+            f"{wanted / 2**20 + 64:.0f}: free some space (`dvc gc --workspace` drops unused "
+            "artifacts, `make clean` old checkpoints and targets)"
+        )
 
 
 def check_foreign(known: Mapping[str, set[str]]) -> None:
@@ -260,17 +361,17 @@ def write_run_record(run_name: str, started: float, run_id: str | None, url: str
         run_id: The tracking run's; None where it was not tracked.
         url: Where that run is shown.
     """
+    commit, dirty = git.state(Path()) or (None, None)
     record = {
         "run_id": run_id,
         "url": url,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 3),
+        "commit": commit,
+        "dirty": dirty,
         "host": platform.node(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **machine(),
     }
     path = ROOT / "runs" / f"{run_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """A trained model's folder: its weights, and the manifest that says where they come from."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,7 +49,11 @@ class Manifest:
     mixing: str
     """What of the teachers was averaged: probabilities or logits."""
     method: dict[str, Any] | None
-    """How it learned from them, as plain data."""
+    """How it learned, as plain data; None where labels alone taught it."""
+    peers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The networks that learned along with it: their models, as plain data."""
+    generations: int = 1
+    """How often it was trained; each further generation was taught by the last alone."""
     recipe: dict[str, Any]
     seed: int
     sha256: str = ""
@@ -64,9 +68,10 @@ class Manifest:
         """C."""
         return len(self.class_names)
 
-    def build(self) -> nn.Module:
-        """The network, untrained."""
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in self.model.items()}
+    def build(self, model: dict[str, Any] | None = None) -> nn.Module:
+        """The network, untrained; or another model, such as a peer's, for the same images."""
+        plain = self.model if model is None else model
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()}
         kinds = {cls.kind: cls for cls in get_args(Model)}
         return build_model(
             kinds[fields["kind"]](**fields),
@@ -100,13 +105,13 @@ def load(folder: Path) -> tuple[nn.Module, Manifest]:
     return artifacts.load_model(weights, manifest.build()), manifest
 
 
-def read(folder: Path) -> Manifest:
-    """The manifest in a trained network's folder.
+def read(folder: Path, name: str = "manifest.json") -> Manifest:
+    """The manifest in a trained network's folder, or the copy in a bundle's.
 
     Raises:
         ArtifactError: it is missing, damaged or of another format.
     """
-    path = folder / "manifest.json"
+    path = folder / name
     record = artifacts.read_json(path)
     if record.get("format") != FORMAT:
         raise ArtifactError(

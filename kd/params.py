@@ -7,7 +7,7 @@ Whatever is wrong is found here, before data is read, and named by its path in t
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -61,30 +61,86 @@ class TeacherParams:
 
 @component
 class LearnerParams:
-    """An assistant, or the student: a network that learns from others."""
+    """The student: a network that learns from others."""
 
     model: Model
     method: Method
     recipe: Recipe
+    peers: dict[str, Model] = field(default_factory=dict)
+    """Networks that learn along with it, by name; for methods that need peers."""
+    generations: int = 1
+    """How often it is trained, at least 1; each further generation is taught by the last alone."""
+
+    def __post_init__(self) -> None:
+        check_peers(self.method, self.peers)
+        require(self.generations >= 1, "generations", self.generations, "at least 1")
+        if getattr(getattr(self.method, "trust", None), "reads_labels", False):
+            wanted = "0 with this method.trust: a mixed image has no label of its own"
+            require(self.recipe.mixup == 0, "recipe.mixup", self.recipe.mixup, wanted)
+
+
+@component
+class StudentParams(LearnerParams):
+    """The student, under the weighted ensemble of assistants where its method needs teachers."""
+
+    teacher_share: float = 0.0
+    """What the teacher itself counts beside the assistants, who share the rest; in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.teacher_share <= 1, "teacher_share", self.teacher_share, "in [0, 1]")
+
+
+@component
+class AssistantParams(LearnerParams):
+    """An assistant, and where it stands in the chain from the teacher to the student."""
+
+    taught_by: str
+    """teacher, or another assistant as assistants/NAME."""
+    dense: bool = False
+    """Taught by all that are before it in the chain, the teacher included, in equal parts (DGKD);
+    else by `taught_by` alone (TAKD)."""
 
 
 @component
 class BaselineParams:
-    """The student again, same model, method, budget and seed, but with other teachers."""
+    """The student again: same model, budget and seed, but other teachers or another method."""
 
-    teachers: Literal["none", "teacher", "assistants"]
-    """none: labels alone; teacher: the teacher alone; assistants: all, weighted by `weighting`."""
+    teachers: Literal["none", "teacher", "assistants", "everyone"] | tuple[str, ...]
+    """none; the teacher alone; all assistants; both; or a list of names, the teacher's being
+    "teacher"."""
     weighting: Weighting | None = None
-    """How much each assistant counts; for `teachers: assistants` alone."""
+    """How much each of several teachers counts; null: all alike, for a list alone."""
+    method: Method | None = None
+    """null: the student's."""
+    peers: dict[str, Model] = field(default_factory=dict)
+    """As in `student`."""
+    generations: int = 1
+    """As in `student`."""
 
     def __post_init__(self) -> None:
-        weighted = self.teachers == "assistants"
-        require(
-            (self.weighting is not None) == weighted,
-            "weighting",
-            self.weighting,
-            "given with `teachers: assistants` and left out otherwise",
-        )
+        if self.teachers in ("assistants", "everyone"):
+            wanted = f"given with `teachers: {self.teachers}`"
+            require(self.weighting is not None, "weighting", self.weighting, wanted)
+        elif isinstance(self.teachers, str):
+            wanted = f"left out with `teachers: {self.teachers}`"
+            require(self.weighting is None, "weighting", self.weighting, wanted)
+        else:
+            require(len(self.teachers) > 0, "teachers", self.teachers, "at least one name")
+        if self.method is not None:
+            check_peers(self.method, self.peers)
+            listens = self.method.needs == "teachers" or self.method.kind == "custom"
+            wanted = f"none with method.kind {self.method.kind}, which needs no teachers"
+            require(listens or self.teachers == "none", "teachers", self.teachers, wanted)
+        else:
+            require(not self.peers, "peers", sorted(self.peers), "given with a method alone")
+        require(self.generations >= 1, "generations", self.generations, "at least 1")
+
+
+def check_peers(method: Method, peers: Mapping[str, Model]) -> None:
+    """Refuse too many or too few peers for a method."""
+    wanted = f"{method.num_peers.start} networks at least, {method.num_peers.stop - 1} at most"
+    require(len(peers) in method.num_peers, "peers", sorted(peers), f"{wanted} ({method.kind})")
 
 
 @component
@@ -108,10 +164,10 @@ class Params:
     """Log to MLflow; off trains without it."""
     data: DataParams
     teacher: TeacherParams
-    assistants: dict[str, LearnerParams]
+    assistants: dict[str, AssistantParams]
     """By name, at least one."""
     weights: Weighting
-    student: LearnerParams
+    student: StudentParams
     baselines: dict[str, BaselineParams]
     exports: dict[str, Exporter]
     report: ReportParams = ReportParams()
@@ -123,6 +179,39 @@ class Params:
             for name in getattr(self, section):
                 wanted = "a name of small letters, digits, - and _"
                 require(bool(NAME.fullmatch(name)), f"{section}.{name}", name, wanted)
+        for name in self.assistants:
+            self.chain(name)
+        for name, baseline in self.baselines.items():
+            if isinstance(baseline.teachers, tuple):
+                known = {"teacher", *self.assistants}
+                fits = set(baseline.teachers) <= known
+                wanted = f"names among {sorted(known)}"
+                require(fits, f"baselines.{name}.teachers", baseline.teachers, wanted)
+
+    def models(self) -> list[Model]:
+        """Every model of the experiment, peers included."""
+        learners: list[LearnerParams] = [*self.assistants.values(), self.student]
+        with_peers: list[LearnerParams | BaselineParams] = [*learners, *self.baselines.values()]
+        peers = [model for section in with_peers for model in section.peers.values()]
+        return [self.teacher.model, *(learner.model for learner in learners), *peers]
+
+    def chain(self, name: str) -> tuple[str, ...]:
+        """Run names of all that are before an assistant, its own teacher first.
+
+        Raises:
+            ConfigError: an assistant is taught by nobody known, or by itself in the end.
+        """
+        found: list[str] = []
+        above = self.assistants[name].taught_by
+        while above != "teacher":
+            key, _, other = above.rpartition("/")
+            known = key == "assistants" and other in self.assistants
+            wanted = "teacher, or assistants/NAME of another one that leads to the teacher"
+            fits = known and other != name and above not in found
+            require(fits, f"assistants.{name}.taught_by", above, wanted)
+            found.append(above)
+            above = self.assistants[other].taught_by
+        return (*found, "teacher")
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
@@ -130,6 +219,19 @@ def load(path: Path = Path("params.yaml")) -> Params:
 
     Raises:
         ConfigError: no such file, not YAML, a key given twice, or a wrong key, type or value.
+    """
+    raw = read_yaml(path)
+    try:
+        return parse(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping in a YAML file, as plain data.
+
+    Raises:
+        ConfigError: no such file, not YAML, a key given twice, or no mapping.
     """
     try:
         raw = yaml.load(path.read_text(), _Loader)
@@ -139,10 +241,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no mapping of stages to settings")
-    try:
-        return parse(raw)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return raw
 
 
 def parse(raw: Mapping[str, Any]) -> Params:
@@ -162,12 +261,19 @@ def parse(raw: Mapping[str, Any]) -> Params:
     return params
 
 
+BARE = {"weights": "weighting", "exports": "export"}
+"""Stages whose section is one component, and what to call it where all stages' keys meet."""
+
+
 def of_stage(params: Params, stage: str, name: str) -> dict[str, Any]:
     """The settings of one stage as plain data, under the same keys whatever its name is."""
     section = getattr(params, stage)
     plain = asdict(section[name] if name else section)
+    if stage in BARE:
+        plain = {BARE[stage]: plain}
     student = asdict(params.student) if stage == "baselines" else {}
-    return {"seed": params.seed, **student, **plain}
+    own = {key: value for key, value in plain.items() if value or key not in student}
+    return {"seed": params.seed, **student, **own}
 
 
 def with_recipe(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,14 +323,14 @@ def build_component(members: list[Any], raw: Any, path: str) -> Any:
         raise ConfigError(f"{path or 'it'} is {raw!r}; it must be a mapping of keys to values")
     cls = choose(members, raw, path)
     hints = get_type_hints(cls)
-    known = {field.name: field for field in fields(cls)}
+    known = {each.name: each for each in fields(cls)}
     for name in raw:
         if name not in known:
             raise ConfigError(f"{join(path, name)} is no known key{nearest(name, known)}")
     missing = [
         name
-        for name, field in known.items()
-        if name not in raw and field.default is MISSING and field.default_factory is MISSING
+        for name, each in known.items()
+        if name not in raw and each.default is MISSING and each.default_factory is MISSING
     ]
     if missing:
         raise ConfigError(f"{join(path, missing[0])} is missing")
@@ -282,6 +388,6 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(  # YAML 1.1 takes 1e-3 for a word; YAML 1.2, and users, for a number
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"),
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )

@@ -4,28 +4,31 @@ The role decides nothing here: a teacher is taught by nobody, an assistant by an
 one, a student by an ensemble of many, and all of them go the same way.
 """
 
-import shutil
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
 
 from kd import artifacts, manifest
-from kd.artifacts import ArtifactError
-from kd.component import ConfigError
+from kd.component import ConfigError, require
 from kd.data import Images
 from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
-from kd.methods import Method
+from kd.methods import Learner, Method
 from kd.models import Model, build_model, count
+from kd.progress import Progress
 from kd.recipe import Recipe
 from kd.tracking import Run
-from kd.train import Epoch, fit, key, steps_in_epoch
+from kd.train import Epoch, Stopped, fit, key, ranks, steps_in_epoch
+from kd.train.speed import faster_precision
 
 DATA = "data"
 
@@ -49,43 +52,160 @@ class Role:
     """Weight of each teacher by run name; empty: labels alone."""
     mixing: Mixing = "probabilities"
     """What of the teachers is averaged."""
+    peers: Mapping[str, Model] = field(default_factory=dict)
+    """Networks that learn along with it."""
+    generations: int = 1
+    """How often it is trained; each further generation is taught by the last alone."""
+
+    def is_taught(self) -> bool:
+        """Whether its method comes into play: one that needs teachers has them."""
+        needs = self.method.resolved().needs if self.method else "teachers"
+        return bool(self.teachers) or self.generations > 1 or needs != "teachers"
 
 
 def learn(role: Role, run: Run) -> None:
     """Train, evaluate on the validation split, and write the folder of `role`."""
-    record = artifacts.read_json(artifacts.folder(DATA) / "data.json")
     device = prepare_device(role.recipe)
-    images, epoch_steps = training_images(role, device)
-    val = Images.load(artifacts.folder(DATA), "val", device=device)
-    members, origins = load_teachers(role, record["data_hash"])
-    described = describe(role, record, origins, device)
-    torch.manual_seed(key("weights", role.seed))
-    module = described.build()
-    check_disk(module)
-    checkpoint = artifacts.DiskCheckpoint(role.run_name, asdict(described))
-    module, history = fit(
-        module,
-        images,
-        role.recipe,
-        seed=role.seed,
-        num_classes=described.num_classes,
-        epoch_steps=epoch_steps,
-        method=role.method,
-        ensemble=Ensemble(members, described.weights_K, role.mixing) if members else None,
-        validate=lambda model: progress_figures(model, val),
-        on_epoch=Progress(role, run),
-        checkpoint=checkpoint,
+    with ranks.group(device):
+        record = artifacts.read_json(artifacts.folder(DATA) / "data.json")
+        members, origins = load_teachers(role, record["data_hash"])
+        role = replace(role, recipe=settled(role, record, device))
+        described = describe(role, record, origins, device)
+        names = tuple(name.removeprefix("assistants/") for name in role.teachers)
+        ensemble = Ensemble(members, described.weights_K, role.mixing, names) if members else None
+        with asked_to_stop() as stop:
+            module, history = train(role, described, ensemble, 0, run, stop)
+            for generation in range(1, role.generations):
+                last = Ensemble((module,), (1.0,))
+                module, history = train(role, described, last, generation, run, stop)
+        if ranks.is_first():
+            keep(role, described, module, history, run)
+            for generation in range(role.generations):
+                checkpoint_of(described, generation).remove()
+
+
+def settled(role: Role, record: Mapping[str, Any], device: str) -> Recipe:
+    """The role's recipe with a precision chosen, where it left that to this machine.
+
+    Measured once and then remembered, since a repetition must make the same bytes.
+    """
+    if role.recipe.precision != "auto":
+        return role.recipe
+    model = build_model(
+        role.model,
+        channels=record["channels"],
+        image_size=record["image_size"],
+        num_classes=len(record["class_names"]),
     )
+    question = {"model": asdict(role.model), "batch_size": role.recipe.batch_size}
+    images, _ = training_images(role, device, learns_from_pool=True)
+
+    def ask() -> dict[str, str]:
+        found = faster_precision(model, images, role.recipe, len(record["class_names"]))
+        return {"precision": found}
+
+    answer = artifacts.remembered("precision", {**question, **artifacts.machine()}, ask)
+    print(f"{role.run_name}: precision {answer['precision']}, as measured on this machine")
+    return replace(role.recipe, precision=answer["precision"])
+
+
+def keep(
+    role: Role, described: Manifest, module: nn.Module, history: Sequence[Epoch], run: Run
+) -> None:
+    """Write what was trained, and how well."""
     folder = artifacts.folder(role.run_name)
     written = manifest.save(folder, module.cpu(), described)
     artifacts.write_curves(folder / "curves.csv", history)
     metrics = measure(module, written, history)
     artifacts.write_json(folder / "metrics.json", metrics)
-    checkpoint.remove()
     run.log_final(final_figures(metrics))
     for name in ("manifest.json", "metrics.json", "curves.csv"):
         run.log_file(folder / name)
     run.log_tags({"kd.sha256": written.sha256})
+
+
+def train(
+    role: Role,
+    described: Manifest,
+    ensemble: Ensemble | None,
+    generation: int,
+    run: Run,
+    stop: Callable[[], bool],
+) -> tuple[nn.Module, list[Epoch]]:
+    """One generation of a role: the trained network, without what trained along with it."""
+    method = role.method.resolved() if role.method else None
+    learns_from_pool = ensemble is not None or (method is not None and method.uses_pool)
+    images, epoch_steps = training_images(role, described.device, learns_from_pool)
+    val = Images.load(artifacts.folder(DATA), "val", device=described.device)
+    seed = role.seed if generation == 0 else key("generation", role.seed, generation)
+    torch.manual_seed(key("weights", seed))
+    learner = described.build()
+    if method is not None:
+        peers = [described.build(model) for model in described.peers.values()]
+        wanted = f"from {method.num_peers.start} to {method.num_peers.stop - 1} networks"
+        require(len(peers) in method.num_peers, "peers", sorted(described.peers), wanted)
+        learner = method.learner(learner, peers, ensemble.described() if ensemble else None)
+    size = sum(t.numel() * t.element_size() for t in learner.state_dict().values())
+    artifacts.check_space(Path.cwd(), 6 * size)  # weights, mean, two optimiser states; twice
+    progress = Progress(role.run_name, role.recipe.epochs, epoch_steps)
+
+    def tell(epoch: Epoch) -> None:
+        progress.epoch(epoch)
+        log_epoch(run, epoch, before=generation * role.recipe.epochs)
+
+    with progress:
+        trained, history = fit(
+            learner,
+            images,
+            role.recipe,
+            seed=seed,
+            num_classes=described.num_classes,
+            epoch_steps=epoch_steps,
+            method=role.method,
+            ensemble=ensemble,
+            validate=lambda model: progress_figures(model, val),
+            on_step=progress.step,
+            on_epoch=tell,
+            checkpoint=checkpoint_of(described, generation),
+            tables=artifacts.DiskTables(),
+            stop=stop,
+        )
+    return trained.student if isinstance(trained, Learner) else trained, history
+
+
+def checkpoint_of(described: Manifest, generation: int) -> artifacts.DiskCheckpoint:
+    """Where a generation's state is kept while it trains."""
+    return artifacts.DiskCheckpoint(described.name, [asdict(described), generation])
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """While the block runs, SIGTERM and Ctrl-C only note that we shall stop: a step is finished
+    and the state saved.  Then, or at a second signal, comes what the signal does otherwise.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield lambda: False
+        return
+    heard = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    usual = {number: each for number, each in heard.items() if each != signal.SIG_IGN}
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, usual[signal.Signals(number)])
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(asked)
+    except Stopped as stopped:
+        with suppress(OSError):  # whoever listened may be gone: that is why we stop
+            print(stopped, flush=True)
+        signal.raise_signal(asked[0])
+        raise
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def seed_of(seed: int, run_name: str) -> int:
@@ -93,22 +213,15 @@ def seed_of(seed: int, run_name: str) -> int:
     return key(run_name, seed)
 
 
-class Section(Protocol):
-    """A section of params.yaml that has a model."""
-
-    @property
-    def model(self) -> Model: ...  # noqa: D102
-
-
-def try_models(sections: Iterable[Section], record: Mapping[str, Any]) -> None:
+def try_models(models: Iterable[Model], record: Mapping[str, Any]) -> None:
     """Build every model once for these data, so that a bad one is found before any training.
 
     Raises:
         ConfigError: a model cannot be built, or does not turn these images into logits.
     """
-    for section in sections:
+    for model in models:
         build_model(
-            section.model,
+            model,
             channels=record["channels"],
             image_size=record["image_size"],
             num_classes=len(record["class_names"]),
@@ -132,7 +245,9 @@ def describe(
         teachers=teachers,
         weights_K=tuple(role.teachers.values()),
         mixing=role.mixing,
-        method=asdict(role.method) if role.method and role.teachers else None,
+        method=asdict(role.method) if role.method and role.is_taught() else None,
+        peers={name: asdict(model) for name, model in role.peers.items()},
+        generations=role.generations,
         recipe=asdict(role.recipe),
         seed=role.seed,
         code=artifacts.code_digest(),
@@ -148,18 +263,26 @@ def prepare_device(recipe: Recipe) -> str:
     has_gpu = torch.cuda.is_available()
     if recipe.device == "cuda" and not has_gpu:
         raise ConfigError("recipe.device is 'cuda', but there is no GPU here: set it to auto")
-    return "cuda" if has_gpu and recipe.device != "cpu" else "cpu"
+    device = "cuda" if has_gpu and recipe.device != "cpu" else "cpu"
+    visible = torch.cuda.device_count()
+    if device == "cuda" and recipe.devices > visible:
+        raise ConfigError(
+            f"recipe.devices is {recipe.devices}, but only {visible} GPU(s) can be seen here: "
+            "lower it, or, since the flow gives each stage one, run `dvc repro` for this one"
+        )
+    return device
 
 
-def training_images(role: Role, device: str) -> tuple[Images, int]:
+def training_images(role: Role, device: str, learns_from_pool: bool) -> tuple[Images, int]:
     """What the role learns from, and the steps of an epoch: one pass over train and pool.
 
-    Without teachers the pool says nothing, so only labelled images are shown, the more often.
+    Where the pool says nothing, as without teachers, only labelled images are shown, the more
+    often.
     """
     data, augment = artifacts.folder(DATA), role.recipe.augment
     everything = Images.load(data, ("train", "pool"), device=device, augment=augment)
     steps = steps_in_epoch(len(everything), role.recipe.batch_size)
-    if role.teachers:
+    if learns_from_pool:
         return everything, steps
     return Images.load(data, "train", device=device, augment=augment), steps
 
@@ -168,9 +291,8 @@ def load_teachers(role: Role, data_hash: str) -> tuple[tuple[nn.Module, ...], tu
     """The role's teachers, and where they come from; refused where their own origins are gone."""
     loaded = [manifest.load(artifacts.folder(name)) for name in role.teachers]
     present = {m.name: m.sha256 for _, m in loaded}
-    if role.role == "student" and loaded:
-        teacher = manifest.read(artifacts.folder("teacher"))
-        present[teacher.name] = teacher.sha256
+    for above in {origin.name for _, m in loaded for origin in m.teachers}:
+        present[above] = manifest.read(artifacts.folder(above)).sha256
     manifest.check_lineage([m for _, m in loaded], present, data_hash)
     origins = tuple(Origin(name=m.name, sha256=m.sha256) for _, m in loaded)
     return tuple(module for module, _ in loaded), origins
@@ -203,7 +325,7 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
         "multiply_adds": counts.multiply_adds,
         "size_bytes": weights.stat().st_size,
         "epochs": len(history),
-        "samples_seen": history[-1].step * described.recipe["batch_size"],
+        "samples_seen": described.generations * history[-1].step * described.recipe["batch_size"],
     }
 
 
@@ -218,51 +340,14 @@ def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def check_disk(module: nn.Module) -> None:
-    """Refuse to start where the checkpoint and the model could not be written at the end.
-
-    Raises:
-        ArtifactError: names the folder and what it needs.
-    """
-    size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
-    wanted = 6 * size + 2**26  # a checkpoint (weights, mean, two optimiser states) twice; records
-    free = shutil.disk_usage(Path.cwd()).free
-    if free < wanted:
-        raise ArtifactError(
-            f"{Path.cwd()} has {free / 2**20:.0f} MiB free, training needs {wanted / 2**20:.0f}: "
-            "free some space (`dvc gc --workspace` drops unused artifacts)"
-        )
-
-
-class Progress:
-    """Tells of each epoch: a line for people, figures for the tracking run."""
-
-    def __init__(self, role: Role, run: Run) -> None:
-        """Args: who learns, and where its figures go."""
-        self.role = role
-        self.run = run
-        self.started = time.monotonic()
-        self.first: int | None = None
-
-    def __call__(self, epoch: Epoch) -> None:
-        """Tell of `epoch`."""
-        if self.first is None:
-            self.first = epoch.number - 1  # where a resumed run set out
-        total = self.role.recipe.epochs
-        share = (total - epoch.number) / (epoch.number - self.first)
-        left = (time.monotonic() - self.started) * share
-        validation = "".join(f"  val {name} {v:.4f}" for name, v in epoch.validation.items())
-        print(
-            f"{self.role.run_name}  epoch {epoch.number}/{total}  loss {epoch.train_loss:.4f}"
-            f"{validation}  {epoch.images_per_second:.0f} images/s  {left:.0f} s left",
-            flush=True,
-        )
-        self.run.log_epoch(
-            epoch.number,
-            {
-                "train_loss": epoch.train_loss,
-                "lr": epoch.lr,
-                "images_per_second": epoch.images_per_second,
-                **{f"val_{name}": value for name, value in epoch.validation.items()},
-            },
-        )
+def log_epoch(run: Run, epoch: Epoch, before: int) -> None:
+    """Send an epoch's figures to the tracking run; earlier generations took `before` epochs."""
+    run.log_epoch(
+        before + epoch.number,
+        {
+            "train_loss": epoch.train_loss,
+            "lr": epoch.lr,
+            "images_per_second": epoch.images_per_second,
+            **{f"val_{name}": value for name, value in epoch.validation.items()},
+        },
+    )

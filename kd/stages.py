@@ -8,20 +8,23 @@ only `report` opens the test split.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from kd import artifacts, manifest
+from kd import artifacts, bench, bundle, manifest, promotion
 from kd import report as reporting
+from kd.cast import assistant_role, baseline_role, taught_student
 from kd.data import Images, prepare
-from kd.ensemble import Mixing
 from kd.evaluate import predict
 from kd.examine import examine, latencies, names_of
 from kd.exporters import export_and_check
+from kd.packing import student_to_export, try_export
 from kd.params import Params
+from kd.qat import when_called_for
 from kd.roles import Role, learn, seed_of, try_models
-from kd.tracking import Run
+from kd.tracking import Run, TrackingError
 from kd.tracking.weights import log_weight_sets
 from kd.weightings import (
     convergence_rows,
@@ -32,11 +35,18 @@ from kd.weightings import (
 )
 
 DATA = artifacts.ROOT / "data"
-REGISTERED_NAME = "kd-student"
 
 
 def data(params: Params, name: str, run: Run) -> None:
-    """Read the data set, split it, and keep it in a compact form."""
+    """Read the data set, split it, and keep it in a compact form; try the exports."""
+    for exporter in params.exports.values():
+        exporter.check()
+    record = prepare_data(params, name, run)
+    try_export(params.student.model, record)
+
+
+def prepare_data(params: Params, name: str, run: Run) -> dict[str, Any]:
+    """Read the data set, split it, keep it, and try every model on it; the data's record."""
     section = params.data
     record = prepare(
         section.dataset,
@@ -46,11 +56,12 @@ def data(params: Params, name: str, run: Run) -> None:
         seed=params.seed,
         folder=artifacts.folder("data"),
     )
-    try_models([params.teacher, *params.assistants.values(), params.student], record)
+    try_models(params.models(), record)
     counts = {split: found["count"] for split, found in record["splits"].items()}
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
     run.log_final({f"num_{split}": count for split, count in counts.items()})
     run.log_file(DATA / "data.json")
+    return record
 
 
 def teacher(params: Params, name: str, run: Run) -> None:
@@ -67,18 +78,8 @@ def teacher(params: Params, name: str, run: Run) -> None:
 
 
 def assistants(params: Params, name: str, run: Run) -> None:
-    """Distil the teacher into one middle-sized network."""
-    section = params.assistants[name]
-    role = Role(
-        run_name=f"assistants/{name}",
-        role="assistant",
-        model=section.model,
-        recipe=section.recipe,
-        seed=seed_of(params.seed, f"assistants/{name}"),
-        method=section.method,
-        teachers={"teacher": 1.0},
-    )
-    learn(role, run)
+    """Distil the teacher, or those before it in the chain, into one middle-sized network."""
+    learn(assistant_role(params, name), run)
 
 
 def weights(params: Params, name: str, run: Run) -> None:
@@ -95,6 +96,8 @@ def weights(params: Params, name: str, run: Run) -> None:
         {"members": json.dumps(sha256)},
     )
     study = artifacts.folder("runs") / "weights.study.log"
+    if not getattr(params.weights, "study", False):
+        study.write_bytes(b"")  # another weighting's may still lie there
     given = (logits_KNC.numpy(), val.labels_N.numpy())
     found = params.weights.find(*given, names, seed_of(params.seed, "weights"), study)
     record = weight_record(params.weights, found, *given, seed_of(params.seed, "weights"))
@@ -107,59 +110,38 @@ def weights(params: Params, name: str, run: Run) -> None:
     print("  ".join(f"{each} {weight:.3f}" for each, weight in found.weights.items()))
     for warning in found.warnings:
         print(f"warning: {warning}")
-    log_weight_sets(run, folder, tags={}, study=study)
+    study.touch()  # DVC misses an output that is not there, also where nothing was searched
+    log_weight_sets(run, folder, tags={}, study=study if study.stat().st_size else None)
 
 
 def student(params: Params, name: str, run: Run) -> None:
-    """Distil the weighted ensemble of assistants into the small network, and register it."""
-    record = artifacts.read_json(artifacts.ROOT / "weights/weights.json")
-    mixing = record["weighting"].get("mixing", "probabilities")
-    check_weighed(record["sha256"])
-    learn(student_role(params, "student", of_assistants(record["weights"]), mixing), run)
-    register(run)
+    """Distil the weighted ensemble of assistants into the small network, and let it compete."""
+    learn(taught_student(params), run)
+    enter(run)
 
 
 def baselines(params: Params, name: str, run: Run) -> None:
-    """Train the student again, alike in all but its teachers."""
-    section = params.baselines[name]
-    teachers = {"teacher": 1.0} if section.teachers == "teacher" else {}
-    mixing: Mixing = "probabilities"
-    if section.weighting is not None:
-        path = artifacts.ROOT / "weights/val_logits.safetensors"
-        tensors, metadata = artifacts.read_tensors(path)
-        members = json.loads(metadata["members"])
-        check_weighed(members)
-        logits_KNC, labels_N = tensors["logits_KNC"].numpy(), tensors["labels_N"].numpy()
-        seed = seed_of(params.seed, "weights")
-        found = section.weighting.find(logits_KNC, labels_N, tuple(members), seed)
-        teachers = of_assistants(found.weights)
-        mixing = getattr(section.weighting, "mixing", mixing)
-    learn(student_role(params, f"baselines/{name}", teachers, mixing), run)
+    """Train the student again, alike in all but its teachers or its method."""
+    learn(baseline_role(params, name), run)
 
 
 def exports(params: Params, name: str, run: Run) -> None:
     """Write the student in one mobile format, if the file computes what the student computes."""
-    module, described = manifest.load(artifacts.folder("student"))
-    val = Images.load(DATA, "val")
-    batches = (val.batch(indices) for indices in torch.arange(len(val)).split(256))
-    folder = artifacts.folder(f"exports/{name}")
     exporter = params.exports[name]
+    trained, described = student_to_export(exporter)
+    val = Images.load(DATA, "val")
+    folder = artifacts.folder(f"exports/{name}")
+    bundle.clear(folder)
+    called_for = when_called_for(exporter.int8, trained, taught_student(params))
     parity = export_and_check(
-        exporter, module, val.batch(torch.arange(2)), batches, val.labels_N, folder
+        exporter, trained, val.pixels_NHWC, val.labels_N, folder, fine_tune=called_for
     )
-    artifacts.write_json(folder / "parity.json", parity.record())
+    bench.record(folder / parity.file, trained.served(exporter.picture_input))
+    data_record = artifacts.read_json(DATA / "data.json")
+    bundle.write(folder, parity.record(), described, data_record)
     print(f"{parity.file}: {parity.size_bytes:,} bytes, top-1 agreement {parity.top1_agreement}")
-    run.log_final(
-        {
-            "val_accuracy": parity.val_accuracy,
-            "size_mb": parity.size_bytes / 1e6,
-            "parity_max_abs": parity.max_abs,
-            "parity_top1_agreement": parity.top1_agreement,
-        }
-    )
+    run.log_final(promotion.log_export(run, folder))
     run.log_tags({"kd.student_sha256": described.sha256, "kd.export_sha256": parity.sha256})
-    for path in (folder / parity.file, folder / "parity.json"):
-        run.log_file(path)
 
 
 def report(params: Params, name: str, run: Run) -> None:
@@ -192,51 +174,17 @@ def tags(stage: str) -> dict[str, str]:
     roles = {"teacher": "teacher", "assistants": "assistant", "student": "student"}
     record = artifacts.read_json(DATA / "data.json") if stage != "data" else {}
     return {
-        "kd.pipeline": REGISTERED_NAME,
+        "kd.pipeline": promotion.REGISTERED_NAME,
         "kd.role": roles.get(stage, stage),
         "kd.data_hash": record.get("data_hash", ""),
     }
 
 
-def of_assistants(weights_by_name: Mapping[str, float]) -> dict[str, float]:
-    """The same weights by run name."""
-    return {f"assistants/{each}": weight for each, weight in weights_by_name.items()}
-
-
-def student_role(
-    params: Params, run_name: str, teachers: dict[str, float], mixing: Mixing
-) -> Role:
-    """The student under these teachers; its seed is one for the student and all its baselines."""
-    section = params.student
-    return Role(
-        run_name=run_name,
-        role="student",
-        model=section.model,
-        recipe=section.recipe,
-        seed=seed_of(params.seed, "student"),
-        method=section.method,
-        teachers=teachers,
-        mixing=mixing,
-    )
-
-
-def check_weighed(sha256_by_name: Mapping[str, str]) -> None:
-    """Refuse weights that were found for other assistants than those now here."""
-    for name, sha256 in sha256_by_name.items():
-        if manifest.read(artifacts.folder(f"assistants/{name}")).sha256 != sha256:
-            raise artifacts.ArtifactError(
-                f"the weights were found for another assistants/{name} than the one now here: "
-                "run `dvc repro weights`"
-            )
-
-
-def register(run: Run) -> None:
-    """Log the student as a model; its rank in the registry is decided on validation accuracy."""
-    val = Images.load(DATA, "val")
-    run.log_model(
-        artifacts.folder("student"),
-        registered_name=REGISTERED_NAME,
-        val_accuracy=artifacts.read_json(artifacts.ROOT / "student/metrics.json")["val_accuracy"],
-        val_hash=artifacts.read_json(DATA / "data.json")["splits"]["val"]["sha256"],
-        example=val.pixels_NHWC[:2].numpy(),
-    )
+def enter(run: Run) -> None:
+    """Let the trained student compete for champion; its training is not lost with the registry."""
+    if run.id is None:
+        return
+    try:
+        print(promotion.promote(run))
+    except TrackingError as error:
+        print(f"warning: not registered: {error}; `kd promote` does it later")

@@ -1,11 +1,12 @@
 """A process that has imported torch already, and forks a copy of itself for each stage.
 
 Importing torch takes 4 to 6 s of CPU, in each of the pipeline's many processes.  The flow starts
-one `python -m kd.warm SOCKET`, and `python -m kd ...` finds it through KD_WARM_SOCKET: it sends
+one `python -m kd.warm SOCKET`, and `python -m kd ...` finds it through KD_WARM_SOCKET; under
+`dvc repro` the first stage starts one, which ends with that `dvc`.  `python -m kd ...` sends it
 its arguments, folder, environment and standard streams, and a fork of the warm process runs the
 stage as a fresh process would.  Where that might make a difference (other code on disk, another
 folder, variables that libraries read when they load) the warm process declines, and where there
-is none the stage runs where it is.  Linux only.
+is none, or KD_WARM is 0, the stage runs where it is.  Linux only.
 """
 
 import ctypes
@@ -16,8 +17,10 @@ import os
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +29,21 @@ PRELOAD = ("torch", "torch._dynamo", "safetensors.torch", "kd.stages", "kd.param
 READ_ON_LOAD = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "TORCH_", "PYTHON", "LD_")
 """Beginnings of variables that took effect when the warm process started."""
 PR_SET_PDEATHSIG = 1
+PARENT, BORN = 1, 19
+"""Where /proc/PID/stat has them, counted from the process's state, which follows its name."""
 
 
 def delegate(argv: list[str]) -> int | None:
     """Have the warm process run `kd` with `argv`; its exit status, or None where there is none."""
     connection = socket.socket(socket.AF_UNIX)
     try:
-        connection.connect(os.environ["KD_WARM_SOCKET"])
+        connection.connect(os.environ.get("KD_WARM_SOCKET") or beside_dvc())
         socket.send_fds(connection, [b"\n"], [0, 1, 2])
         request = {"argv": argv, "cwd": os.getcwd(), "environ": dict(os.environ)}
         connection.sendall(json.dumps(request).encode() + b"\n")
         answers = connection.makefile()
         child = int(answers.readline())
-    except (KeyError, OSError, ValueError):
+    except (OSError, ValueError):
         connection.close()
         return None
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -50,16 +55,88 @@ def delegate(argv: list[str]) -> int | None:
     return int(status)
 
 
+def beside_dvc() -> str:
+    """The socket of this `dvc`'s warm process, which the first of its stages starts.
+
+    Raises:
+        OSError: nobody wants one: no `dvc` runs us, or KD_WARM is 0.
+    """
+    if os.environ.get("KD_WARM") == "0":
+        raise OSError("not wanted")
+    owner, born = running_dvc()
+    path = f".kd/warm-{owner}-{born}"  # relative: a socket's path has room for 100 characters
+    if not os.path.exists(path):
+        os.makedirs(".kd", exist_ok=True)
+        command = [sys.executable, "-m", "kd.warm", path, str(owner)]
+        with open(".kd/warm.log", "w") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the stage, which hands it on
+            )
+        while not os.path.exists(path) and process.poll() is None:
+            time.sleep(0.01)
+    return path
+
+
+def running_dvc() -> tuple[int, int]:
+    """The `dvc` that runs us: its process, and when that started, in clock ticks since boot.
+
+    DVC tells a stage's processes which stage they are, so it is the nearest one that was not told.
+
+    Raises:
+        OSError: none runs us, or this is no Linux.
+    """
+    if "DVC_STAGE" not in os.environ:
+        raise ProcessLookupError("no dvc")
+    process = os.getppid()
+    while b"\0DVC_STAGE=" in b"\0" + Path(f"/proc/{process}/environ").read_bytes():
+        process = process_state(process)[PARENT]
+    return process, process_state(process)[BORN]
+
+
+def pipeline_run() -> str | None:
+    """A name for this run of `dvc repro`, by when it began; None where no `dvc` runs us."""
+    try:
+        ticks = running_dvc()[1]
+        booted = next(
+            int(line.split()[1])
+            for line in Path("/proc/stat").read_text().splitlines()
+            if line.startswith("btime ")
+        )
+    except OSError:
+        return None
+    began = booted + ticks // os.sysconf("SC_CLK_TCK")
+    return time.strftime("dvc %Y-%m-%d %H:%M:%S", time.localtime(began))
+
+
+def process_state(process: int) -> list[int]:
+    """What /proc/PID/stat says after the process's name; its state, a letter, as 0."""
+    words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return [0, *map(int, words[1:])]
+
+
 class Server:
     """Answers on one socket, in one thread: a fork copies no other."""
 
-    def __init__(self, path: str) -> None:
-        """Listen before the long imports, so that a stage which comes meanwhile waits for them."""
+    def __init__(self, path: str, owner: int | None = None) -> None:
+        """Listen before the long imports, so that a stage which comes meanwhile waits for them.
+
+        Args:
+            path: Where the socket is put.
+            owner: A process to end with.
+        """
+        self.path = path
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(path)
+        self.listener.bind(f"{path}.new")
         self.listener.listen(64)
+        os.rename(f"{path}.new", path)  # whoever sees it can connect
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+        if owner is not None:
+            self.selector.register(os.pidfd_open(owner), selectors.EVENT_READ, self.leave)
         self.clients: dict[int, socket.socket] = {}
         """Who waits for which child, by its pidfd."""
         self.loaded_in = os.environ.copy()
@@ -88,6 +165,11 @@ class Server:
             os.close(each)
         connection.close()
         return None
+
+    def leave(self, owner: int) -> None:
+        """The owner ended, and whatever still runs for it ends with us."""
+        os.unlink(self.path)
+        raise SystemExit
 
     def suits(self, request: dict[str, Any]) -> bool:
         """Whether a fork is in no way different from the process that asks."""
@@ -156,9 +238,9 @@ def versions() -> dict[str, tuple[int, int]]:
     return {each: (state.st_mtime_ns, state.st_size) for each, state in states.items()}
 
 
-def main(path: str) -> int:
-    """Serve until killed; in each fork, run one stage."""
-    argv = Server(path).serve()
+def main(path: str, owner: str | None = None) -> int:
+    """Serve until killed, or until the process `owner` ends; in each fork, run one stage."""
+    argv = Server(path, int(owner) if owner else None).serve()
     sys.argv = ["kd", *argv]
     run: Any = importlib.import_module("kd.__main__").run
     status: int = run(argv)
@@ -166,4 +248,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

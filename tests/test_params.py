@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd import params
+from kd import SETTINGS, STAGES, params
 from kd.component import ConfigError
 from kd.methods import KD
 from kd.models import PlainCNN
@@ -24,7 +25,7 @@ def raw():
 def test_the_projects_own_experiment_is_valid():
     read = params.load(PROJECT / "params.yaml")
     assert read.teacher.model.kind == "plain_cnn"
-    assert set(read.exports) == {"executorch", "onnx"}
+    assert set(read.exports) == {"executorch", "executorch_int8", "onnx", "onnx_int8"}
 
 
 def test_components_become_objects_with_their_defaults(raw):
@@ -140,12 +141,19 @@ def test_dvc_reads_the_experiment_as_we_do(tmp_path):
     assert theirs == yaml.load((tmp_path / "params.yaml").read_text(), params._Loader)
 
 
+def test_the_package_knows_every_top_level_key():
+    keys = {each.name for each in dataclasses.fields(params.Params)}
+    assert keys | {"recipe"} == {*STAGES, *SETTINGS}
+
+
 def test_settings_of_a_stage_are_under_the_same_keys_whatever_its_name():
     read = params.load(PROJECT / "params.yaml")
     large = params.of_stage(read, "assistants", "large")
     small = params.of_stage(read, "assistants", "small")
     assert large.keys() == small.keys()
     assert large["model"] != small["model"]
+    assert params.of_stage(read, "weights", "")["weighting"]["kind"] == "differential_evolution"
+    assert params.of_stage(read, "exports", "onnx")["export"]["kind"] == "onnx"
 
 
 def test_cosine_rises_then_falls_to_nothing():

@@ -11,15 +11,23 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from kd import artifacts, params, stages
+from kd import artifacts, lineage, params, stages
+from kd.bundle import checksums
 from kd.exporters import ExecuTorch, Onnx
 from kd.tracking import NullRun
+from tests.bundle.toys import outsider
 
 PROJECT = Path(__file__).parents[1]
-SHORT = {"tracking": False, "recipe.epochs": 3, "report.latency_seconds": 0.1}
+SHORT = {
+    "tracking": False,
+    "recipe.epochs": 3,
+    "recipe.checkpoint_steps": 5,
+    "report.latency_seconds": 0.1,
+}
 
 
 def experiment(folder, **changes):
@@ -67,7 +75,8 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         run_stages(["data", *TRAINED, "weights", "student"])
         run_stages(f"baselines@{name}" for name in params.load().baselines)
-        run_stages(["exports@onnx", "exports@executorch", "report"])
+        run_stages(f"exports@{name}" for name in params.load().exports)
+        run_stages(["report"])
     return folder
 
 
@@ -143,9 +152,53 @@ def test_the_published_files_run_in_their_own_runtimes(finished, exporter):
     assert logits.shape == (3, 10)
 
 
-def test_the_pools_labels_are_nowhere(finished):
-    import numpy as np
+@pytest.mark.slow
+def test_int8_that_loses_too_much_is_fine_tuned_under_the_same_teachers(finished, tmp_path):
+    shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
+    int8 = {"calibration_images": 1, "qat_when_loss_above": -0.0, "qat_epochs": 1}
+    anything = {"top1_agreement": 0.0, "accuracy_points": 100.0, "sqnr_db": -99.0}
+    given = {"kind": "onnx", "precision": "int8", "int8": int8, "tolerance": anything}
+    experiment(tmp_path, **{"exports.onnx_int8": given})
+    done = kd(tmp_path, "exports", "onnx_int8")  # one picture says too little of the ranges
+    assert done.returncode == 0, done.stderr
+    assert "fine-tuning" in done.stdout
+    parity = json.loads((tmp_path / "artifacts/exports/onnx_int8/parity.json").read_text())
+    figures = {each: parity[f"{each}_val_accuracy"] for each in ("ptq", "qat")}
+    assert parity["val_accuracy"] == figures[parity["chosen"]] == max(figures.values())
+    again = kd(tmp_path, "exports", "onnx_int8")
+    assert again.returncode == 0, again.stderr
+    path = tmp_path / "artifacts/exports/onnx_int8/parity.json"
+    assert json.loads(path.read_text()) == parity
 
+
+def test_a_refused_export_ends_with_status_1_and_leaves_nothing(finished, tmp_path):
+    shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
+    exact = {"kind": "onnx", "tolerance": {"relative": 0.0}}
+    experiment(tmp_path, **{"exports.onnx": exact})
+    done = kd(tmp_path, "exports", "onnx")
+    assert done.returncode == 1
+    assert re.search(r"model.onnx .* outside of tolerance: \{'relative': 0.0\}", done.stderr)
+    assert not list((tmp_path / "artifacts/exports/onnx").iterdir())
+
+
+def test_an_outsider_classifies_the_validation_images_as_well_as_the_card_says(finished, tmp_path):
+    folder, val = finished / "artifacts/exports/onnx", finished / "artifacts/data/val"
+    found = outsider(folder, val / "images.npy", "kd,torch,mlflow")
+    card = (folder / "MODEL_CARD.md").read_text()
+    right = np.mean(found["index"] == np.load(val / "labels.npy"))
+    assert f"| accuracy | {right:.4f} ± " in card
+    assert right > 0.5
+    checksums.check(folder)
+
+
+def test_an_exported_file_leads_back_to_the_teacher(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    said = lineage.tell(Path("artifacts/exports/onnx/model.onnx"))
+    assert said.count("1.0000 x teacher") == 3
+    assert "not here" not in said
+
+
+def test_the_pools_labels_are_nowhere(finished):
     labels = np.load(finished / "artifacts/data/pool/labels.npy")
     assert len(labels) > 900
     assert set(labels) == {-1}
@@ -177,34 +230,111 @@ def test_stages_in_processes_of_their_own_make_the_same_bytes(finished, tmp_path
         assert same_files(tmp_path / "artifacts" / folder, finished / "artifacts" / folder) == []
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_a_stage_killed_in_mid_training_goes_on_to_the_same_bytes(finished, tmp_path, stage):
-    shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
-    experiment(tmp_path)
-    target = tmp_path / "artifacts" / stage
-    shutil.rmtree(target)
+WEIGHTINGS = [
+    {"kind": "uniform"},
+    {"kind": "best_single"},
+    {"kind": "greedy"},
+    {"kind": "expectation_maximization"},
+    {"kind": "fixed", "weights": {"small": 0.5, "medium": 0.25, "large": 0.25}},
+    {"kind": "differential_evolution", "study": False},
+]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=lambda weighting: weighting["kind"])
+def test_every_weighting_leaves_all_that_dvc_expects(finished, tmp_path, monkeypatch, weighting):
+    experiment(tmp_path, weights=weighting)
+    for folder in ("data", "assistants"):
+        shutil.copytree(finished / "artifacts" / folder, tmp_path / "artifacts" / folder)
+    monkeypatch.chdir(tmp_path)
+    run_stages(["weights"])
+    stage = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]["weights"]
+    expected = [
+        *stage["outs"],
+        *stage["metrics"],
+        *(each for plot in stage["plots"] for each in plot),
+    ]
+    recorded = "artifacts/runs/weights.json"  # by kd/__main__.py
+    assert [path for path in expected if not Path(path).exists()] in ([], [recorded])
+
+
+def killed_after(saves: int, folder: Path, *stage: str) -> None:
+    """Start a stage, and kill it once it has saved its state so many times."""
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     training = subprocess.Popen(
-        [sys.executable, "-m", "kd", stage], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
+        [sys.executable, "-m", "kd", *stage], cwd=folder, env=environment, stdout=subprocess.PIPE
+    )
+    checkpoints = folder / ".kd/checkpoints" / Path(*stage)
+    seen: set[int] = set()
+    until = time.monotonic() + 120
+    while len(seen) < saves and training.poll() is None and time.monotonic() < until:
+        training.send_signal(signal.SIGCONT)  # in short steps, so that it cannot end meanwhile
+        time.sleep(0.01)
+        training.send_signal(signal.SIGSTOP)
+        seen |= {path.stat().st_mtime_ns for path in checkpoints.glob("*.safetensors")}
+    training.send_signal(signal.SIGKILL)
+    assert training.wait() == -signal.SIGKILL
+    assert training.stdout is not None
+    training.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("saves", "stage"), [(1, ["teacher"]), (2, ["student"]), (3, ["assistants", "small"])]
+)
+def test_a_stage_killed_in_mid_training_goes_on_to_the_same_bytes(
+    finished, tmp_path, saves, stage
+):
+    shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
+    experiment(tmp_path)
+    target = tmp_path / "artifacts" / Path(*stage)
+    shutil.rmtree(target)
+    killed_after(saves, tmp_path, *stage)
+    assert not (target / "model.safetensors").exists()
+    checkpoints = tmp_path / ".kd/checkpoints" / Path(*stage)
+    assert list(checkpoints.glob("*.safetensors"))
+    done = kd(tmp_path, *stage)
+    assert done.returncode == 0, done.stderr
+    assert same_files(target, finished / "artifacts" / Path(*stage)) == []
+    assert list(checkpoints.iterdir()) == []
+
+
+def test_a_stage_that_is_told_to_end_saves_its_step_and_goes_on_from_it(finished, tmp_path):
+    shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
+    experiment(tmp_path)
+    shutil.rmtree(tmp_path / "artifacts/teacher")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    training = subprocess.Popen(
+        [sys.executable, "-m", "kd", "teacher"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert training.stdout is not None
-    first = training.stdout.readline()
-    assert b"epoch 1/3" in first
-    checkpoints = tmp_path / ".kd/checkpoints" / stage
-    until = time.monotonic() + 60
-    while not list(checkpoints.glob("*.safetensors")) and time.monotonic() < until:
-        training.send_signal(signal.SIGCONT)  # in short steps, so that it cannot end meanwhile
-        time.sleep(0.02)
-        training.send_signal(signal.SIGSTOP)
-    training.send_signal(signal.SIGKILL)
-    training.wait()
-    training.stdout.close()
-    assert not (target / "model.safetensors").exists()
-    done = kd(tmp_path, stage)
+    assert "epoch 1/3" in training.stdout.readline()
+    training.send_signal(signal.SIGTERM)
+    rest = training.communicate(timeout=60)[0]
+    assert training.returncode == 128 + signal.SIGTERM
+    assert "stopped after step" in rest
+    done = kd(tmp_path, "teacher")
     assert done.returncode == 0, done.stderr
     assert "epoch 1/3" not in done.stdout
-    assert same_files(target, finished / "artifacts" / stage) == []
-    assert list(checkpoints.glob("*.safetensors")) == []
+    assert same_files(tmp_path / "artifacts/teacher", finished / "artifacts/teacher") == []
+
+
+@pytest.mark.slow
+def test_two_devices_train_what_one_trains(finished, tmp_path):
+    shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
+    experiment(tmp_path, **{"recipe.devices": 2})
+    done = kd(tmp_path, "assistants", "small")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 3/3") == 1  # one of the two tells
+    folder = "artifacts/assistants/small"
+    ours, theirs = (
+        json.loads((root / folder / "metrics.json").read_text()) for root in (tmp_path, finished)
+    )
+    assert ours["val_nll"] == pytest.approx(theirs["val_nll"], rel=0.1)
+    assert ours["val_nll"] != theirs["val_nll"]  # the last bits of sums differ, and grow
+    assert (tmp_path / "artifacts/runs/assistants/small.json").exists()
 
 
 def test_a_student_is_not_trained_by_assistants_that_were_not_weighed(finished, tmp_path):

@@ -2,17 +2,21 @@
 
 import hashlib
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.flows.toys import SOURCES, lives, pid_in, wait_until
+from tests.flows.toys import DVC, SOURCES, Toy, lives, pid_in, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pidfd and prctl")
 SERVER = """
@@ -22,8 +26,9 @@ warm.PRELOAD = ("kd.component",)
 exec(warm.Server(sys.argv[1]).serve()[0])
 """
 CLIENT = """
-import sys
+import os, sys
 from kd import warm
+os.environ["RUN"] = str(warm.pipeline_run())
 status = warm.delegate(sys.argv[1:])
 sys.exit(99 if status is None else status)
 """
@@ -158,6 +163,90 @@ def test_code_that_was_edited_after_the_server_started_is_not_run_from_memory(
     server.kill()
     server.communicate()
     assert (before.returncode, after.returncode) == (0, DECLINED)
+
+
+FORK_OF = (
+    "import os; said = os.getpid(), os.getppid(), os.environ['RUN']; "
+    "open({file!r}, 'w').write('|'.join(map(str, said)))"
+)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    """A pipeline whose stages ask for a warm process that imports in no time."""
+    shutil.copytree(SOURCES / "kd", tmp_path / "code" / "kd")
+    source = tmp_path / "code" / "kd" / "warm.py"
+    source.write_text(
+        re.sub(r"PRELOAD = \(.*\)", 'PRELOAD = ("kd.component",)', source.read_text())
+    )
+    main = tmp_path / "code" / "kd" / "__main__.py"
+    main.write_text("def run(argv):\n    exec(argv[0])\n    return 0\n")
+    (tmp_path / "client.py").write_text(CLIENT)
+    root = tmp_path / "toy"
+    root.mkdir()
+    for command in (["git", "init", "-q"], [*DVC, "init", "-q"]):
+        subprocess.run(command, cwd=root, check=True)
+    return Toy(root)
+
+
+def repro(toy: Toy, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*DVC, "repro"],
+        cwd=toy.root,
+        env={**os.environ, "PYTHONPATH": str(toy.root.parent / "code"), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def stage(name: str, code: str, **more: Any) -> dict[str, Any]:
+    command = shlex.join([sys.executable, "../client.py", code])
+    return {"cmd": command, "outs": [f"{name}.txt"], **more}
+
+
+def test_all_stages_of_one_dvc_repro_are_forked_from_one_process_that_ends_with_it(
+    toy: Toy,
+) -> None:
+    first = stage("first", FORK_OF.format(file="first.txt"))
+    second = stage("second", FORK_OF.format(file="second.txt"), deps=["first.txt"])
+    toy.write({"first": first, "second": second})
+    running = repro(toy)
+    said, _ = running.communicate()
+    assert running.returncode == 0, said
+    (pid, server, name), (other_pid, *same) = (
+        toy.path(f"{each}.txt").read_text().split("|") for each in ("first", "second")
+    )
+    assert same == [server, name]
+    assert pid != other_pid
+    began = datetime.strptime(name, "dvc %Y-%m-%d %H:%M:%S")
+    assert abs((datetime.now() - began).total_seconds()) < 60
+    wait_until(lambda: not lives(int(server)), patience=10)
+    assert not list(toy.path(".kd").glob("warm-*"))
+
+
+def test_a_dvc_killed_by_force_leaves_neither_the_stage_nor_the_warm_process(toy: Toy) -> None:
+    server = "open('SERVER', 'w').write(str(__import__('os').getppid())); "
+    toy.write({"train": stage("train", server + ENDLESS)})
+    running = repro(toy)
+    pid = pid_in(toy.path("PID"))
+    running.kill()
+    wait_until(lambda: not lives(pid), patience=10)
+    wait_until(lambda: not lives(pid_in(toy.path("SERVER"))), patience=10)
+    running.communicate()
+
+
+def test_no_warm_process_is_started_where_none_is_wanted_or_no_dvc_runs_the_stage(
+    toy: Toy,
+) -> None:
+    toy.write({"first": stage("first", FORK_OF.format(file="first.txt"))})
+    running = repro(toy, KD_WARM="0")
+    said, _ = running.communicate()
+    assert f"exited with {DECLINED}" in said
+    alone = client(toy.root, "", "")
+    alone.communicate()
+    assert alone.returncode == DECLINED
+    assert not toy.path(".kd").exists()
 
 
 @pytest.mark.slow

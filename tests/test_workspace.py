@@ -1,23 +1,26 @@
 """The project as a newcomer has it: a clone, DVC, the flow, and what users do with them."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.test_pipeline import PROJECT, experiment, same_files
 
 pytestmark = pytest.mark.slow
 
-VARY = ("latency.json", "report.md")
+VARY = ("latency.json", "report.md", "benchmark.json")
 """Files of artifacts/ that hold times; artifacts/runs differs as a whole."""
 
 
-def clone(folder, tracking):
+def clone(folder, tracking, **changes):
     """The project's own files in a new git repository, with a short experiment."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -30,7 +33,7 @@ def clone(folder, tracking):
         if (PROJECT / name).exists() and not name.startswith("tests/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / name, folder / name)
-    experiment(folder, tracking=tracking)
+    experiment(folder, tracking=tracking, **changes)
     run(folder, "git", "init", "-q")
     commit(folder, "begin")
     return folder
@@ -117,9 +120,50 @@ print("ALIASES" + json.dumps(mlflow.MlflowClient().get_registered_model("kd-stud
     assert set(json.loads(aliases)) >= {"champion"}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["dvc", "repro", "teacher"], [sys.executable, "-m", "flows.pipeline"]],
+    ids=["dvc", "flow"],
+)
+def test_everything_killed_amid_a_training_goes_on_to_the_same_bits(by_flow, tmp_path, command):
+    folder = shutil.copytree(by_flow[0], tmp_path / "copy", symlinks=True)
+    # Decides nothing but how often the state is saved; DVC trains anew all the same.
+    experiment(folder, tracking=True, **{"recipe.checkpoint_steps": 1})
+    (kept,) = killed_once_it_saved(folder, command, "teacher")
+    assert not (folder / "artifacts/teacher/model.safetensors").exists()
+    said = run(folder, *command)
+    assert not kept.exists(), said
+    name = "artifacts/teacher/model.safetensors"
+    assert (folder / name).read_bytes() == (by_flow[0] / name).read_bytes()
+
+
+def killed_once_it_saved(folder, command, stage):
+    """Kill -9 a command and all its processes once the stage has saved its state; the files."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    started = psutil.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 300
+    while not (kept := list((folder / ".kd/checkpoints" / stage).glob("*.safetensors"))):
+        assert started.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    for process in [started, *started.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    started.wait()
+    return kept
+
+
 def test_one_more_assistant_is_one_more_key(by_flow, tmp_path):
     folder, _ = by_flow
     extra = {
+        "taught_by": "teacher",
         "model": {"kind": "cifar_resnet", "depth": 8},
         "method": {"kind": "kd", "temperature": 4.0, "alpha": 0.9},
     }
