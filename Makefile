@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LITERT := .venv-litert
-# From pip 23.3 on, a pin of a package holds for the same package with extras, too.
 QUIETLY := --quiet --disable-pip-version-check
+# Older ones do not see that sqlalchemy==2.0.58 pins sqlalchemy[asyncio], too.
+PIP := 'pip>=23.3'
 RESOLVE := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 # dvc.yaml says `python`: the environment's own must come first, also where it is not activated.
@@ -25,7 +26,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed; name it by PYTHON=..."; rm -rf $(VENV); exit 1; }
 	@echo "installing the locked dependencies into $(VENV): 7 GB, a few minutes the first time"
-	@$(BIN)/python -m pip install $(QUIETLY) 'pip>=23.3'
+	@$(BIN)/python -m pip install $(QUIETLY) $(PIP)
 	@$(BIN)/python -m pip install $(QUIETLY) --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install $(QUIETLY) --no-deps --no-build-isolation --editable .
 	@mkdir -p .kd/prefect && PREFECT_HOME=$(CURDIR)/.kd/prefect \
@@ -38,7 +39,7 @@ litert: install $(LITERT)/.installed  ## What exports to LiteRT need besides: an
 $(LITERT)/.installed: requirements-litert.lock
 	@test -x $(LITERT)/bin/pip || $(PYTHON) -m venv --clear $(LITERT)
 	@echo "installing LiteRT's converter into $(LITERT): 7 GB"
-	@$(LITERT)/bin/python -m pip install $(QUIETLY) 'pip>=23.3'
+	@$(LITERT)/bin/python -m pip install $(QUIETLY) $(PIP)
 	@$(LITERT)/bin/python -m pip install $(QUIETLY) --require-hashes -r $<
 	@touch $@
 
