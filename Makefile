@@ -28,7 +28,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@echo "installing the locked dependencies into $(VENV): 7 GB, a few minutes the first time"
 	@$(BIN)/python -m pip install $(QUIETLY) $(PIP)
 	@$(BIN)/python -m pip install $(QUIETLY) --require-hashes -r requirements.lock
-	@$(BIN)/python -m pip install $(QUIETLY) --no-deps --no-build-isolation --editable .
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(QUIETLY) --no-deps --no-build-isolation --editable .
 	@mkdir -p .kd/prefect && PREFECT_HOME=$(CURDIR)/.kd/prefect \
 	  PREFECT_API_DATABASE_CONNECTION_URL=sqlite+aiosqlite:///$(CURDIR)/.kd/prefect/prefect.db \
 	  $(BIN)/prefect server database upgrade --yes > .kd/prefect.log
