@@ -89,7 +89,8 @@ class Workers:
             waiting = {"stage_state": "waiting"}
             log.info("waits for a worker of pool %s", _pool(stage), extra=waiting)
             with get_client(sync_client=True) as client:
-                state = _Remote(client, self._hand_out(client, order), log, stop).follow()
+                run_id = self._hand_out(client, order)
+                state = HandedOut(client, run_id, _pool(stage), log, stop).follow()
             if not state.is_crashed():
                 break
             lost = {"stage_state": "stopped"}
@@ -146,19 +147,26 @@ class Workers:
             ) from error
 
 
-class _Remote:
+class HandedOut:
     """A stage that was handed out."""
 
     def __init__(
-        self, client: SyncPrefectClient, run_id: UUID, log: Log, stop: threading.Event
+        self,
+        client: SyncPrefectClient,
+        run_id: UUID,
+        pool: str,
+        log: Log,
+        stop: threading.Event,
     ) -> None:
         self.client = client
         self.run_id = run_id
+        self.pool = pool
         self.log = log
         self.stop = stop
         self.heard = 0
         self.sign: object = None
-        self.since = time.monotonic()
+        self.since = self.counted = time.monotonic()
+        self.attended = True
 
     def follow(self) -> State:
         """Its last state, once it has one; its lines are logged on the way.
@@ -170,6 +178,8 @@ class _Remote:
             try:
                 self._hear()
                 state = self._look()
+                if state.is_scheduled():
+                    self._count_workers()
             except httpx.HTTPError:
                 # The server is away: that says nothing of the worker.
                 self.since = time.monotonic()
@@ -191,6 +201,15 @@ class _Remote:
             self.client.set_flow_run_state(self.run_id, dead, force=True)
             return dead
         return run.state
+
+    def _count_workers(self) -> None:
+        """Say so where nobody is left to take it; it waits on, since somebody may come."""
+        if time.monotonic() - self.counted < PATIENCE:
+            return
+        attended, self.counted = _attended(self.client, self.pool), time.monotonic()
+        if self.attended and not attended:
+            self.log.warning("waits, but %s", _unattended(self.pool))
+        self.attended = attended
 
     def _hear(self) -> None:
         which = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[self.run_id]))
@@ -219,16 +238,24 @@ def _pool(stage: graph.Stage) -> str:
 def _check_workers(pools: set[str]) -> None:
     with get_client(sync_client=True) as client:
         for pool in sorted(pools):
-            try:
-                client.read_work_pool(pool)
-                workers = client.read_workers_for_work_pool(pool)
-            except ObjectNotFound:  # of the pool, which the first worker makes
-                workers = []
-            if not any(each.status is WorkerStatus.ONLINE for each in workers):
-                raise needs.WorkersCannotError(
-                    f"no worker of work pool {pool} is there: start one, in a clone of its own, "
-                    f"by `python -m flows.worker {pool}`"
-                )
+            if not _attended(client, pool):
+                raise needs.WorkersCannotError(_unattended(pool))
+
+
+def _attended(client: SyncPrefectClient, pool: str) -> bool:
+    try:
+        client.read_work_pool(pool)
+        workers = client.read_workers_for_work_pool(pool)
+    except ObjectNotFound:  # of the pool, which the first worker makes
+        return False
+    return any(each.status is WorkerStatus.ONLINE for each in workers)
+
+
+def _unattended(pool: str) -> str:
+    return (
+        f"no worker of work pool {pool} is there: start one, in a clone of its own, "
+        f"by `python -m flows.worker {pool}`"
+    )
 
 
 def _deploy(pools: set[str]) -> dict[str, UUID]:

@@ -1,15 +1,20 @@
 """Stages on workers in other clones: a real server, real worker processes, a real DVC remote."""
 
 import contextlib
+import itertools
+import logging
 import re
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from flows import needs
 from flows.checkpoints import Checkpoints
+from flows.child import Stopped
 from tests.flows import servers, workers
 from tests.flows.toys import FOREIGN_WARNINGS, SOURCES, Toy, lives, timed, wait_until
 
@@ -95,6 +100,43 @@ def test_without_a_server_or_a_worker_nothing_is_handed_out(
     said, _ = (process := project.start("--remote")).communicate()
     assert process.returncode == 1
     assert "set PREFECT_API_URL" in said
+
+
+def test_a_stage_that_no_worker_is_left_for_says_so_and_waits(
+    prefect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client  # reads settings when imported
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    from flows import remote
+
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    monkeypatch.setattr(remote, "POLL", 0.05)
+    asked, stop, attended = itertools.count(1), threading.Event(), remote._attended
+
+    def ask(*question: Any) -> bool:
+        if next(asked) == 3:
+            stop.set()
+        return attended(*question)
+
+    monkeypatch.setattr(remote, "_attended", ask)
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name="left", type="process"))
+        flow_id = client.create_flow_from_name("stage")
+        deployment = client.create_deployment(flow_id, "left", work_pool_name="left")
+        run = client.create_flow_run_from_deployment(deployment)
+        said: list[str] = []
+        log = logging.getLogger("left")  # Prefect takes pytest's handlers off
+        log.addFilter(lambda record: said.append(record.getMessage()) is not None)
+        with pytest.raises(Stopped):
+            remote.HandedOut(client, run.id, "left", log, stop).follow()
+        state = client.read_flow_run(run.id).state
+    assert state is not None
+    assert state.is_cancelled()
+    assert said == [
+        "waits, but no worker of work pool left is there: start one, in a clone of its own, "
+        "by `python -m flows.worker left`"
+    ]
 
 
 def test_a_worker_refuses_a_folder_that_somebody_works_in(project: Toy, prefect: str) -> None:
