@@ -159,10 +159,11 @@ class Recipe:
     """online asks the teachers at each step, one by one; stacked asks teachers of one architecture
     all at once, which a GPU may prefer (a CPU does not); cached asks them once for every view of
     every image and keeps their answers under .kd/targets; auto caches where views are fewer than
-    epochs and nothing is mixed, and asks online elsewhere."""
-    views: int | None = None
+    epochs, nothing is mixed and a member's answers take 4 GiB at most; else it asks online."""
+    views: int | None = 16
     """Views of an image that a taught network is shown while targets are cached, at least 1: after
-    so many passes they recur.  null: all views that `augment` has."""
+    so many passes they recur.  null: all views that `augment` has.  With 16, no loss of accuracy
+    was seen (benchmarks/RECORDS.md)."""
     threads: int = 1
     """CPU threads, at least 1.  Sums are taken in another order with another number of threads,
     so this belongs to what decides the result, not to what the machine happens to have."""

@@ -97,7 +97,10 @@ def build(root: Path, names: Names, test: Test) -> dict[str, Any]:
     report: dict[str, Any] = {
         "num_test": len(test.labels_N),
         "rows": rows,
-        "weights": {key: weights[key] for key in ("members", "num_val", "sets", "gain")},
+        "weights": {
+            key: weights[key]
+            for key in ("members", "num_val", "sets", "gain", "searched", "shrinkage")
+        },
         "exports": [_export(root, name) for name in names.exports],
         "student_minus": {name: asdict(paired) for name, paired in test.student_minus.items()},
         "ensemble_minus_teacher": asdict(test.ensemble_minus_teacher),
@@ -162,7 +165,8 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
             "test images alone: networks trained from another seed differ as well.",
             "## Weights",
             _weights_table(report["weights"]),
-            "Held out: found on four folds of the validation split, scored on the fifth.",
+            "Held out: found on four folds of the validation split, scored on the fifth."
+            + _moved(report["weights"]),
             *(
                 [
                     "## Exports",
@@ -367,6 +371,17 @@ def _weights_table(weights: Mapping[str, Any]) -> str:
             ]
             for name, found in weights["sets"].items()
         ],
+    )
+
+
+def _moved(weights: Mapping[str, Any]) -> str:
+    """What cross-validation left of the weights that were searched, where it took any."""
+    if not weights["shrinkage"]:
+        return ""
+    searched = ", ".join(f"{name} {found:.3f}" for name, found in weights["searched"].items())
+    return (
+        f" The search itself ended at {searched}; held-out samples moved that "
+        f"{_percent(weights['shrinkage'])} of the way to uniform."
     )
 
 

@@ -101,7 +101,8 @@ def weights(params: Params, name: str, run: Run) -> None:
     given = (logits_KNC.numpy(), val.labels_N.numpy())
     found = params.weights.find(*given, names, seed_of(params.seed, "weights"), study)
     record = weight_record(params.weights, found, *given, seed_of(params.seed, "weights"))
-    record |= {"sha256": sha256, "shrinkage": found.shrinkage, "warnings": list(found.warnings)}
+    record |= {"sha256": sha256, "searched": found.searched, "shrinkage": found.shrinkage}
+    record |= {"warnings": list(found.warnings)}
     artifacts.write_json(folder / "weights.json", record)
     artifacts.write_json(folder / "metrics.json", weight_metrics(record))
     artifacts.write_csv(folder / "convergence.csv", convergence_rows(found))

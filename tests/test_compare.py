@@ -17,6 +17,7 @@ from kd.compare.__main__ import main
 from kd.compare.plan import Comparison
 from kd.component import ConfigError
 from kd.train import NonFiniteLoss
+from tests.data.toys import make_pictures
 
 PROJECT = Path(__file__).parents[1]
 TINY = {"kind": "plain_cnn", "depth": 2, "width": 0.5}
@@ -173,6 +174,17 @@ def test_units_are_listed_for_who_orders_them(here, capsys):
     listed = json.loads(capsys.readouterr().out)
     assert list(listed) == ["seed-0/baselines/labels"]
     assert "seed-0/weights" in listed["seed-0/baselines/labels"]
+
+
+def test_a_folder_of_pictures_is_named_from_where_the_comparison_is_started(tmp_path, monkeypatch):
+    make_pictures(tmp_path / "mine", {"cat": 12, "dog": 12})
+    splits = {"val": 0.2, "test": 0.2, "labels_per_class": 2}
+    dataset = {"kind": "image_folder", "root": "mine"}
+    written(tmp_path, data={"source": "mine", "dataset": dataset, "splits": splits})
+    monkeypatch.chdir(tmp_path)
+    assert main(["params.compare.yaml", "--unit", "seed-0/data"]) == 0
+    (record,) = tmp_path.rglob("data.json")
+    assert json.loads(record.read_text())["class_names"] == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(

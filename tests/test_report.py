@@ -66,6 +66,8 @@ def artifacts(tmp_path):
             "gain": {
                 "over_uniform": {"nll": 0.02, "nll_se": 0.005, "accuracy": 0.0, "accuracy_se": 0.0}
             },
+            "searched": {"large": 0.9, "small": 0.1},
+            "shrinkage": 0.5,
         },
     )
     write(
@@ -172,6 +174,14 @@ def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
         assert shown in lines["artifacts/exports/onnx/model.onnx"]
     assert "nan" not in text
     assert "None" not in text
+
+
+def test_what_cross_validation_took_from_the_search_is_said(artifacts, measured):
+    said = "ended at large 0.900, small 0.100; held-out samples moved that 50.00 % of the way"
+    built = report.build(artifacts, NAMES, measured)
+    assert said in report.to_markdown(built)
+    built["weights"]["shrinkage"] = 0.0
+    assert "ended at" not in report.to_markdown(built)
 
 
 def test_findings_call_a_difference_one_only_beyond_two_standard_errors(artifacts, measured):

@@ -5,11 +5,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 from kd import artifacts, stages, tracking
 from kd.compare.plan import Comparison, Unit, plain_of
+from kd.data import CustomDataset, Digits
+from kd.params import Params
 from kd.train import NonFiniteLoss
 
 
@@ -23,7 +26,7 @@ def do(comparison: Comparison, unit: Unit) -> None:
         return
     workspace = comparison.workspace(unit.seed)
     workspace.mkdir(parents=True, exist_ok=True)
-    params = comparison.params[unit.seed]
+    params, here = comparison.params[unit.seed], Path.cwd()
     with inside(workspace), (workspace / "log.txt").open("a") as log:
         started, used, failed = time.time(), time.process_time(), dict[str, str]()
         tags = {"kd.comparison": comparison.about.name, "kd.seed": str(unit.seed)}
@@ -37,9 +40,11 @@ def do(comparison: Comparison, unit: Unit) -> None:
                 enabled=params.tracking,
             ) as run,
         ):
-            work = stages.prepare_data if unit.stage == "data" else stages.STAGES[unit.stage]
             try:
-                work(params, unit.name, run)
+                if unit.stage == "data":
+                    stages.prepare_data(reading_from(here, params), unit.name, run)
+                else:
+                    stages.STAGES[unit.stage](params, unit.name, run)
             except NonFiniteLoss as error:
                 if unit.stage != "baselines":
                     raise
@@ -47,6 +52,16 @@ def do(comparison: Comparison, unit: Unit) -> None:
         seconds = {"seconds": time.time() - started, "cpu_seconds": time.process_time() - used}
     comparison.record(unit).parent.mkdir(exist_ok=True)
     artifacts.write_json(comparison.record(unit), {"digest": unit.digest, **seconds, **failed})
+
+
+def reading_from(folder: Path, params: Params) -> Params:
+    """The same experiment, with the data set's folder named from the root."""
+    dataset = params.data.dataset
+    if isinstance(dataset, Digits | CustomDataset):
+        return params
+    data, root = params.data, str(folder / Path(dataset.root).expanduser())
+    source = root if data.source == dataset.root else data.source
+    return replace(params, data=replace(data, source=source, dataset=replace(dataset, root=root)))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,9 @@ from kd.train.plan import Batch
 TABLE_BYTES = 2**30
 """Largest table of rows that is held in memory; larger ones are reduced anew at each step."""
 
+KEPT_BYTES = 2**32
+"""Largest table that is made where nobody asked for one; each member has its own, on disk."""
+
 CHUNK = 256
 """Images that a member is asked about at once."""
 
@@ -81,17 +84,18 @@ def targets_of(
     for member in ensemble.members:
         member.to(images.labels_N.device).to(memory_format=torch.channels_last)
     cached = recipe.targets == "cached" or (
-        recipe.targets == "auto" and cache_pays(images, recipe)
+        recipe.targets == "auto" and cache_pays(images, recipe, num_classes)
     )
     if not cached:
         return Online(ensemble, reduction, images, recipe)
     return Cached(ensemble, reduction, images, recipe, num_classes, tables or InMemory())
 
 
-def cache_pays(images: Images, recipe: Recipe) -> bool:
+def cache_pays(images: Images, recipe: Recipe, num_classes: int) -> bool:
     """Whether computing each view once costs less than asking the members at each step."""
     num_views = min(images.augment.num_views, recipe.views or images.augment.num_views)
-    return recipe.mixup == 0 and num_views < recipe.epochs
+    fits = 2 * num_views * len(images) * num_classes <= KEPT_BYTES
+    return recipe.mixup == 0 and num_views < recipe.epochs and fits
 
 
 class Online:

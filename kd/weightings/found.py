@@ -57,6 +57,13 @@ class Found:
         """The weights by member."""
         return dict(zip(self.names, self.weights_K.tolist(), strict=True))
 
+    @property
+    def searched(self) -> dict[str, float] | None:
+        """The search's own optimum by member."""
+        if self.searched_K is None:
+            return None
+        return dict(zip(self.names, self.searched_K.tolist(), strict=True))
+
 
 def one_step(weights_K: np.ndarray, value: float) -> History:
     """The history of a weighting that does not search."""

@@ -121,12 +121,19 @@ def test_more_views_than_there_are_means_all_of_them():
     assert cached(views=99).views is None
 
 
-def test_auto_caches_where_each_view_is_asked_for_less_than_once():
+def test_auto_caches_where_each_view_is_asked_for_less_than_once(monkeypatch):
     nine = pictures(augment=Augment(shift=1))
-    assert cache_pays(nine, recipe(epochs=10))
-    assert not cache_pays(nine, recipe(epochs=9))
-    assert cache_pays(nine, recipe(epochs=9, views=8))
-    assert not cache_pays(nine, recipe(epochs=10, mixup=0.2))
+    assert cache_pays(nine, recipe(epochs=10), 10)
+    assert not cache_pays(nine, recipe(epochs=9), 10)
+    assert cache_pays(nine, recipe(epochs=9, views=8), 10)
+    assert not cache_pays(nine, recipe(epochs=10, mixup=0.2), 10)
+    monkeypatch.setattr("kd.train.targets.KEPT_BYTES", 2 * 9 * len(nine) * 10)
+    assert cache_pays(nine, recipe(epochs=10), 10)
+    assert not cache_pays(nine, recipe(epochs=10), 11)
+    monkeypatch.undo()
+    many = pictures(augment=Augment(shift=4))
+    assert not cache_pays(many, recipe(epochs=16), 10)
+    assert cache_pays(many, recipe(epochs=17), 10)
     members = ensemble()
     for epochs, kind in ((9, Online), (10, Cached)):
         settings = recipe(epochs=epochs)
