@@ -44,13 +44,22 @@ MODELS = {
 BATCH = 128
 
 
+class InRows(Images):
+    """Images whose batches lie in PyTorch's default memory format."""
+
+    def batch(self, indices_B: torch.Tensor, views_B: torch.Tensor | None = None) -> torch.Tensor:
+        """As `Images.batch`, but contiguous."""
+        return super().batch(indices_B, views_B).contiguous()
+
+
 def prepared(
     model: PlainCNN | CifarResNet, recipe: Recipe, device: str, memory_format: torch.memory_format
 ) -> Training:
     """A network about to take its first step."""
     torch.manual_seed(0)
     network = build_model(model, channels=3, image_size=32, num_classes=10).to(device)
-    images = Images(
+    kind = InRows if memory_format == torch.contiguous_format else Images
+    images = kind(
         pixels_NHWC=torch.randint(256, (1024, 32, 32, 3), dtype=torch.uint8, device=device),
         labels_N=torch.arange(1024, device=device) % 10,
         mean=(0.5,) * 3,

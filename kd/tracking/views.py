@@ -31,7 +31,7 @@ def _views() -> Iterator[tuple[str, dict[str, object]]]:
             "Networks: teacher, assistants, student, baselines",
             "metrics.params_m > 0",
             metrics=("val_accuracy", "val_nll", "params_m", "size_mb"),
-            params=("model.kind", "model.depth", "method.kind", "method.temperature"),
+            params=("teachers", "model.kind", "model.depth", "method.kind"),
         ),
     )
     yield (
