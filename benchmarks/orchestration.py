@@ -53,12 +53,14 @@ class Cost:
 
 def main() -> None:
     """Measure, and print the table."""
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--as-used", action="store_true", help="no rows but those people run")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kd-orchestration-") as folder:
-        measure(Path(folder))
+        measure(Path(folder), as_used=arguments.as_used)
 
 
-def measure(folder: Path) -> None:
+def measure(folder: Path, *, as_used: bool) -> None:
     """Run every configuration in a copy of its own below `folder`."""
     copy = workspace(folder / "plan", tracking=False)
     code = "import json, pathlib; from flows import graph; plan = graph.read(pathlib.Path.cwd())"
@@ -67,16 +69,24 @@ def measure(folder: Path) -> None:
     repro, flow = [["-m", "dvc", "repro"]], [["-m", "flows.pipeline"]]
     processes = [["-m", "kd", *each.split("@")] for each in stages]
     off = {"KD_CPUS": "1", "KD_WARM": "0"}
+    warm, everything = "- imports: `dvc repro` with its warm process", "the same, on all cores"
     rows = {
         "stage functions in one process": (False, [["-c", BARE, *stages]], {}),
         "+ a process a stage (Python, imports)": (False, processes, {}),
         "+ DVC: `dvc repro`, `KD_WARM=0`": (False, repro, {"KD_WARM": "0"}),
-        "- imports: `dvc repro` with its warm process": (False, repro, {}),
+        warm: (False, repro, {}),
         "DVC + Prefect: the flow, `KD_WARM=0`": (False, flow, off),
         "- imports: the flow with its warm process": (False, flow, {"KD_CPUS": "1"}),
         "+ MLflow: `tracking: true`": (True, flow, {"KD_CPUS": "1"}),
-        "the same, on all cores": (True, flow, {}),
+        everything: (True, flow, {}),
     }
+    if as_used:
+        names = {
+            "stage functions in one process": next(iter(rows)),
+            "`dvc repro`": warm,
+            "the flow with MLflow, on all cores": everything,
+        }
+        rows = {name: rows[long] for name, long in names.items()}
     print(
         f"{len(stages)} stages, {os.cpu_count()} cores, {platform.processor() or 'CPU'}, "
         f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f} at the start\n"
