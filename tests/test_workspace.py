@@ -153,10 +153,11 @@ def killed_once_it_saved(folder, command, stage):
         assert started.poll() is None
         assert time.monotonic() < until
         time.sleep(0.005)
-    for process in [started, *started.children(recursive=True)]:
+    family = [started, *started.children(recursive=True)]
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    started.wait()
+    psutil.wait_procs(family, timeout=60)  # DVC takes a process that init has not reaped for alive
     return kept
 
 

@@ -204,9 +204,7 @@ def test_workers_in_clones_end_as_one_machine_does_though_one_is_killed(
         runs = workers.mlflow_runs(mlflow.url)
 
     lost = said.index("lost its worker (no sign of life for 60 s)")
-    epochs = re.findall(r"assistants/large  epoch (\d+)/", said)
     again = re.findall(r"assistants/large  epoch (\d+)/", said[lost:])
-    assert len(epochs) > len(again)
     assert int(again[0]) > 1  # it went on, and did not begin again
     assert project.status() == {}
     assert not saved(tmp_path / "remote", "large")
