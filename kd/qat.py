@@ -21,10 +21,10 @@ from kd.roles import (
     Role,
     asked_to_stop,
     load_teachers,
-    prepare_device,
     training_images,
 )
 from kd.train import fit
+from kd.train.device import prepare
 
 
 def when_called_for(
@@ -65,7 +65,7 @@ def fine_tuned(int8: Int8, trained: Trained, role: Role) -> Trained:
         ConfigError: the network cannot be traced.
     """
     recipe, method = gentle(role.recipe, int8), role.method.resolved() if role.method else None
-    device = prepare_device(recipe)
+    device = prepare(recipe)
     record = artifacts.read_json(artifacts.folder(DATA) / "data.json")
     members, _ = load_teachers(role, record["data_hash"])
     names = tuple(name.removeprefix("assistants/") for name in role.teachers)
@@ -96,6 +96,14 @@ def fine_tuned(int8: Int8, trained: Trained, role: Role) -> Trained:
 
 
 def gentle(recipe: Recipe, int8: Int8) -> Recipe:
-    """The student's recipe, shorter and at a lower rate; no mean of weights, no bfloat16."""
+    """The student's recipe, shorter and at a lower rate; no mean of weights, plain arithmetic."""
     optimizer = replace(recipe.optimizer, lr=recipe.optimizer.lr * int8.qat_lr)
-    return replace(recipe, epochs=int8.qat_epochs, optimizer=optimizer, ema=None, precision="fp32")
+    return replace(
+        recipe,
+        epochs=int8.qat_epochs,
+        optimizer=optimizer,
+        ema=None,
+        precision="fp32",
+        memory_format="channels_last",
+        compile=False,
+    )

@@ -23,6 +23,8 @@ class SGD:
     """Look ahead along the momentum before taking the gradient; needs momentum above 0."""
     weight_decay: float = 5e-4
     """L2 penalty on every parameter, at least 0."""
+    fused: bool = True
+    """One kernel for all of them; false: PyTorch's own choice, which rounds differently."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr", self.lr, "above 0")
@@ -42,7 +44,7 @@ class SGD:
             momentum=self.momentum,
             nesterov=self.nesterov and self.momentum > 0,
             weight_decay=self.weight_decay,
-            fused=True,
+            fused=self.fused or None,
         )
 
 
@@ -57,6 +59,8 @@ class AdamW:
     """Decay of the running mean and of the running square, each in [0, 1)."""
     weight_decay: float = 0.01
     """Share of each weight taken away per step, times the learning rate; at least 0."""
+    fused: bool = True
+    """One kernel for all of them; false: PyTorch's own choice, which rounds differently."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr", self.lr, "above 0")
@@ -71,7 +75,11 @@ class AdamW:
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser over `parameters`, fused: one kernel for all of them."""
         return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
+            parameters,
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=self.fused or None,
         )
 
 
@@ -149,12 +157,19 @@ class Recipe:
     """Largest length of the gradient, above 0; null: no clipping."""
     ema: float | None = None
     """Decay of the running mean of the weights, in (0, 1), which is then kept; null: no mean."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
     """bf16 runs the network's forward and backward in bfloat16 autocast; losses stay in fp32.
     A processor without bfloat16 instructions emulates them, which is many times slower: auto
-    measures both on this machine once, and takes bf16 where that is faster by a fifth."""
-    compile: bool = False
-    """Compile the network with torch.compile: takes a while, and may pay in long trainings."""
+    measures both on this machine once, and takes bf16 where that is faster by a fifth.  tf32: a
+    GPU may round the factors of convolutions and matrix products to 10 bits of mantissa."""
+    memory_format: Literal["channels_last", "contiguous", "auto"] = "channels_last"
+    """How images and weights lie in memory; auto: as is faster on this machine."""
+    compile: bool | Literal["auto"] = False
+    """Compile the network with torch.compile, on a GPU as CUDA graphs; needs a C++ compiler.  auto
+    measures, and compiles where the training is long enough to gain back what compiling takes."""
+    deterministic: bool = True
+    """Take only algorithms that give the same bits each time.  A CPU has no others; on a GPU,
+    false lets convolutions be chosen by trying, and sums be taken in any order."""
     targets: Literal["auto", "cached", "online", "stacked"] = "auto"
     """online asks the teachers at each step, one by one; stacked asks teachers of one architecture
     all at once, which a GPU may prefer (a CPU does not); cached asks them once for every view of

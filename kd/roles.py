@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kd import artifacts, manifest
-from kd.component import ConfigError, require
+from kd.component import require
 from kd.data import Images
 from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
@@ -28,7 +28,8 @@ from kd.progress import Progress
 from kd.recipe import Recipe
 from kd.tracking import Run
 from kd.train import Epoch, Stopped, fit, key, ranks, steps_in_epoch
-from kd.train.speed import faster_precision
+from kd.train.device import prepare
+from kd.train.speed import CHOICES, fastest
 
 DATA = "data"
 
@@ -65,11 +66,11 @@ class Role:
 
 def learn(role: Role, run: Run) -> None:
     """Train, evaluate on the validation split, and write the folder of `role`."""
-    device = prepare_device(role.recipe)
+    device = prepare(role.recipe)
+    record = artifacts.read_json(artifacts.folder(DATA) / "data.json")
+    role = replace(role, recipe=settled(role, record, device))
     with ranks.group(device):
-        record = artifacts.read_json(artifacts.folder(DATA) / "data.json")
         members, origins = load_teachers(role, record["data_hash"])
-        role = replace(role, recipe=settled(role, record, device))
         described = describe(role, record, origins, device)
         names = tuple(name.removeprefix("assistants/") for name in role.teachers)
         ensemble = Ensemble(members, described.weights_K, role.mixing, names) if members else None
@@ -85,28 +86,34 @@ def learn(role: Role, run: Run) -> None:
 
 
 def settled(role: Role, record: Mapping[str, Any], device: str) -> Recipe:
-    """The role's recipe with a precision chosen, where it left that to this machine.
+    """The role's recipe with all chosen that it left to this machine.
 
     Measured once and then remembered, since a repetition must make the same bytes.
     """
-    if role.recipe.precision != "auto":
-        return role.recipe
-    model = build_model(
-        role.model,
-        channels=record["channels"],
-        image_size=record["image_size"],
-        num_classes=len(record["class_names"]),
-    )
-    question = {"model": asdict(role.model), "batch_size": role.recipe.batch_size}
-    images, _ = training_images(role, device, learns_from_pool=True)
+    recipe = role.recipe
+    if "auto" not in {getattr(recipe, name) for name in CHOICES}:
+        return recipe
+    images, steps = training_images(role, device, learns_from_pool=True)
+    num_classes = len(record["class_names"])
+    question = {
+        "model": asdict(role.model),
+        "image": images.image_shape,
+        "recipe": asdict(recipe),
+        "steps": steps,
+        "device": device,
+        **artifacts.machine(),
+    }
 
-    def ask() -> dict[str, str]:
-        found = faster_precision(model, images, role.recipe, len(record["class_names"]))
-        return {"precision": found}
+    def ask() -> dict[str, Any]:
+        shape = {"channels": record["channels"], "image_size": record["image_size"]}
+        model = build_model(role.model, **shape, num_classes=num_classes)
+        total = recipe.epochs * steps
+        return {"answer": fastest(model, images, recipe, num_classes=num_classes, num_steps=total)}
 
-    answer = artifacts.remembered("precision", {**question, **artifacts.machine()}, ask)
-    print(f"{role.run_name}: precision {answer['precision']}, as measured on this machine")
-    return replace(role.recipe, precision=answer["precision"])
+    answer = artifacts.remembered("speed", question, ask)["answer"]
+    shown = ", ".join(f"{name} {value}" for name, value in answer.items())
+    print(f"{role.run_name}: {shown}, as measured on this machine")
+    return replace(recipe, **answer)
 
 
 def keep(
@@ -253,24 +260,6 @@ def describe(
         code=artifacts.code_digest(),
         device=device,
     )
-
-
-def prepare_device(recipe: Recipe) -> str:
-    """Set threads and determinism for this process; where to train, "cpu" or "cuda"."""
-    torch.set_num_threads(recipe.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    has_gpu = torch.cuda.is_available()
-    if recipe.device == "cuda" and not has_gpu:
-        raise ConfigError("recipe.device is 'cuda', but there is no GPU here: set it to auto")
-    device = "cuda" if has_gpu and recipe.device != "cpu" else "cpu"
-    visible = torch.cuda.device_count()
-    if device == "cuda" and recipe.devices > visible:
-        raise ConfigError(
-            f"recipe.devices is {recipe.devices}, but only {visible} GPU(s) can be seen here: "
-            "lower it, or, since the flow gives each stage one, run `dvc repro` for this one"
-        )
-    return device
 
 
 def training_images(role: Role, device: str, learns_from_pool: bool) -> tuple[Images, int]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -114,21 +115,27 @@ class Images:
         """The same images, sharing their memory, with other views."""
         return dataclasses.replace(self, augment=augment)
 
-    def batch(self, indices_B: Tensor, views_B: Tensor | None = None) -> Tensor:
+    def batch(
+        self,
+        indices_B: Tensor,
+        views_B: Tensor | None = None,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> Tensor:
         """The chosen images, each in its view, normalised.
 
         Args:
             indices_B: positions in these images, int64, on any device.
             views_B: view id of each, as `augment` numbers them; None for the plain images.
+            memory_format: how they are to lie in memory; they are made channels_last.
 
         Returns:
-            float32 (B, channels, H, W) on the device, in channels_last memory.
+            float32 (B, channels, H, W) on the device.
         """
         device = self.labels_N.device
         pixels_BHWC = self._gather(indices_B.to(self.pixels_NHWC.device)).to(device)
         if views_B is not None:
             pixels_BHWC = self._crop(pixels_BHWC, views_B.to(device))
-        return self._normalise(pixels_BHWC)
+        return self._normalise(pixels_BHWC).contiguous(memory_format=memory_format)
 
     def _gather(self, indices_B: Tensor) -> Tensor:
         """The chosen images as they are, from wherever they lie."""
@@ -164,12 +171,25 @@ class Images:
         Each step rounds on its own, so every device gives the same bits.
         """
         batch, height, width, channels = pixels_BHWC.shape
-        mean = torch.tensor([255 * m for m in self.mean], device=pixels_BHWC.device)
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=pixels_BHWC.device)
+        mean, scale = _row_of(self.mean, self.std, width, pixels_BHWC.device)
         # Whole rows at once: an inner loop over 3 channels would not vectorise.
         rows = pixels_BHWC.reshape(batch, height, width * channels).to(torch.float32)
-        rows = rows.sub_(mean.repeat(width)).mul_(scale.repeat(width))
+        rows = rows.sub_(mean).mul_(scale)
         return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=16)
+def _row_of(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What is taken from, and multiplied into, a row of pixels.
+
+    Made once, since the host waits for a GPU whenever it sends numbers there.
+    """
+    with torch.inference_mode(False):  # or it could not be used outside of one
+        shift = torch.tensor([255 * m for m in mean], device=device).repeat(width)
+        scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(width)
+    return shift, scale
 
 
 def _open(path: Path) -> Tensor:

@@ -23,7 +23,6 @@ class StaleCohort(Cohort):
         super().__init__(student, peers)
         self.every = every
         self.stale = nn.ModuleList(Frozen(network) for network in self.networks)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def answer(self, images: Tensor) -> Answer:
         """Everybody's logits now, and the old copies'."""
@@ -31,11 +30,9 @@ class StaleCohort(Cohort):
         stale_MBC = torch.stack([copy(images) for copy in self.stale])
         return logits_BC, {**also, "stale_MBC": stale_MBC}
 
-    def after_step(self) -> None:
+    def after_step(self, done: int) -> None:
         """Exchange copies where it is due."""
-        step = self.get_buffer("step")
-        step += 1
-        if int(step) % self.every == 0:
+        if done % self.every == 0:
             for copy, network in zip(self.stale, self.networks, strict=True):
                 assert isinstance(copy, Frozen)
                 copy.follow(network)

@@ -36,8 +36,12 @@ class Learner(nn.Module, ABC):
     def answer(self, images: Tensor) -> Answer:
         """The student's logits, and what else the loss is shown."""
 
-    def after_step(self) -> None:
-        """Change what the optimiser does not: running means, old copies."""
+    def after_step(self, done: int) -> None:
+        """Change what the optimiser does not: running means, old copies.
+
+        Args:
+            done: Steps done so far, this one included.
+        """
 
 
 class Cohort(Learner):
@@ -77,12 +81,12 @@ class Frozen(nn.Module):
     @torch.no_grad()
     def follow(self, network: nn.Module, decay: float = 0.0) -> None:
         """Become decay * self + (1 - decay) * network; counters are taken over as they are."""
-        theirs = network.state_dict()
-        for name, tensor in self.network.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.lerp_(theirs[name], 1 - decay)
-            else:
-                tensor.copy_(theirs[name])
+        own, theirs = self.network.state_dict(), network.state_dict()
+        moving = [name for name, tensor in own.items() if tensor.is_floating_point()]
+        pairs = [own[name] for name in moving], [theirs[name] for name in moving]
+        torch._foreach_lerp_(*pairs, 1 - decay)  # one kernel for all of them, on a GPU
+        for name in own.keys() - set(moving):
+            own[name].copy_(theirs[name])
 
 
 def last_linear(network: nn.Module) -> nn.Linear:

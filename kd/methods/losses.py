@@ -6,6 +6,8 @@ Losses are means over images and sums over classes, in float32 at least whatever
 precision: dividing by C as well is how the soft term becomes C times too weak in public code.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,13 @@ from torch import Tensor
 def wide(values: Tensor) -> Tensor:
     """The same values in float32 at least: logarithms and sums lose too much in half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor, made once: the host waits for a GPU whenever it sends numbers there."""
+    with torch.inference_mode(False):  # or it could not enter a loss that learns
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def log_probs(logits_BC: Tensor, temperature: float = 1.0) -> Tensor:

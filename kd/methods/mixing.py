@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kd.component import ConfigError
-from kd.methods.losses import log_probs, wide
+from kd.methods.losses import constant, log_probs, wide
 from kd.methods.shown import Mixing
 from kd.methods.trust.base import ByImage
 
@@ -35,8 +35,9 @@ def mix(
         mixing: Whether probabilities are averaged, or logits.
     """
     logits_KNC = wide(logits_KNC)
-    weights_NK = torch.as_tensor(weights, dtype=logits_KNC.dtype, device=logits_KNC.device)
-    weights_KN1 = weights_NK.reshape(-1, len(logits_KNC)).T.unsqueeze(2)
+    if isinstance(weights, tuple):
+        weights = constant(weights, logits_KNC.dtype, logits_KNC.device)
+    weights_KN1 = weights.to(logits_KNC).reshape(-1, len(logits_KNC)).T.unsqueeze(2)
     if mixing == "logits":
         return log_probs((weights_KN1 * logits_KNC).sum(dim=0), temperature)
     return torch.logsumexp(log_probs(logits_KNC, temperature) + weights_KN1.log(), dim=0)
@@ -122,7 +123,7 @@ def combined(factors_BK: Tensor, weights_K: tuple[float, ...]) -> Tensor:
 
     An image that says nothing for any member leaves the ensemble's weights as they are.
     """
-    own_K = factors_BK.new_tensor(weights_K)
+    own_K = constant(weights_K, factors_BK.dtype, factors_BK.device)
     product_BK = own_K * factors_BK
     sum_B1 = product_BK.sum(dim=1, keepdim=True)
     return torch.where(sum_B1 > 0, product_BK / sum_B1.clamp(min=1e-30), own_K)

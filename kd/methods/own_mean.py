@@ -25,7 +25,7 @@ class WithMean(Learner):
         """The student's logits, and the mean's as `mean_BC`."""
         return self.student(images), {"mean_BC": self.mean(images)}
 
-    def after_step(self) -> None:
+    def after_step(self, done: int) -> None:
         """Bring the mean up to date."""
         self.mean.follow(self.student, self.decay)
 

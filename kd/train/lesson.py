@@ -10,6 +10,7 @@ from kd.data import Images
 from kd.ensemble import Ensemble
 from kd.methods import Labels, Method, Shown, label_probs
 from kd.recipe import Recipe
+from kd.train.device import FORMATS
 from kd.train.plan import Batch, batch_of, key
 from kd.train.targets import Tables, Targets, autocast, targets_of
 
@@ -76,7 +77,8 @@ class Lesson:
     def loss_of(self, model: nn.Module, shown: Batch, step: int) -> Tensor:
         """The loss of the images shown."""
         recipe, device = self.recipe, self.images.labels_N.device
-        images_B = self.images.batch(shown.indices_B, shown.views_B)
+        memory_format = FORMATS[recipe.memory_format]
+        images_B = self.images.batch(shown.indices_B, shown.views_B, memory_format)
         labels_B = self.images.labels_N[shown.indices_B]
         labels_BC = label_probs(labels_B, self.num_classes, recipe.label_smoothing)
         if recipe.mixup:

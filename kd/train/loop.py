@@ -1,8 +1,9 @@
 """fit(): the only training loop.  Teacher, assistants and students differ only in who teaches.
 
 B batch, C classes.  What a step sees (which images, in which view, mixed how, at which learning
-rate) is a pure function of the seed and the step's number, so a resumed run needs nothing but
-the weights, the optimiser's state and that number to end in the same bits.
+rate) and what it draws (dropout) is a pure function of the seed and the step's number, so a
+resumed run needs nothing but the weights, the optimiser's state and that number to end in the
+same bits.
 """
 
 import time
@@ -11,13 +12,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd.component import Refused
 from kd.data import Images
 from kd.ensemble import Ensemble
-from kd.methods import Learner, Method
+from kd.methods import Frozen, Learner, Method
 from kd.recipe import Recipe
+from kd.train.device import FORMATS, reseed
 from kd.train.lesson import Lesson
 from kd.train.memory import check_memory, halved, predict_memory
 from kd.train.plan import Plan, key, steps_in_epoch
@@ -32,11 +33,9 @@ from kd.train.state import (
     Checkpoint,
     Epoch,
     Saves,
-    generators,
     joined,
     optimizer_state,
     part,
-    restore_generators,
     restore_optimizer,
 )
 from kd.train.targets import Tables
@@ -148,13 +147,14 @@ class Training:
     """A network in training: all that changes from step to step, and how."""
 
     def __init__(self, model: nn.Module, lesson: Lesson, plan: Plan) -> None:
-        self.model = with_global_statistics(model).to(memory_format=torch.channels_last)
+        memory_format = FORMATS[plan.recipe.memory_format]
+        self.model = with_global_statistics(model).to(memory_format=memory_format)
         self.network = spread(compiled(self.model) if plan.recipe.compile else self.model)
         self.lesson = lesson
         self.plan = plan
         self.recipe = plan.recipe
         self.optimizer = self.recipe.optimizer.build(model.parameters())
-        self.mean = ema_of(model, self.recipe.ema)
+        self.mean = Frozen(model) if self.recipe.ema is not None else None
         self.watch = LossWatch(next(model.parameters()).device)
         self.parts = 1
         self.done = 0
@@ -163,8 +163,6 @@ class Training:
         """Begin an epoch, or go on within it."""
         self.model.train()
         if self.done == self.plan.steps(epoch).start:
-            rank, _ = position()  # each rank drops units of its own
-            torch.manual_seed(key("epoch", self.lesson.seed, epoch) + rank)  # for dropout etc.
             self.watch.clear()
 
     def step(self, step: int) -> None:
@@ -176,18 +174,20 @@ class Training:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         if isinstance(self.model, Learner):
-            self.model.after_step()
-        if self.mean is not None:
-            self.mean.update_parameters(self.model)
+            self.model.after_step(step + 1)
+        if self.mean is not None and self.recipe.ema is not None:
+            self.mean.follow(self.model, self.recipe.ema if step else 0.0)
         self.watch.see(step, loss)
         self.done = step + 1
 
     def gradient(self, step: int) -> Tensor:
         """Set the gradient of a step's loss, in as many parts as fit into memory; the loss."""
         rank, ranks = position()
+        device = self.watch.total.device
+        reseed(device, key("step", self.lesson.seed, step) + rank)  # each rank drops its own units
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            total = torch.zeros((), device=self.watch.total.device)
+            total = torch.zeros((), device=device)
             for part in range(self.parts):
                 share, shares = rank + ranks * part, ranks * self.parts
                 loss = self.lesson.loss(self.network, step, share, shares) / self.parts
@@ -209,7 +209,7 @@ class Training:
 
     def learned(self) -> nn.Module:
         """What is trained: the running mean where one is kept."""
-        return self.model if self.mean is None else self.mean.module
+        return self.model if self.mean is None else self.mean.network
 
     def state(self) -> dict[str, Tensor]:
         """All that the steps to come depend on."""
@@ -219,7 +219,6 @@ class Training:
                 "mean": {} if self.mean is None else self.mean.state_dict(),
                 "optimizer": optimizer_state(self.optimizer),
                 "watch": self.watch.state(),
-                "generators": generators(),
                 "progress": {"done": torch.tensor(self.done)},
             }
         )
@@ -235,7 +234,6 @@ class Training:
             self.mean.load_state_dict(part(state, "mean"))
         restore_optimizer(self.optimizer, part(state, "optimizer"))
         self.watch.restore(part(state, "watch"))
-        restore_generators(part(state, "generators"))
         self.done = int(part(state, "progress")["done"])
         return history
 
@@ -293,10 +291,3 @@ def compiled(model: nn.Module) -> nn.Module:
     on_gpu = next(model.parameters()).is_cuda
     made = torch.compile(model, mode="reduce-overhead" if on_gpu else "default")
     return cast(nn.Module, made)
-
-
-def ema_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """A running mean of the model's weights and buffers, or None."""
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -66,8 +66,8 @@ class Batch:
         Image i from the start goes with image i from the end, as mixup pairs them.
         """
         size = len(self.indices_B)
-        head = torch.arange(size // 2)[index::count]
-        taken = torch.cat([head, (size - 1 - head).flip(0)]).to(self.indices_B.device)
+        head = torch.arange(index, size // 2, count, device=self.indices_B.device)
+        taken = torch.cat([head, (size - 1 - head).flip(0)])
         return Batch(self.indices_B[taken], self.views_B[taken], self.passes_B[taken])
 
 

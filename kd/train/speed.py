@@ -1,9 +1,10 @@
-"""What is faster on this machine, found by trying."""
+"""What is faster on this machine, found by trying: what `auto` in a recipe means."""
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,44 +12,84 @@ from torch import nn
 from kd.data import Images
 from kd.recipe import Recipe
 from kd.train.lesson import Lesson
+from kd.train.loop import Training
+from kd.train.plan import Plan
 
-Precision = Literal["fp32", "bf16"]
-GAIN = 1.2
-"""How many times faster bf16 must be: below, its rounding is not worth it."""
+CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "precision": ("fp32", "bf16"),
+    "memory_format": ("channels_last", "contiguous"),
+    "compile": (False, True),
+}
+"""What each `auto` chooses from, in the order in which it is decided; the first of them is taken
+unless another one is faster by its GAIN, and stands for those that are not decided yet."""
+GAIN = {"precision": 1.2, "memory_format": 1.05, "compile": 1.05}
+"""How many times faster the whole training must be: below, bf16's rounding is not worth it, and
+the rest cannot be told from chance."""
 
 
-def faster_precision(
-    model: nn.Module, images: Images, recipe: Recipe, num_classes: int, rounds: int = 3
-) -> Precision:
-    """The precision that a step of this training is faster in, on this machine.
+def fastest(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    *,
+    num_classes: int,
+    num_steps: int,
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """What a training of so many steps is fastest with, on this machine.
 
     Args:
         model: Who will learn; it is left as it is.
         images: What it will be shown.
-        recipe: How it will be trained.
+        recipe: How it will be trained; keys that are "auto" are what is asked for.
         num_classes: C.
-        rounds: Steps that are timed in each precision, in turns, after one that is not.
+        num_steps: Steps of the whole training: what a first step takes, such as compiling, is
+            shared out over so many.
+        rounds: Steps that are timed with each choice, in turns, after the first.
+
+    Returns:
+        The answer for each key of `recipe` that is "auto".
     """
-    best: dict[Precision, float] = {"fp32": float("inf"), "bf16": float("inf")}
+    wanted = [name for name in CHOICES if getattr(recipe, name) == "auto"]
+    found: dict[str, Any] = {name: CHOICES[name][0] for name in wanted}
     with torch.random.fork_rng(devices=[]):
-        for turn in range(rounds + 1):
-            for precision in best:
-                seconds = step_seconds(
-                    model, images, replace(recipe, precision=precision), num_classes
-                )
-                if turn:
-                    best[precision] = min(best[precision], seconds)
-    return "bf16" if best["fp32"] > GAIN * best["bf16"] else "fp32"
+        for name in wanted:
+            recipes = [replace(recipe, **{**found, name: each}) for each in CHOICES[name]]
+            costs = seconds(model, images, recipes, num_classes, num_steps, rounds)
+            for choice, cost in zip(CHOICES[name][1:], costs[1:], strict=True):
+                if costs[0] > GAIN[name] * cost:
+                    found[name] = choice
+    return found
 
 
-def step_seconds(model: nn.Module, images: Images, recipe: Recipe, num_classes: int) -> float:
-    """Seconds of one forward and backward pass of a copy of the model on labels."""
+def seconds(
+    model: nn.Module,
+    images: Images,
+    recipes: Sequence[Recipe],
+    num_classes: int,
+    num_steps: int,
+    rounds: int,
+) -> list[float]:
+    """What a training on labels by each recipe would take: its first step, and all the others."""
     device = images.labels_N.device
-    probe = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).train()
-    lesson = Lesson(images, recipe, 0, num_classes, None, None)
+    trainings = []
+    for recipe in recipes:
+        lesson = Lesson(images, recipe, 0, num_classes, None, None)
+        training = Training(copy.deepcopy(model).to(device), lesson, Plan(recipe, num_steps))
+        training.enter(0)
+        trainings.append(training)
+    taken = [
+        [step_seconds(training, step) for training in trainings] for step in range(1 + rounds)
+    ]
+    return [first + (num_steps - 1) * min(rest) for first, *rest in zip(*taken, strict=True)]
+
+
+def step_seconds(training: Training, step: int) -> float:
+    """Seconds of one step by the clock."""
+    device = training.watch.total.device
     finish(device)
     started = time.perf_counter()
-    torch.autograd.grad(lesson.loss(probe, 0), list(probe.parameters()), allow_unused=True)
+    training.step(step)
     finish(device)
     return time.perf_counter() - started
 

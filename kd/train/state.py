@@ -82,21 +82,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tens
     optimizer.load_state_dict({**copy.deepcopy(optimizer.state_dict()), "state": entries})
 
 
-def generators() -> dict[str, Tensor]:
-    """The state of the random generators that dropout or a user's model draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_generators(states: Mapping[str, Tensor]) -> None:
-    """Put back what `generators` gave."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One state of several, as copies that training cannot touch."""
     return {

@@ -10,7 +10,7 @@ B batch, N images, V views of an image, K members, C classes, R entries of a row
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from kd.data import Images
 from kd.ensemble import Ensemble, digest_of_tensors
 from kd.methods import Reduction
 from kd.recipe import Recipe
+from kd.train.device import FORMATS
+from kd.train.folding import folded
 from kd.train.plan import Batch
 
 TABLE_BYTES = 2**30
@@ -81,8 +83,6 @@ def targets_of(
     tables: Tables | None = None,
 ) -> Targets:
     """The targets of every step, by the path that params chose or that pays."""
-    for member in ensemble.members:
-        member.to(images.labels_N.device).to(memory_format=torch.channels_last)
     cached = recipe.targets == "cached" or (
         recipe.targets == "auto" and cache_pays(images, recipe, num_classes)
     )
@@ -107,11 +107,12 @@ class Online:
     def __init__(
         self, ensemble: Ensemble, reduction: Reduction, images: Images, recipe: Recipe
     ) -> None:
-        self.ensemble = ensemble
         self.reduction = reduction
         self.labels_N = images.labels_N
         self.recipe = recipe
-        self.logits = stacked(ensemble) if recipe.targets == "stacked" else ensemble.logits
+        members = tuple(as_asked(member, images, recipe) for member in ensemble.members)
+        asked = replace(ensemble, members=members)
+        self.logits = stacked(asked) if recipe.targets == "stacked" else asked.logits
 
     def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
         """See `Targets`."""
@@ -120,6 +121,18 @@ class Online:
         with torch.inference_mode():
             rows_BR = self.reduction(logits_KBC, self.labels_N[shown.indices_B])
         return rows_BR.clone()  # a clone made outside inference mode may enter a loss
+
+
+def as_asked(member: nn.Module, images: Images, recipe: Recipe) -> nn.Module:
+    """What is asked in a member's place: its folded copy, on the device of the images.
+
+    Members that are stacked stay as they are: copies are of a class each.
+    """
+    device, memory_format = images.labels_N.device, FORMATS[recipe.memory_format]
+    if recipe.targets != "stacked":
+        few_B = images.batch(torch.arange(2)).to(next(member.parameters()).device)
+        member = folded(member, few_B)
+    return member.to(device).to(memory_format=memory_format)
 
 
 def stacked(ensemble: Ensemble) -> Callable[[Tensor], Tensor]:
@@ -215,7 +228,10 @@ def table_record(
         "member": digest_of_tensors(member.state_dict()),
         "architecture": str(member),
         "precision": recipe.precision,
+        "memory_format": recipe.memory_format,
         "device": images.labels_N.device.type,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
 
@@ -228,6 +244,7 @@ def fill(
     Raises:
         ConfigError: a logit is not finite in half precision.
     """
+    asked = as_asked(member, images, recipe)
     augment, everyone = images.augment, torch.arange(len(images), device=images.labels_N.device)
     for slot, row_NC in enumerate(table_VNC):
         if views is None:
@@ -235,9 +252,9 @@ def fill(
         else:
             views_N = augment.views_for(0, slot, len(images)).to(everyone.device)
         for part in everyone.split(CHUNK):
-            shown = images.batch(part, views_N[part])
+            shown = images.batch(part, views_N[part], FORMATS[recipe.memory_format])
             with torch.inference_mode(), autocast(everyone.device, recipe):
-                logits_BC = member(shown)
+                logits_BC = asked(shown)
             row_NC[part.cpu()] = logits_BC.to(row_NC.device, torch.float16)
         if not row_NC.isfinite().all():
             raise ConfigError(

@@ -335,8 +335,8 @@ def test_equal_networks_have_no_divergence(name):
 def test_codistillation_sees_of_the_others_what_was_exchanged_last():
     learner = Codistillation(every=3).learner(network(0), [network(1)]).train()
     copies = []
-    for _ in range(4):
-        learner.after_step()
+    for done in range(1, 5):
+        learner.after_step(done)
         copies.append(weights_of(learner.stale[1]))
         with torch.no_grad():
             learner.peers[0][0].weight += 0.1

@@ -37,7 +37,7 @@ from kd.train import Plan, fit
 from kd.train.plan import batch_of
 from kd.train.targets import targets_of
 from tests.checks_methods import batch, gradient_of, loss_of, unlabelled
-from tests.learners import CLASSES, network, pictures, recipe
+from tests.learners import CLASSES, Guarded, network, pictures, recipe
 from tests.methods.test_online import learner_of
 
 PROJECT = Path(__file__).parents[2]
@@ -228,7 +228,7 @@ def test_trap_16_a_cached_row_is_that_of_the_very_image_and_view_whatever_the_or
 
 
 def test_trap_17_teacher_and_student_see_the_same_pixels_normalised_alike():
-    teacher, student = network(0), network(1)
+    teacher, student = Guarded(network(0)), network(1)  # no folded copy is asked in its place
     theirs, ours = seen_by(teacher), seen_by(student)
     ensemble = Ensemble((teacher,), (1.0,))
     settings = recipe(targets="online", epochs=1)

@@ -1,4 +1,4 @@
-"""Precision by measurement."""
+"""What `auto` chooses, and that asking leaves no trace."""
 
 import pytest
 import torch
@@ -8,23 +8,72 @@ from kd.train import speed
 from tests.learners import CLASSES, network, pictures, recipe
 
 
-@pytest.mark.parametrize(
-    ("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 0.9, "fp32"), (1.0, 9.0, "fp32")]
-)
-def test_bf16_is_taken_where_it_is_faster_by_a_fifth(fp32, bf16, chosen, monkeypatch):
-    seconds = {"fp32": fp32, "bf16": bf16}
-    monkeypatch.setattr(
-        speed, "step_seconds", lambda model, images, recipe, classes: seconds[recipe.precision]
-    )
-    assert speed.faster_precision(network(), pictures(), recipe(), CLASSES) == chosen
+def asked(taken, monkeypatch, steps=100, **auto):
+    """What is chosen where steps take so long: (the first, each other), by the recipe's values."""
+
+    def seconds(training, step):
+        first, other = taken(training.recipe)
+        return other if step else first
+
+    monkeypatch.setattr(speed, "step_seconds", seconds)
+    given = recipe(**{"precision": "fp32", "memory_format": "channels_last", **auto})
+    return speed.fastest(network(), pictures(), given, num_classes=CLASSES, num_steps=steps)
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(0.5, "bf16"), (0.9, "fp32"), (9.0, "fp32")])
+def test_bf16_is_taken_where_it_is_faster_by_a_fifth(bf16, chosen, monkeypatch):
+    def taken(recipe):
+        return (1.0, bf16 if recipe.precision == "bf16" else 1.0)
+
+    assert asked(taken, monkeypatch, precision="auto") == {"precision": chosen}
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(0.9, "contiguous"), (1.0, "channels_last")])
+def test_the_memory_format_is_the_faster_one(rows, chosen, monkeypatch):
+    def taken(recipe):
+        return (1.0, rows if recipe.memory_format == "contiguous" else 1.0)
+
+    assert asked(taken, monkeypatch, memory_format="auto") == {"memory_format": chosen}
+
+
+@pytest.mark.parametrize(("steps", "chosen"), [(10, False), (1000, True)])
+def test_compiling_must_be_gained_back_by_the_end(steps, chosen, monkeypatch):
+    """Half the time a step, after a minute: 120 steps of a second make up for it."""
+    monkeypatch.setattr("kd.train.loop.compiled", lambda model: model)
+
+    def taken(recipe):
+        return (60.0, 0.5) if recipe.compile else (1.0, 1.0)
+
+    assert asked(taken, monkeypatch, steps, compile="auto") == {"compile": chosen}
+
+
+def test_what_is_decided_first_counts_for_what_comes_after(monkeypatch):
+    """Contiguous is the faster one in fp32 alone, and bf16 is chosen."""
+
+    def taken(recipe):
+        half = recipe.precision == "bf16"
+        last = recipe.memory_format == "channels_last"
+        return (1.0, (0.1 if last else 0.2) if half else (2.0 if last else 1.0))
+
+    found = asked(taken, monkeypatch, precision="auto", memory_format="auto")
+    assert found == {"precision": "bf16", "memory_format": "channels_last"}
+
+
+def test_what_the_recipe_says_is_not_asked(monkeypatch):
+    def never(recipe):
+        raise AssertionError("nothing was to be timed")
+
+    assert asked(never, monkeypatch) == {}
 
 
 def test_measuring_leaves_the_model_and_the_random_numbers_alone():
     model = network(dropout=0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    chosen = speed.faster_precision(model, pictures(), recipe(precision="auto"), CLASSES, rounds=1)
-    assert chosen in ("fp32", "bf16")
+    given = recipe(precision="auto", memory_format="auto")
+    found = speed.fastest(model, pictures(), given, num_classes=CLASSES, num_steps=10, rounds=1)
+    assert found["precision"] in ("fp32", "bf16")
+    assert found["memory_format"] in ("channels_last", "contiguous")
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.get_rng_state().equal(state)
@@ -38,6 +87,6 @@ def test_a_machine_is_asked_once(tmp_path, monkeypatch):
         return {"precision": next(answers)}
 
     for _ in range(2):
-        found = artifacts.remembered("precision", {"batch_size": 8}, ask)
+        found = artifacts.remembered("speed", {"batch_size": 8}, ask)
         assert found["precision"] == "bf16"
-    assert artifacts.remembered("precision", {"batch_size": 9}, ask)["precision"] == "fp32"
+    assert artifacts.remembered("speed", {"batch_size": 9}, ask)["precision"] == "fp32"

@@ -32,4 +32,6 @@ class Drop(ByStudent):
         stays_K = torch.rand(len(members.weights_K)) < self.keep
         counts = bool((torch.tensor(members.weights_K) * stays_K).sum() > 0)
         kept_K = stays_K if counts else torch.ones_like(stays_K)
-        return kept_K.to(gradients_KBC).expand(gradients_KBC.shape[1], -1)
+        # A copy of so few bytes is under way at once: nobody waits for it.
+        on_device_K = kept_K.to(gradients_KBC, non_blocking=True)
+        return on_device_K.expand(gradients_KBC.shape[1], -1)
