@@ -207,9 +207,9 @@ def remedy(path: Path) -> str:
 class DiskCheckpoint:
     """fit()'s state on disk, valid for one set of inputs.
 
-    The state is one safetensors file whose metadata hold the epochs done and the checksum of
-    the tensors, so state and history cannot come apart.  The one before stays beside it: should
-    the newest fail its checksum, training goes on from there, and without either afresh.
+    The state is one safetensors file whose metadata hold the epochs done, the machine, and the
+    checksum of all that, so state and history cannot come apart.  The one before stays beside it:
+    should the newest fail its checksum, training goes on from there, and without either afresh.
     """
 
     def __init__(self, run_name: str, inputs: object) -> None:
@@ -232,8 +232,11 @@ class DiskCheckpoint:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self.path.replace(self.before)
-        rows = json.dumps([asdict(epoch) for epoch in history])
-        write_tensors(self.path, state, {"history": rows, "checksum": digest_of_tensors(state)})
+        metadata = {
+            "history": json.dumps([asdict(epoch) for epoch in history]),
+            "machine": json.dumps(machine()),
+        }
+        write_tensors(self.path, state, {**metadata, "checksum": checksum_of(state, metadata)})
 
     def remove(self) -> None:
         """Forget the states, once the result is written."""
@@ -242,15 +245,24 @@ class DiskCheckpoint:
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[Epoch]]:
-    """A checkpoint's tensors and epochs.
+    """A checkpoint's tensors and epochs; another machine's are taken with a warning.
 
     Raises:
         ArtifactError: the file is damaged.
     """
     state, metadata = read_tensors(path)
-    if metadata.get("checksum") != digest_of_tensors(state):
+    if metadata.pop("checksum", None) != checksum_of(state, metadata):
         raise ArtifactError(f"{path} fails its checksum and is left aside")
+    there, here = json.loads(metadata["machine"]), machine()
+    if other := [name for name in here if here[name] != there.get(name)]:
+        changes = ", ".join(f"{name} {there.get(name)}, here {here[name]}" for name in other)
+        print(f"warning: {path} is of another machine ({changes}): its sums may round differently")
     return state, [Epoch(**row) for row in json.loads(metadata["history"])]
+
+
+def checksum_of(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over a checkpoint's tensors and what stands beside them."""
+    return digest({**metadata, "tensors": digest_of_tensors(state)})
 
 
 class DiskTables:
@@ -304,9 +316,18 @@ def machine() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def processor() -> str:
+    """The processor's name; Python knows it on few systems, Linux in a file."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
 
 
 def is_of(table: Path, record: Mapping[str, object]) -> bool:

@@ -1,10 +1,13 @@
 """A small network and small images: enough to learn from, quick to train."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd.data import Augment, Images
+from kd.ensemble import Ensemble, digest_of_tensors
+from kd.methods import KD
 from kd.recipe import SGD, Recipe
+from kd.train import Epoch
 
 CLASSES = 3
 
@@ -24,7 +27,12 @@ def network(seed: int = 0, dropout: float = 0.0) -> nn.Module:
     )
 
 
-def pictures(num: int = 40, labelled: int | None = None, augment: Augment | None = None) -> Images:
+def pictures(
+    num: int = 40,
+    labelled: int | None = None,
+    augment: Augment | None = None,
+    device: str = "cpu",
+) -> Images:
     """Noise with a bright stripe whose row is the class; the first `labelled` have labels."""
     generator = torch.Generator().manual_seed(7)
     pixels = torch.randint(120, (num, 8, 8, 1), generator=generator, dtype=torch.uint8)
@@ -34,7 +42,13 @@ def pictures(num: int = 40, labelled: int | None = None, augment: Augment | None
     if labelled is not None:
         labels = torch.where(torch.arange(num) < labelled, labels, -1)
     views = augment or Augment(shift=1)
-    return Images(pixels_NHWC=pixels, labels_N=labels, mean=(0.3,), std=(0.3,), augment=views)
+    return Images(
+        pixels_NHWC=pixels.to(device),
+        labels_N=labels.to(device),
+        mean=(0.3,),
+        std=(0.3,),
+        augment=views,
+    )
 
 
 def recipe(**changes: object) -> Recipe:
@@ -55,3 +69,35 @@ class Guarded(nn.Module):
             raise ValueError("images must be finite")
         answer: torch.Tensor = self.inner(images)
         return answer
+
+
+def taught(members: int = 2) -> dict[str, object]:
+    """Arguments of fit() by which an ensemble teaches."""
+    networks = tuple(network(5 + k) for k in range(members))
+    ensemble = Ensemble(networks, (1 / members,) * members)
+    return {"method": KD(temperature=2.0, alpha=0.7), "ensemble": ensemble}
+
+
+def weights_of(model: nn.Module) -> str:
+    """A digest that tells two models apart by a single bit."""
+    return digest_of_tensors(model.state_dict())
+
+
+class Memory:
+    """A checkpoint that keeps its states, and stops the training after so many saves."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.saved: tuple[dict[str, Tensor], list[Epoch]] | None = None
+        self.saves = 0
+        self.stop_after = stop_after
+
+    def load(self) -> tuple[dict[str, Tensor], list[Epoch]] | None:
+        return self.saved
+
+    def save(self, state: dict[str, Tensor], history: list[Epoch]) -> None:
+        # Contiguous, as a file would bring them back.
+        plain = {n: t.clone(memory_format=torch.contiguous_format) for n, t in state.items()}
+        self.saved = (plain, list(history))
+        self.saves += 1
+        if self.saves == self.stop_after:
+            raise KeyboardInterrupt

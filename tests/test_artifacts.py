@@ -144,6 +144,26 @@ def test_a_damaged_checkpoint_is_no_checkpoint(damage):
     assert DiskCheckpoint("teacher", {}).load() is None
 
 
+def test_a_checkpoints_history_is_under_its_checksum_too():
+    checkpoint = DiskCheckpoint("teacher", {})
+    checkpoint.save({"w": torch.ones(64)}, EPOCHS)
+    whole = checkpoint.path.read_bytes()
+    assert whole.count(b"0.25") == 1  # an epoch's accuracy
+    checkpoint.path.write_bytes(whole.replace(b"0.25", b"0.95"))
+    assert DiskCheckpoint("teacher", {}).load() is None
+
+
+def test_another_machines_checkpoint_is_gone_on_from_and_said_to_be_one(monkeypatch, capsys):
+    DiskCheckpoint("teacher", {}).save({"w": torch.ones(64)}, EPOCHS)
+    assert DiskCheckpoint("teacher", {}).load() is not None
+    assert "warning" not in capsys.readouterr().out
+    here = artifacts.machine()
+    monkeypatch.setattr(artifacts, "machine", lambda: {**here, "cpu_capability": "VAX"})
+    assert DiskCheckpoint("teacher", {}).load() is not None
+    said = capsys.readouterr().out
+    assert f"another machine (cpu_capability {here['cpu_capability']}, here VAX)" in said
+
+
 def test_a_foreign_folder_is_named_and_left_alone():
     stray = artifacts.folder("assistants/old") / "model.safetensors"
     stray.touch()

@@ -11,7 +11,7 @@ from kd.data.augment import Augment, order_for
 from kd.data.custom import CustomDataset
 from kd.data.digits import Digits
 from kd.data.image_folder import ImageFolder
-from kd.data.images import Images
+from kd.data.images import Images, sent
 from kd.data.prepare import prepare
 from kd.data.raw import UNLABELLED, Raw
 from kd.data.splits import Splits
@@ -34,4 +34,5 @@ __all__ = [
     "Splits",
     "order_for",
     "prepare",
+    "sent",
 ]

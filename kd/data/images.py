@@ -102,6 +102,11 @@ class Images:
             digest.update(part_NHWC.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    @property
+    def home(self) -> torch.device:
+        """Where the images lie; images that are read from disk lie on the CPU."""
+        return self.pixels_NHWC.device
+
     def __len__(self) -> int:
         return len(self.labels_N)
 
@@ -124,7 +129,8 @@ class Images:
         """The chosen images, each in its view, normalised.
 
         Args:
-            indices_B: positions in these images, int64, on any device.
+            indices_B: positions in these images, int64, on any device; those of images that are
+                read from disk are best on the CPU, since the host waits for a GPU's.
             views_B: view id of each, as `augment` numbers them; None for the plain images.
             memory_format: how they are to lie in memory; they are made channels_last.
 
@@ -132,9 +138,9 @@ class Images:
             float32 (B, channels, H, W) on the device.
         """
         device = self.labels_N.device
-        pixels_BHWC = self._gather(indices_B.to(self.pixels_NHWC.device)).to(device)
+        pixels_BHWC = sent(self._gather(sent(indices_B, self.home)), device)
         if views_B is not None:
-            pixels_BHWC = self._crop(pixels_BHWC, views_B.to(device))
+            pixels_BHWC = self._crop(pixels_BHWC, sent(views_B, device))
         return self._normalise(pixels_BHWC).contiguous(memory_format=memory_format)
 
     def _gather(self, indices_B: Tensor) -> Tensor:
@@ -190,6 +196,15 @@ def _row_of(
         shift = torch.tensor([255 * m for m in mean], device=device).repeat(width)
         scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(width)
     return shift, scale
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; on the way to a GPU the host goes on, and so reads the next batch
+    while the GPU is at work: no thread is needed for that.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # or the copy would wait for all that the GPU was told before
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _open(path: Path) -> Tensor:

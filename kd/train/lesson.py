@@ -6,7 +6,7 @@ B batch, C classes.
 import torch
 from torch import Tensor, nn
 
-from kd.data import Images
+from kd.data import Images, sent
 from kd.ensemble import Ensemble
 from kd.methods import Labels, Method, Shown, label_probs
 from kd.recipe import Recipe
@@ -45,6 +45,14 @@ class Lesson:
         elif self.method.needs == "teachers":
             self.method = Labels()
 
+    @property
+    def home(self) -> torch.device:
+        """Where a step is planned: where that is looked up which it needs, since the host would
+        wait for a GPU to tell it positions in what lies on the CPU.
+        """
+        on_host = self.targets is not None and self.targets.on_host
+        return torch.device("cpu") if on_host else self.images.home
+
     def loss(self, model: nn.Module, step: int, share: int = 0, shares: int = 1) -> Tensor:
         """The loss of step `step`, a scalar; teachers see the very view that the model sees.
 
@@ -62,7 +70,7 @@ class Lesson:
             self.images.augment,
             self.seed,
             self.targets.views if self.targets else None,
-            str(self.images.labels_N.device),
+            str(self.home),
         )
         if shares > 1:
             shown = shown.share(share, shares)
@@ -70,8 +78,8 @@ class Lesson:
 
     def probe(self, model: nn.Module, size: int) -> Tensor:
         """The loss of the first `size` images, for counting the memory that it takes."""
-        device = str(self.images.labels_N.device)
-        first = batch_of(0, size, len(self.images), self.images.augment, self.seed, 1, device)
+        given = (len(self.images), self.images.augment, self.seed, 1, str(self.home))
+        first = batch_of(0, size, *given)
         return self.loss_of(model, first, 0)
 
     def loss_of(self, model: nn.Module, shown: Batch, step: int) -> Tensor:
@@ -79,7 +87,7 @@ class Lesson:
         recipe, device = self.recipe, self.images.labels_N.device
         memory_format = FORMATS[recipe.memory_format]
         images_B = self.images.batch(shown.indices_B, shown.views_B, memory_format)
-        labels_B = self.images.labels_N[shown.indices_B]
+        labels_B = self.images.labels_N[sent(shown.indices_B, device)]
         labels_BC = label_probs(labels_B, self.num_classes, recipe.label_smoothing)
         if recipe.mixup:
             images_B, labels_BC = mixed(images_B, labels_BC, recipe.mixup, self.seed, step)

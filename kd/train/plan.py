@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kd.data import Augment, order_for
+from kd.data import Augment, order_for, sent
 from kd.recipe import Recipe
 
 
@@ -59,6 +59,12 @@ class Batch:
     """View of each (kd/data/augment.py)."""
     passes_B: Tensor
     """Number of the pass that each is shown in, modulo `views` where views recur."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(
+            sent(self.indices_B, device), sent(self.views_B, device), sent(self.passes_B, device)
+        )
 
     def share(self, index: int, count: int) -> "Batch":
         """Part `index` of `count` equal ones.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from kd.component import ConfigError
-from kd.data import Images
+from kd.data import Images, sent
 from kd.ensemble import Ensemble, digest_of_tensors
 from kd.methods import Reduction
 from kd.recipe import Recipe
@@ -70,6 +70,9 @@ class Targets(Protocol):
     nbytes: int
     """Memory on the device that is held from step to step."""
 
+    on_host: bool
+    """Whether rows are looked up in what lies on the CPU."""
+
     def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
         """Rows (B, R) for images as they are shown, free of any graph."""
 
@@ -103,6 +106,7 @@ class Online:
 
     views: int | None = None
     nbytes = 0
+    on_host = False
 
     def __init__(
         self, ensemble: Ensemble, reduction: Reduction, images: Images, recipe: Recipe
@@ -119,7 +123,8 @@ class Online:
         with torch.inference_mode(), autocast(images_B.device, self.recipe):
             logits_KBC = self.logits(images_B)
         with torch.inference_mode():
-            rows_BR = self.reduction(logits_KBC, self.labels_N[shown.indices_B])
+            labels_B = self.labels_N[sent(shown.indices_B, images_B.device)]
+            rows_BR = self.reduction(logits_KBC, labels_B)
         return rows_BR.clone()  # a clone made outside inference mode may enter a loss
 
 
@@ -189,32 +194,35 @@ class Cached:
         ]
         self.rows_VNR = self.reduced()
         self.nbytes = 0 if self.rows_VNR is None else self.rows_VNR.nbytes
+        self.on_host = self.rows_VNR is None
 
     def reduced(self) -> Tensor | None:
         """All rows at once, on the device; None where they are too many."""
         num_views, num_images, _ = self.members[0].shape
-        everyone = torch.arange(num_images, device=self.labels_N.device)
+        everyone = torch.arange(num_images)
         width = self.of(torch.zeros_like(everyone[:1]), everyone[:1]).shape[1]
         if 4 * num_views * num_images * width > TABLE_BYTES:
             return None
-        rows_VNR = torch.empty((num_views, num_images, width), device=everyone.device)
+        device = self.labels_N.device
+        rows_VNR = torch.empty((num_views, num_images, width), device=device)
         for slot in range(num_views):
             for part in everyone.split(2**14):
-                rows_VNR[slot, part] = self.of(torch.full_like(part, slot), part)
+                rows_VNR[slot, part.to(device)] = self.of(torch.full_like(part, slot), part)
         return rows_VNR
 
     def of(self, slots_B: Tensor, indices_B: Tensor) -> Tensor:
-        """Rows reduced from the members' logits."""
-        host = slots_B.cpu(), indices_B.cpu()
-        found = [table[host].to(indices_B.device).float() for table in self.members]
-        return self.reduction(torch.stack(found), self.labels_N[indices_B])
+        """Rows, on the device, reduced from the members' logits; slots and indices on the CPU."""
+        device = self.labels_N.device
+        found = [sent(table[slots_B, indices_B], device).float() for table in self.members]
+        return self.reduction(torch.stack(found), self.labels_N[sent(indices_B, device)])
 
     def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
         """See `Targets`."""
         slots_B = shown.views_B if self.views is None else shown.passes_B
         if self.rows_VNR is None:
             return self.of(slots_B, shown.indices_B)
-        return self.rows_VNR[slots_B, shown.indices_B]
+        device = self.rows_VNR.device
+        return self.rows_VNR[sent(slots_B, device), sent(shown.indices_B, device)]
 
 
 def table_record(
@@ -245,7 +253,7 @@ def fill(
         ConfigError: a logit is not finite in half precision.
     """
     asked = as_asked(member, images, recipe)
-    augment, everyone = images.augment, torch.arange(len(images), device=images.labels_N.device)
+    augment, everyone = images.augment, torch.arange(len(images), device=images.home)
     for slot, row_NC in enumerate(table_VNC):
         if views is None:
             views_N = torch.full_like(everyone, slot)
@@ -253,7 +261,7 @@ def fill(
             views_N = augment.views_for(0, slot, len(images)).to(everyone.device)
         for part in everyone.split(CHUNK):
             shown = images.batch(part, views_N[part], FORMATS[recipe.memory_format])
-            with torch.inference_mode(), autocast(everyone.device, recipe):
+            with torch.inference_mode(), autocast(shown.device, recipe):
                 logits_BC = asked(shown)
             row_NC[part.cpu()] = logits_BC.to(row_NC.device, torch.float16)
         if not row_NC.isfinite().all():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kd.data import Augment
-from kd.ensemble import Ensemble, digest_of_tensors
+from kd.ensemble import Ensemble
 from kd.evaluate import predict, scores
 from kd.methods import KD
 from kd.recipe import SGD, AdamW, Cosine, Steps
@@ -22,12 +22,12 @@ from kd.train import (
     mixed,
     steps_in_epoch,
 )
-from tests.learners import CLASSES, network, pictures, recipe
+from tests.learners import CLASSES, Memory, network, pictures, recipe, taught, weights_of
 
 
-def train(seed=0, model=None, images=None, checkpoint=None, **changes):
+def train(seed=0, model=None, images=None, checkpoint=None, device="cpu", **changes):
     model = network(0) if model is None else model
-    images = pictures() if images is None else images
+    images = pictures(device=device) if images is None else images
     ours = ("method", "ensemble", "epoch_steps", "tables", "stop")
     settings = {k: changes.pop(k) for k in ours if k in changes}
     return fit(
@@ -39,39 +39,6 @@ def train(seed=0, model=None, images=None, checkpoint=None, **changes):
         checkpoint=checkpoint,
         **settings,
     )
-
-
-def weights_of(model):
-    return digest_of_tensors(model.state_dict())
-
-
-def taught(members=2):
-    return {
-        "method": KD(temperature=2.0, alpha=0.7),
-        "ensemble": Ensemble(
-            tuple(network(5 + k) for k in range(members)), (1 / members,) * members
-        ),
-    }
-
-
-class Memory:
-    """A checkpoint that keeps its states, and stops the training after so many saves."""
-
-    def __init__(self, stop_after=None):
-        self.saved = None
-        self.saves = 0
-        self.stop_after = stop_after
-
-    def load(self):
-        return self.saved
-
-    def save(self, state, history):
-        # Contiguous, as a file would bring them back.
-        plain = {n: t.clone(memory_format=torch.contiguous_format) for n, t in state.items()}
-        self.saved = (plain, list(history))
-        self.saves += 1
-        if self.saves == self.stop_after:
-            raise KeyboardInterrupt
 
 
 def test_training_learns():
@@ -88,8 +55,13 @@ VARIANTS = {
     "ema": {"ema": 0.9},
     "mixup": {"mixup": 0.4, **taught()},
     "bf16": {"precision": "bf16"},
+    "contiguous": {"memory_format": "contiguous", **taught()},
     "clipped": {"clip_norm": 0.1},
     "dropout": {"model": 0.5},
+    "dropout under the mean": {"model": 0.5, "ema": 0.9},
+    "not fused": {"optimizer": SGD(fused=False)},
+    "online": {"targets": "online", **taught()},
+    "stacked": {"targets": "stacked", **taught()},
 }
 
 
@@ -102,9 +74,9 @@ def settings_for(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_same_seed_gives_the_same_bits(variant):
-    first, _ = train(model=model_for(variant), **settings_for(variant))
-    second, _ = train(model=model_for(variant), **settings_for(variant))
+def test_the_same_seed_gives_the_same_bits(variant, device):
+    first, _ = train(model=model_for(variant), device=device, **settings_for(variant))
+    second, _ = train(model=model_for(variant), device=device, **settings_for(variant))
     assert weights_of(first) == weights_of(second)
 
 
@@ -114,9 +86,9 @@ def test_another_seed_gives_other_weights():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stop_after", [1, 5, 8, 15], ids="after_step_{}".format)
-def test_a_stopped_run_resumes_to_the_same_bits(variant, stop_after):
+def test_a_stopped_run_resumes_to_the_same_bits(variant, stop_after, device):
     """3 epochs of 5 steps: stopped at an epoch's first step, at its last, amid it, at the end."""
-    settings = {**settings_for(variant), "checkpoint_steps": 1}
+    settings = {**settings_for(variant), "checkpoint_steps": 1, "device": device}
     whole, history = train(model=model_for(variant), **settings)
     memory = Memory(stop_after)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,19 @@
+"""Each device that is here, made ready as a stage makes it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kd.recipe import Recipe
+from kd.train.device import prepare
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """cpu and, where there is one, cuda; PyTorch warns of what it cannot repeat to the bit."""
+    prepare(Recipe(device=request.param))
+    yield request.param
+    torch.use_deterministic_algorithms(False)
