@@ -82,9 +82,8 @@ def label_probs(labels_B: Tensor, num_classes: int, smoothing: float = 0.0) -> T
         num_classes: C.
         smoothing: Share spread evenly over all classes (Szegedy et al., 2016, section 7).
     """
-    labelled_B1 = (labels_B >= 0).unsqueeze(1)
-    onehot_BC = F.one_hot(labels_B.clamp(min=0), num_classes).float()
-    return torch.where(labelled_B1, smoothed(onehot_BC, smoothing), torch.zeros_like(onehot_BC))
+    classes_C = torch.arange(num_classes, device=labels_B.device)
+    return smoothed((labels_B.unsqueeze(1) == classes_C).float(), smoothing)
 
 
 def smoothed(label_probs_BC: Tensor, smoothing: float) -> Tensor:
