@@ -3,8 +3,9 @@
     python benchmarks/train_step.py --rounds 5 [--compile] [--threads 2]
 
 Steps of fit()'s own loop on labels, 32 x 32 images in batches of 128, against the same step in
-plain fp32 with PyTorch's default memory format.  "peak" is the share of the fastest matrix product
-of the same run (1,024 x 1,024, fp32), counting 6 operations for each multiply-add of the network.
+plain fp32 with PyTorch's default memory format and optimiser.  "peak" is the share of the fastest
+matrix product of the same run (1,024 x 1,024, fp32), counting 6 operations for each multiply-add of
+the network.
 With --parallel, two networks train in two processes of one thread each, against one after the
 other with two threads: how the flow should share out this machine's cores.
 """
@@ -27,7 +28,7 @@ from side_by_side import in_turns, machine, ratios  # noqa: E402
 
 from kd.data import Augment, Images  # noqa: E402
 from kd.models import CifarResNet, PlainCNN, build_model, count  # noqa: E402
-from kd.recipe import Recipe  # noqa: E402
+from kd.recipe import SGD, Recipe  # noqa: E402
 from kd.train import Lesson, Plan  # noqa: E402
 from kd.train.loop import Training  # noqa: E402
 from kd.train.speed import finish  # noqa: E402
@@ -44,22 +45,11 @@ MODELS = {
 BATCH = 128
 
 
-class InRows(Images):
-    """Images whose batches lie in PyTorch's default memory format."""
-
-    def batch(self, indices_B: torch.Tensor, views_B: torch.Tensor | None = None) -> torch.Tensor:
-        """As `Images.batch`, but contiguous."""
-        return super().batch(indices_B, views_B).contiguous()
-
-
-def prepared(
-    model: PlainCNN | CifarResNet, recipe: Recipe, device: str, memory_format: torch.memory_format
-) -> Training:
+def prepared(model: PlainCNN | CifarResNet, recipe: Recipe, device: str) -> Training:
     """A network about to take its first step."""
     torch.manual_seed(0)
     network = build_model(model, channels=3, image_size=32, num_classes=10).to(device)
-    kind = InRows if memory_format == torch.contiguous_format else Images
-    images = kind(
+    images = Images(
         pixels_NHWC=torch.randint(256, (1024, 32, 32, 3), dtype=torch.uint8, device=device),
         labels_N=torch.arange(1024, device=device) % 10,
         mean=(0.5,) * 3,
@@ -68,7 +58,6 @@ def prepared(
     )
     lesson = Lesson(images, recipe, 0, 10, None, None)
     training = Training(network, lesson, Plan(recipe, 10**6))
-    training.model.to(memory_format=memory_format)
     training.enter(0)
     return training
 
@@ -106,17 +95,21 @@ def main() -> None:
 
 def print_formats(name: str, arguments: argparse.Namespace) -> None:
     """The rows of one model."""
-    plain = Recipe(epochs=1, batch_size=BATCH)
+    last = Recipe(epochs=1, batch_size=BATCH)
+    half = replace(last, precision="bf16")
+    unfused = replace(last, optimizer=SGD(fused=False))
     forms = {
-        "plain": (plain, torch.contiguous_format),
-        "channels_last": (plain, torch.channels_last),
-        "channels_last, bf16": (replace(plain, precision="bf16"), torch.channels_last),
+        "plain": replace(unfused, memory_format="contiguous"),
+        "channels_last": unfused,
+        "channels_last, fused": last,
+        "channels_last, fused, bf16": half,
     }
     if arguments.compile:
-        forms["channels_last, compiled"] = (replace(plain, compile=True), torch.channels_last)
+        forms["channels_last, fused, compiled"] = replace(last, compile=True)
+        forms["channels_last, fused, bf16, compiled"] = replace(half, compile=True)
     cases = {}
-    for form, (recipe, layout) in forms.items():
-        training = prepared(MODELS[name], recipe, arguments.device, layout)
+    for form, recipe in forms.items():
+        training = prepared(MODELS[name], recipe, arguments.device)
         cases[form] = partial(taken, training, arguments.steps)
     side = torch.rand(1024, 1024, device=arguments.device)
 
@@ -163,7 +156,7 @@ def timed(name: str, threads: int, num: int) -> float:
     """Wall-clock seconds of `num` steps in this process, after one that is not counted."""
     torch.set_num_threads(threads)
     recipe = Recipe(epochs=1, batch_size=BATCH)
-    training = prepared(MODELS[name], recipe, "cpu", torch.channels_last)
+    training = prepared(MODELS[name], recipe, "cpu")
     taken(training, 1)
     started = time.perf_counter()
     taken(training, num)
