@@ -4,8 +4,8 @@
 
 Steps of fit()'s own loop on labels, 32 x 32 images in batches of 128, against the same step in
 plain fp32 with PyTorch's default memory format and optimiser.  "peak" is the share of the fastest
-matrix product of the same run (1,024 x 1,024, fp32), counting 6 operations for each multiply-add of
-the network.
+matrix product of the same run (1,024 x 1,024, fp32), counting 6 operations for each multiply-add
+of the network.
 With --parallel, two networks train in two processes of one thread each, against one after the
 other with two threads: how the flow should share out this machine's cores.
 """

@@ -212,5 +212,8 @@ class Recipe:
             self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0"
         )
         require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "in (0, 1)")
+        if self.device == "cpu":
+            wanted = "fp32 or bf16 where device is cpu: GPUs alone have TF32"
+            require(self.precision != "tf32", "precision", self.precision, wanted)
         if self.targets == "cached":
             require(self.mixup == 0, "mixup", self.mixup, "0 when targets are cached")

@@ -321,6 +321,24 @@ def test_a_stage_that_is_told_to_end_saves_its_step_and_goes_on_from_it(finished
     assert same_files(tmp_path / "artifacts/teacher", finished / "artifacts/teacher") == []
 
 
+def test_what_is_left_to_the_machine_is_measured_once_and_recorded(finished, tmp_path):
+    shutil.copytree(finished / "artifacts/data", tmp_path / "artifacts/data")
+    left = {"precision": "auto", "memory_format": "auto"}
+    experiment(tmp_path, **{"teacher.recipe": left})
+    folder, first = tmp_path / "artifacts/teacher", tmp_path / "first"
+    for _ in range(2):
+        done = kd(tmp_path, "teacher")
+        assert done.returncode == 0, done.stderr
+        assert "as measured on this machine" in done.stdout
+        recorded = json.loads((folder / "manifest.json").read_text())["recipe"]
+        assert recorded["precision"] in ("fp32", "bf16")
+        assert recorded["memory_format"] in ("channels_last", "contiguous")
+        if not first.exists():
+            folder.rename(first)
+    assert len(list((tmp_path / ".kd/machine/speed").glob("*.json"))) == 1
+    assert same_files(first, folder) == []
+
+
 @pytest.mark.slow
 def test_two_devices_train_what_one_trains(finished, tmp_path):
     shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
@@ -388,8 +406,13 @@ def test_truncated_images_are_named_before_training(finished, tmp_path):
             ["data"],
             "resnet18",
         ),
+        (
+            {"recipe.precision": "tf32", "recipe.device": "cpu"},
+            ["data"],
+            r"recipe\.precision is 'tf32'; it must be fp32 or bf16 where device is cpu",
+        ),
     ],
-    ids=["value", "order", "name", "folder", "model"],
+    ids=["value", "order", "name", "folder", "model", "precision"],
 )
 def test_bad_input_ends_with_status_2_and_one_clear_line(tmp_path, changes, arguments, said):
     experiment(tmp_path, **changes)
