@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kd.component import Refused
+from kd.component import ConfigError, Refused
 from kd.data import Images
 from kd.ensemble import Ensemble
 from kd.methods import Frozen, Learner, Method
@@ -99,7 +99,7 @@ def fit(
 
     Raises:
         NonFiniteLoss: the loss of a step was infinite or not a number.
-        ConfigError: it cannot fit into memory.
+        ConfigError: it cannot fit into memory, or cannot be compiled here.
         TeacherChanged: a member was changed by training.
         Stopped: `stop` said yes; the next call with the same checkpoint goes on.
     """
@@ -198,6 +198,11 @@ class Training:
             if ranks > 1:  # the others wait for this part's gradient
                 raise
             self.parts = halved(self.parts, self.lesson, self.model, error)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ConfigError(
+                f"recipe.compile is true, but the network cannot be compiled here ({error}): "
+                "set it to false, or install what is missing"
+            ) from error
         return self.gradient(step)
 
     def check(self, epoch: int) -> None:

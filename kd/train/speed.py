@@ -1,6 +1,7 @@
 """What is faster on this machine, found by trying: what `auto` in a recipe means."""
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd.component import ConfigError
 from kd.data import Images
 from kd.recipe import Recipe
 from kd.train.lesson import Lesson
@@ -85,11 +87,14 @@ def seconds(
 
 
 def step_seconds(training: Training, step: int) -> float:
-    """Seconds of one step by the clock."""
+    """Seconds of one step by the clock; infinitely many where it cannot be compiled here."""
     device = training.watch.total.device
     finish(device)
     started = time.perf_counter()
-    training.step(step)
+    try:
+        training.step(step)
+    except ConfigError:
+        return math.inf
     finish(device)
     return time.perf_counter() - started
 

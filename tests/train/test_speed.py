@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kd import artifacts
-from kd.train import speed
+from kd.component import ConfigError
+from kd.train import fit, speed
 from tests.learners import CLASSES, network, pictures, recipe
 
 
@@ -77,6 +78,25 @@ def test_measuring_leaves_the_model_and_the_random_numbers_alone():
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.get_rng_state().equal(state)
+
+
+@pytest.fixture
+def no_compiler():
+    import torch._inductor.config as settings
+
+    missing = {"cpp.cxx": (None, "/nowhere/g++"), "fx_graph_cache": False}
+    with settings.patch(missing):
+        torch.compiler.reset()
+        yield
+    torch.compiler.reset()
+
+
+def test_a_machine_without_a_compiler_compiles_nothing(no_compiler):
+    given = {"num_classes": CLASSES, "num_steps": 10, "rounds": 1}
+    found = speed.fastest(network(), pictures(), recipe(compile="auto"), **given)
+    assert found == {"compile": False}
+    with pytest.raises(ConfigError, match=r"recipe\.compile is true, but .*No working C\+\+"):
+        fit(network(), pictures(), recipe(compile=True), seed=0, num_classes=CLASSES)
 
 
 def test_a_machine_is_asked_once(tmp_path, monkeypatch):
