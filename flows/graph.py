@@ -37,7 +37,7 @@ class Stage:
     """CPU threads it keeps busy."""
 
     gpu: float = 0.0
-    """The share of a GPU that it takes; 0 where no GPU helps it."""
+    """The share of a GPU that it takes, or how many whole ones; 0 where no GPU helps it."""
 
     timeout: float | None = None
     """Seconds it may take; None is no limit."""
@@ -175,7 +175,7 @@ def _stage(stage: Any, upstream: Iterator[Any]) -> Stage:
             name=stage.name,
             waits_for=tuple(sorted(each.name for each in upstream if _is_ours(each))),
             threads=int(meta.pop("threads", 1)),
-            gpu=_share(meta.pop("gpu", False)),
+            gpu=_gpus(meta.pop("gpu", False)),
             timeout=float(meta.pop("timeout")) if "timeout" in meta else None,
             retries=int(meta.pop("retries", 0)),
         )
@@ -189,10 +189,15 @@ def _stage(stage: Any, upstream: Iterator[Any]) -> Stage:
     return made
 
 
-def _share(gpu: object) -> float:
-    if not isinstance(gpu, bool | int | float) or not 0 <= gpu <= 1:
-        raise ValueError(f"gpu is {gpu!r}; it may be true, false, or the share that it takes: 0.5")
-    return float(gpu)
+def _gpus(wanted: object) -> float:
+    if isinstance(wanted, bool | int | float):
+        number = float(wanted)
+        if 0 <= number <= 1 or (number > 1 and number.is_integer()):
+            return number
+    raise ValueError(
+        f"gpu is {wanted!r}; it may be true, false, the share that it takes (0.5), "
+        "or how many whole ones (4)"
+    )
 
 
 def _with_downstream(

@@ -34,6 +34,10 @@ class WorkspaceBusyError(Exception):
     """Another flow works in this folder."""
 
 
+class TooFewGPUsError(Exception):
+    """A stage wants more GPUs than there are."""
+
+
 @contextlib.contextmanager
 def workspace(root: Path) -> Iterator[int]:
     """Hold `root` for one flow; yield the lock's descriptor.
@@ -100,15 +104,21 @@ class Slots:
 
         Args:
             threads: How many it keeps busy; more than the machine has means all.
-            gpu: The share of a GPU that it takes; 0 where none helps it.
+            gpu: The share of a GPU that it takes, or how many whole ones; 0 where none helps it.
             stop: Ends the wait when set.
             seconds: How long it will take the slot; of those that wait in this process, the
                 longest is next.
 
         Raises:
             Stopped: `stop` was set before a slot was free.
+            TooFewGPUsError: no wait would help.
         """
         on_gpu = gpu > 0 and bool(self.gpus)
+        if on_gpu and gpu > len(self.gpus):
+            raise TooFewGPUsError(
+                f"meta.gpu in dvc.yaml is {gpu:g}, but of GPUs there are {len(self.gpus)} here "
+                f"({', '.join(self.gpus)}): lower it, and recipe.devices with it"
+            )
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         slot = None
         with _in_line((self.folder, on_gpu), seconds) as me:
@@ -116,7 +126,7 @@ class Slots:
                 if stop.wait(POLL):  # also the first time: a longer one may come at this moment
                     raise Stopped
                 if me.is_next():
-                    slot = self._take_gpu(gpu) if on_gpu else self._take_threads(threads)
+                    slot = self._take_gpus(gpu) if on_gpu else self._take_threads(threads)
         try:
             yield slot
         finally:
@@ -132,15 +142,20 @@ class Slots:
             _close(taken)
             return None
 
-    def _take_gpu(self, share: float) -> Slot | None:
-        """As many seats of the GPU that has most of them free."""
-        wanted = max(1, round(share * SEATS))
+    def _take_gpus(self, wanted: float) -> Slot | None:
+        """A share of a GPU, or several whole ones, of those that have most seats free.
+
+        All or none, as with threads.
+        """
+        count, seats = max(1, round(wanted)), max(1, round(min(wanted, 1) * SEATS))
         with self._one_at_a_time():
             free = {gpu: self._lock(f"gpu-{gpu}", SEATS, SEATS) for gpu in self.gpus}
-            gpu = max(free, key=lambda each: len(free[each]))
-            taken = free[gpu][:wanted] if len(free[gpu]) >= wanted else []
-            _close([each for seats in free.values() for each in seats if each not in taken])
-            return Slot(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu}, taken) if taken else None
+            chosen = sorted(self.gpus, key=lambda each: -len(free[each]))[:count]
+            fits = all(len(free[gpu]) >= seats for gpu in chosen)
+            taken = [each for gpu in chosen for each in free[gpu][:seats]] if fits else []
+            _close([each for found in free.values() for each in found if each not in taken])
+        names = ",".join(gpu for gpu in self.gpus if gpu in chosen)
+        return Slot(f"GPU {names}", {"CUDA_VISIBLE_DEVICES": names}, taken) if taken else None
 
     @contextlib.contextmanager
     def _one_at_a_time(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from kd import FAMILIES, STAGES, warm
+from kd import FAMILIES, STAGES, launch, warm
 
 if TYPE_CHECKING:
     from kd.params import Params
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 def main() -> int:
     """Run a stage in this process, or in a warm one where the flow keeps one; the exit status."""
     argv = sys.argv[1:]
+    if "KD_RANKS" in os.environ:
+        launch.become_rank()
+        return run(argv)
     if "KD_PIPELINE_RUN" not in os.environ and (name := warm.pipeline_run()):
         os.environ["KD_PIPELINE_RUN"] = name
     status = warm.delegate(argv)
@@ -46,18 +49,22 @@ def run(argv: list[str]) -> int:
         else:
             run_stage(arguments.command, getattr(arguments, "name", ""))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(str(error), 2)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and shutil.disk_usage(".").free > 2**20:  # numpy's errors have no number
             raise
-        print(f"error: the disk is full ({error}); nothing half-written was kept", file=sys.stderr)
-        return 1
+        return refused(f"the disk is full ({error}); nothing half-written was kept", 1)
     except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return refused(str(error), 1)
     return 0
+
+
+def refused(reason: str, status: int) -> int:
+    """Say why this ends with `status`; of several processes that do, the first says it."""
+    if launch.falls_first(status):
+        print(f"error: {reason}", file=sys.stderr)
+    return status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,12 +201,11 @@ def is_first() -> bool:
 
 
 def spread(stage: str, name: str, devices: int) -> None:
-    """Become one process for each device, each of which runs the stage; its first one writes."""
+    """Have one process for each device run the stage in our place; the first of them writes."""
     if devices > 1 and "LOCAL_RANK" not in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun warns that it chose the same
         sys.stdout.flush()
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "kd", stage, *name.split()])
+        command = [sys.executable, "-m", "kd", stage, *name.split()]
+        sys.exit(launch.run(command, devices))
     if not is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -96,7 +96,7 @@ def fine_tuned(int8: Int8, trained: Trained, role: Role) -> Trained:
 
 
 def gentle(recipe: Recipe, int8: Int8) -> Recipe:
-    """The student's recipe, shorter and at a lower rate; no mean of weights, plain arithmetic."""
+    """The student's recipe, shorter, at a lower rate, on one device; no mean, plain arithmetic."""
     optimizer = replace(recipe.optimizer, lr=recipe.optimizer.lr * int8.qat_lr)
     return replace(
         recipe,
@@ -106,4 +106,5 @@ def gentle(recipe: Recipe, int8: Int8) -> Recipe:
         precision="fp32",
         memory_format="channels_last",
         compile=False,
+        devices=1,
     )

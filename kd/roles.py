@@ -208,7 +208,10 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     except Stopped as stopped:
         with suppress(OSError):  # whoever listened may be gone: that is why we stop
             print(stopped, flush=True)
-        signal.raise_signal(asked[0])
+        # Where it was another rank that was asked, none came here.
+        number = signal.Signals(asked[0]) if asked else signal.SIGTERM
+        signal.signal(number, usual.get(number, signal.SIG_IGN))
+        signal.raise_signal(number)
         raise
     finally:
         for number, handler in usual.items():

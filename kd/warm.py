@@ -189,9 +189,7 @@ class Server:
                 os.close(each)
             self.watch(child, connection)
             return None
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+        end_with(parent)
         for each in (self.selector, self.listener, *self.clients.values(), connection):
             each.close()
         for target, each in enumerate(streams):
@@ -228,6 +226,14 @@ class Server:
             signal.pidfd_send_signal(process, signal.SIGKILL)
             self.selector.unregister(connection)
             connection.close()
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent, process `parent`, dies; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was too late for that
+        os._exit(1)
 
 
 def versions() -> dict[str, tuple[int, int]]:

@@ -17,7 +17,9 @@ import yaml
 
 from kd import artifacts, lineage, params, stages
 from kd.bundle import checksums
-from kd.exporters import ExecuTorch, Onnx
+from kd.exporters import ExecuTorch, Int8, Onnx
+from kd.qat import gentle
+from kd.recipe import Recipe
 from kd.tracking import NullRun
 from tests.bundle.toys import outsider
 
@@ -169,6 +171,10 @@ def test_int8_that_loses_too_much_is_fine_tuned_under_the_same_teachers(finished
     assert again.returncode == 0, again.stderr
     path = tmp_path / "artifacts/exports/onnx_int8/parity.json"
     assert json.loads(path.read_text()) == parity
+
+
+def test_fine_tuning_in_int8_takes_one_device():
+    assert gentle(Recipe(devices=2), Int8()).devices == 1
 
 
 def test_a_refused_export_ends_with_status_1_and_leaves_nothing(finished, tmp_path):

@@ -28,8 +28,11 @@ class WithGate(Learner):
         nn.init.zeros_(self.gate.bias)
 
     def answer(self, images: Tensor) -> Answer:
-        """The student's logits, and the parameters themselves: the loss knows the teachers."""
-        also = {"gate_weight": self.gate.weight, "gate_bias": self.gate.bias}
+        """The student's logits, and the gate's parameters: the loss knows the teachers.
+
+        As copies, by which several ranks see that they are used; a bare parameter has no history.
+        """
+        also = {"gate_weight": self.gate.weight.clone(), "gate_bias": self.gate.bias.clone()}
         return self.student(images), also
 
 

@@ -54,7 +54,8 @@ def chosen(recipe: Recipe) -> str:
     if recipe.devices > visible:
         raise ConfigError(
             f"recipe.devices is {recipe.devices}, but only {visible} GPU(s) can be seen here: "
-            "lower it, or, since the flow gives each stage one, run `dvc repro` for this one"
+            "lower it, or, where the flow runs the stage, set its `meta: {gpu: ...}` in dvc.yaml "
+            f"to {recipe.devices}"
         )
     return "cuda"
 

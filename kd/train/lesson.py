@@ -3,15 +3,19 @@
 B batch, C classes.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from kd.component import ConfigError
 from kd.data import Images, sent
 from kd.ensemble import Ensemble
-from kd.methods import Labels, Method, Shown, label_probs
+from kd.methods import Labels, Learning, Method, Shown, label_probs
 from kd.recipe import Recipe
 from kd.train.device import FORMATS
 from kd.train.plan import Batch, batch_of, key
+from kd.train.ranks import position
 from kd.train.targets import Tables, Targets, autocast, targets_of
 
 
@@ -38,12 +42,13 @@ class Lesson:
         self.targets: Targets | None = None
         self.members = None
         self.labelled = float((images.labels_N >= 0).float().mean()) or 1.0
+        if ensemble is None and self.method.needs == "teachers":
+            self.method = Labels()
+        check_shares(self.method)  # before anything that takes long
         if ensemble is not None:
             self.members = ensemble.described()
             if reduction := self.method.reduction(self.members):
                 self.targets = targets_of(ensemble, reduction, images, recipe, num_classes, tables)
-        elif self.method.needs == "teachers":
-            self.method = Labels()
 
     @property
     def home(self) -> torch.device:
@@ -82,6 +87,13 @@ class Lesson:
         first = batch_of(0, size, *given)
         return self.loss_of(model, first, 0)
 
+    def leaves_unused(self, model: nn.Module, size: int) -> bool:
+        """Whether the loss of the first `size` images moves only some of the parameters."""
+        probe = copy.deepcopy(model).train()
+        learning = [each for each in probe.parameters() if each.requires_grad]
+        found = torch.autograd.grad(self.probe(probe, size), learning, allow_unused=True)
+        return any(gradient is None for gradient in found)
+
     def loss_of(self, model: nn.Module, shown: Batch, step: int) -> Tensor:
         """The loss of the images shown."""
         recipe, device = self.recipe, self.images.labels_N.device
@@ -98,6 +110,21 @@ class Lesson:
         progress = step / self.num_steps
         given = Shown(logits_BC, labels_BC, rows_BR, self.members, progress, self.labelled, also)
         return self.method.loss(given)
+
+
+def check_shares(method: Learning) -> None:
+    """Refuse to have several ranks learn by a method that needs to see a batch as a whole.
+
+    Raises:
+        ConfigError: the mean of their shares' losses would be another loss than the batch's.
+    """
+    ranks = position()[1]
+    if ranks > 1 and not method.by_image:
+        raise ConfigError(
+            f"recipe.devices is {ranks}, but {type(method).__name__} compares images of a batch "
+            "with one another, and each device sees only its share of them: set recipe.devices "
+            "to 1, or take another method (or trust)"
+        )
 
 
 def mixed(

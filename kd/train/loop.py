@@ -20,13 +20,15 @@ from kd.methods import Frozen, Learner, Method
 from kd.recipe import Recipe
 from kd.train.device import FORMATS, reseed
 from kd.train.lesson import Lesson
-from kd.train.memory import check_memory, halved, predict_memory
+from kd.train.memory import PROBE, check_memory, halved, predict_memory
 from kd.train.plan import Plan, key, steps_in_epoch
 from kd.train.ranks import (
+    any_rank,
     is_first,
+    mean_over_ranks,
     position,
     spread,
-    sum_over_ranks,
+    wait_for_all,
     with_global_statistics,
 )
 from kd.train.state import (
@@ -109,7 +111,7 @@ def fit(
     check_memory(predict_memory(model, lesson, recipe, ensemble, position()[1]), images, recipe)
     training = Training(model, lesson, plan)
     history = training.resume(checkpoint)
-    saves = Saves(recipe, stop)
+    saves = Saves(recipe)
     fingerprint = ensemble.fingerprint() if ensemble else None
 
     for epoch in range(len(history), recipe.epochs):
@@ -117,13 +119,14 @@ def fit(
         training.enter(epoch)
         for step in range(first, plan.steps(epoch).stop):
             training.step(step)
-            if checkpoint is not None and is_first() and saves.due(training.done):
+            stopping = any_rank(stop())  # each rank hears a signal at a step of its own
+            if checkpoint is not None and is_first() and saves.due(training.done, stopping):
                 training.check(epoch + 1)
                 checkpoint.save(training.state(), history)
             on_step(training.done)
-            if stop():
+            if stopping:
+                wait_for_all()  # who ends first ends all: not before the first has saved
                 raise Stopped(f"stopped after step {training.done}; run it again to go on")
-        training.watch.gather()
         training.check(epoch + 1)
         seconds = time.perf_counter() - started
         learned = training.learned().eval()
@@ -149,7 +152,10 @@ class Training:
     def __init__(self, model: nn.Module, lesson: Lesson, plan: Plan) -> None:
         memory_format = FORMATS[plan.recipe.memory_format]
         self.model = with_global_statistics(model).to(memory_format=memory_format)
-        self.network = spread(compiled(self.model) if plan.recipe.compile else self.model)
+        self.network = spread(
+            compiled(self.model) if plan.recipe.compile else self.model,
+            lambda: lesson.leaves_unused(self.model, PROBE),
+        )
         self.lesson = lesson
         self.plan = plan
         self.recipe = plan.recipe
@@ -177,14 +183,15 @@ class Training:
             self.model.after_step(step + 1)
         if self.mean is not None and self.recipe.ema is not None:
             self.mean.follow(self.model, self.recipe.ema if step else 0.0)
-        self.watch.see(step, loss)
+        self.watch.see(step, mean_over_ranks(loss))
         self.done = step + 1
 
     def gradient(self, step: int) -> Tensor:
         """Set the gradient of a step's loss, in as many parts as fit into memory; the loss."""
         rank, ranks = position()
         device = self.watch.total.device
-        reseed(device, key("step", self.lesson.seed, step) + rank)  # each rank drops its own units
+        # Anew at each step: a resumed run draws the same.  Each rank drops units of its own.
+        reseed(device, key("step", self.lesson.seed, step) + rank)
         try:
             self.optimizer.zero_grad(set_to_none=True)
             total = torch.zeros((), device=device)
@@ -266,11 +273,6 @@ class LossWatch:
         self.count += 1
         bad = (self.bad_step < 0) & ~torch.isfinite(loss)
         self.bad_step = torch.where(bad, step, self.bad_step)
-
-    def gather(self) -> None:
-        """Take in what the other ranks saw; a bad loss of theirs shows in the shared weights."""
-        sum_over_ranks(self.total)
-        sum_over_ranks(self.count)
 
     def check(self, epoch: int) -> None:
         """NonFiniteLoss where a step's loss was not finite."""

@@ -7,14 +7,19 @@ B batch.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for one another: the others, while the first measures what was trained.  Of
+one that died they hear from kd.launch, which ends them."""
 
 
 def launched() -> bool:
@@ -29,18 +34,27 @@ def is_first() -> bool:
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """The ranks connected with one another while the block runs; nothing for a lone process."""
+    """The ranks connected with one another while the block runs; nothing for a lone process.
+
+    Where the block raises, they stay connected until the process ends: the others would hear of
+    the lost connection, and complain of it, before this rank has told why.
+    """
     if not launched():
         yield
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield
-        dist.barrier()  # nobody goes on before the first rank has written
-    finally:
-        dist.destroy_process_group()
+    folder = os.environ.get("KD_RANKS")  # kd.launch's; torchrun has another way to meet
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder}/meeting" if folder else "env://",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=PATIENCE,
+    )
+    yield
+    wait_for_all()  # nobody goes on before the first rank has written
+    dist.destroy_process_group()
 
 
 def position() -> tuple[int, int]:
@@ -48,17 +62,45 @@ def position() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def spread(model: nn.Module) -> nn.Module:
-    """What to call in training in the place of `model`; itself for a lone process."""
+def spread(model: nn.Module, leaves_unused: Callable[[], bool]) -> nn.Module:
+    """What to call in training in the place of `model`; itself for a lone process.
+
+    Args:
+        model: Who learns.
+        leaves_unused: Says whether some parameters get no gradient.  DDP would wait for it for
+            ever; to be told which ones, it looks through each step's graph, and warns where there
+            was no need.  So we find out beforehand.
+    """
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, find_unused_parameters=any_rank(leaves_unused()))
 
 
-def sum_over_ranks(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over all ranks; nothing for a lone process."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so, which all of them learn; `flag` itself for a lone process.
+
+    Each rank must ask it at the same point.  It is settled between the hosts, without waiting for
+    what their devices still have to do, so that it may be asked at each step.
+    """
+    if not dist.is_initialized():
+        return flag
+    said = torch.tensor(int(flag))
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said)
+
+
+def wait_for_all() -> None:
+    """Go on once every rank is here; nothing for a lone process."""
+    any_rank(False)
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks; the tensor itself for a lone process."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def with_global_statistics(model: nn.Module) -> nn.Module:
@@ -68,7 +110,7 @@ def with_global_statistics(model: nn.Module) -> nn.Module:
     """
     if not dist.is_initialized():
         return model
-    if dist.get_backend() == "nccl":
+    if any(parameter.is_cuda for parameter in model.parameters()):
         synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return synced
     for name, child in model.named_children():

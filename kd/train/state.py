@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,16 +43,15 @@ class Checkpoint(Protocol):
 class Saves:
     """When a state is due to be saved: after so many steps or minutes, and when asked to stop."""
 
-    def __init__(self, recipe: Recipe, stop: Callable[[], bool]) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.stop = stop
         self.last = time.monotonic()
 
-    def due(self, done: int) -> bool:
-        """Whether the state is to be saved now that `done` steps are."""
+    def due(self, done: int, stopping: bool) -> bool:
+        """Whether the state is to be saved now that `done` steps are, or since training stops."""
         every, minutes = self.recipe.checkpoint_steps, self.recipe.checkpoint_minutes
         by_steps = every is not None and done % every == 0
-        if self.stop() or by_steps or time.monotonic() - self.last >= 60 * minutes:
+        if stopping or by_steps or time.monotonic() - self.last >= 60 * minutes:
             self.last = time.monotonic()
             return True
         return False

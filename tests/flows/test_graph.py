@@ -89,12 +89,14 @@ def test_unknown_meta_is_refused_by_name(toy: Toy) -> None:
         graph.read(toy.root)
 
 
-def test_a_share_of_a_gpu_is_at_most_a_whole_one(toy: Toy) -> None:
-    toy.write({"one": {"cmd": "true", "meta": {"gpu": 0.5}}})
-    assert graph.read(toy.root).stages[0].gpu == 0.5
-    toy.write({"one": {"cmd": "true", "meta": {"gpu": 2}}})
-    with pytest.raises(ValueError, match=r"meta of one: gpu is 2; it may be true, false, or"):
-        graph.read(toy.root)
+def test_a_stage_takes_a_share_of_a_gpu_or_several_whole_ones(toy: Toy) -> None:
+    for said in (0.5, 2):
+        toy.write({"one": {"cmd": "true", "meta": {"gpu": said}}})
+        assert graph.read(toy.root).stages[0].gpu == said
+    for said in (1.5, -1, "many"):
+        toy.write({"one": {"cmd": "true", "meta": {"gpu": said}}})
+        with pytest.raises(ValueError, match=rf"meta of one: gpu is '?{said}'?; it may be true,"):
+            graph.read(toy.root)
 
 
 def test_what_a_stage_reads_of_what_dvc_tracks_and_who_made_it(done: Toy) -> None:

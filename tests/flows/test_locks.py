@@ -96,6 +96,49 @@ def test_stages_that_take_a_share_of_a_gpu_sit_on_it_together(tmp_path: Path) ->
         assert {one.name, other.name} == {"GPU 0", "GPU 1"}
 
 
+def test_several_whole_gpus_are_taken_at_once_or_none(tmp_path: Path) -> None:
+    slots = locks.Slots(tmp_path, ("0", "3", "5"), 4)
+    with slots.take(threads=1, gpu=0.5, stop=NEVER) as half:
+        with slots.take(threads=1, gpu=2, stop=NEVER) as two:
+            assert half.env == {"CUDA_VISIBLE_DEVICES": "0"}
+            assert (two.name, two.env) == ("GPU 3,5", {"CUDA_VISIBLE_DEVICES": "3,5"})
+        stop = threading.Event()
+        threading.Timer(0.5, stop.set).start()
+        with pytest.raises(Stopped), slots.take(threads=1, gpu=3, stop=stop):
+            pass
+        with slots.take(threads=1, gpu=2, stop=NEVER):  # who wants three holds none of them
+            pass
+    with slots.take(threads=1, gpu=3, stop=NEVER) as three:
+        assert three.env == {"CUDA_VISIBLE_DEVICES": "0,3,5"}
+
+
+def test_who_waits_for_several_gpus_gets_them_once_they_are_free(tmp_path: Path) -> None:
+    slots = locks.Slots(tmp_path, ("0", "1"), 4)
+    got: list[str] = []
+
+    def work() -> None:
+        with slots.take(threads=1, gpu=2, stop=NEVER) as slot:
+            got.append(slot.env["CUDA_VISIBLE_DEVICES"])
+
+    waiting = threading.Thread(target=work)
+    with slots.take(threads=1, gpu=1, stop=NEVER):
+        waiting.start()
+        wait_until(lambda: len(locks._line) == 1)
+    waiting.join(30)
+    assert got == ["0,1"]
+
+
+def test_a_stage_that_wants_more_gpus_than_there_are_fails_at_once(tmp_path: Path) -> None:
+    slots = locks.Slots(tmp_path, ("0", "3"), 4)
+    with (
+        pytest.raises(locks.TooFewGPUsError, match=r"meta.gpu .* is 4, .* there are 2 here"),
+        slots.take(threads=1, gpu=4, stop=NEVER),
+    ):
+        pass
+    with locks.Slots(tmp_path, (), 4).take(threads=2, gpu=4, stop=NEVER) as slot:
+        assert slot.name == "2 threads"  # without any GPU it runs on the processor
+
+
 def test_of_those_that_wait_the_longest_is_next_and_of_equals_the_first(tmp_path: Path) -> None:
     slots = locks.Slots(tmp_path, (), 1)
     order: list[float] = []
