@@ -1,8 +1,10 @@
 """The project as a newcomer has it: a clone, DVC, the flow, and what users do with them."""
 
 import contextlib
+import csv
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests.test_pipeline import PROJECT, experiment, same_files
 
@@ -18,6 +21,8 @@ pytestmark = pytest.mark.slow
 
 VARY = ("latency.json", "report.md", "benchmark.json")
 """Files of artifacts/ that hold times; artifacts/runs differs as a whole."""
+EACH_STEP = {"recipe.checkpoint_steps": 1}
+"""So that a training can be killed at any step; every clone has it, since it is in the recipe."""
 
 
 def clone(folder, tracking, **changes):
@@ -33,7 +38,7 @@ def clone(folder, tracking, **changes):
         if (PROJECT / name).exists() and not name.startswith("tests/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / name, folder / name)
-    experiment(folder, tracking=tracking, **changes)
+    experiment(folder, tracking=tracking, **EACH_STEP, **changes)
     run(folder, "git", "init", "-q")
     commit(folder, "begin")
     return folder
@@ -89,9 +94,17 @@ def test_dvc_alone_makes_the_same_bytes_and_leaves_the_flow_nothing_to_do(by_flo
     run(alone, "dvc", "repro")
     assert clean(alone) == {}
     assert "Nothing to do" in run(alone, sys.executable, "-m", "flows.pipeline")
-    for stage in (folder / "artifacts").iterdir():
-        if stage.name != "runs":
-            assert same_files(stage, alone / "artifacts" / stage.name, ignore=VARY) == []
+    assert remade_otherwise(folder, alone) == []
+
+
+def remade_otherwise(one, other):
+    """Files that the stages made in one clone, and not, or otherwise, in the other."""
+    return [
+        f"{stage.name}/{file}"
+        for stage in (one / "artifacts").iterdir()
+        if stage.name != "runs"
+        for file in same_files(stage, other / "artifacts" / stage.name, ignore=VARY)
+    ]
 
 
 def test_every_stage_of_the_flow_is_a_finished_run_in_mlflow(by_flow):
@@ -120,25 +133,68 @@ print("ALIASES" + json.dumps(mlflow.MlflowClient().get_registered_model("kd-stud
     assert set(json.loads(aliases)) >= {"champion"}
 
 
+@pytest.mark.parametrize("name", ["teacher", "assistants/large", "student"])
 @pytest.mark.parametrize(
-    "command",
-    [["dvc", "repro", "teacher"], [sys.executable, "-m", "flows.pipeline"]],
-    ids=["dvc", "flow"],
+    "command", [["dvc", "repro"], [sys.executable, "-m", "flows.pipeline"]], ids=["dvc", "flow"]
 )
-def test_everything_killed_amid_a_training_goes_on_to_the_same_bits(by_flow, tmp_path, command):
-    folder = shutil.copytree(by_flow[0], tmp_path / "copy", symlinks=True)
-    # Decides nothing but how often the state is saved; DVC trains anew all the same.
-    experiment(folder, tracking=True, **{"recipe.checkpoint_steps": 1})
-    (kept,) = killed_once_it_saved(folder, command, "teacher")
-    assert not (folder / "artifacts/teacher/model.safetensors").exists()
-    said = run(folder, *command)
-    assert not kept.exists(), said
-    name = "artifacts/teacher/model.safetensors"
-    assert (folder / name).read_bytes() == (by_flow[0] / name).read_bytes()
+def test_everything_killed_amid_a_training_goes_on_to_the_same_bits(
+    by_flow, tmp_path, monkeypatch, command, name
+):
+    whole, folder = by_flow[0], shutil.copytree(by_flow[0], tmp_path / "copy", symlinks=True)
+    model = Path("artifacts", name, "model.safetensors")
+    never_trained(folder, name)
+    step, point = any_step(whole / "artifacts" / name)
+    with noting_saves(monkeypatch, name, tmp_path / "first.log", hold_at=point) as steps_saved:
+        killed_once_held(folder, command, tmp_path / "first.held")
+        assert max(steps_saved()) == step
+    assert not (folder / model).exists()
+    kept = folder / ".kd/checkpoints" / name
+    assert list(kept.iterdir())
+    with noting_saves(monkeypatch, name, tmp_path / "second.log") as steps_saved:
+        said = run(folder, *command)
+        assert min(steps_saved()) == step + 1, said  # none is done again, none is left out
+    assert list(kept.iterdir()) == [], said
+    assert (folder / model).read_bytes() == (whole / model).read_bytes()
+    assert remade_otherwise(whole, folder) == []
+    assert clean(folder) == {}
 
 
-def killed_once_it_saved(folder, command, stage):
-    """Kill -9 a command and all its processes once the stage has saved its state; the files."""
+def never_trained(folder, name):
+    """Take a stage's results out of the workspace, and out of DVC's memory of what it ran."""
+    shutil.rmtree(folder / "artifacts" / name)
+    shutil.rmtree(folder / ".dvc/cache/runs")
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())
+    del lock["stages"][name.replace("/", "@")]
+    (folder / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+
+
+def any_step(trained):
+    """A step of a training but its last, and where to kill that training once it is saved.
+
+    Where: as soon as it is, or when the next one is written too but has not yet taken its place.
+    """
+    with (trained / "curves.csv").open() as curves:
+        steps = int(list(csv.DictReader(curves))[-1]["step"])
+    step = random.randrange(1, steps)
+    point = os.environ.get("KILL_AT") or random.choice([f"{step} saved", f"{step + 1} written"])
+    print(f"killed at {point!r} of {steps} steps; KILL_AT={point!r} in the environment repeats it")
+    number, word = point.split()
+    return int(number) - (word == "written"), point
+
+
+@contextlib.contextmanager
+def noting_saves(monkeypatch, name, log, hold_at=""):
+    """While the block runs, a training notes the steps it saves; yield what reads the notes."""
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(PROJECT / "tests/hold"), prepend=os.pathsep)
+        patch.setenv("HOLD_FILES", f".kd/checkpoints/{name}/*.safetensors")
+        patch.setenv("HOLD_LOG", str(log))
+        patch.setenv("HOLD_AT", hold_at)
+        yield lambda: [int(line) for line in log.read_text().splitlines()]
+
+
+def killed_once_held(folder, command, held):
+    """Kill -9 a command and all its processes once the file `held` says that one waits for it."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     started = psutil.Popen(
         command,
@@ -148,17 +204,21 @@ def killed_once_it_saved(folder, command, stage):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    until = time.monotonic() + 300
-    while not (kept := list((folder / ".kd/checkpoints" / stage).glob("*.safetensors"))):
-        assert started.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    family = [started, *started.children(recursive=True)]
-    for process in family:
+    until = time.monotonic() + 600
+    try:
+        while not held.exists():
+            assert started.poll() is None, "it ended without having come to the step"
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        family = [started]
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(family, timeout=60)  # DVC takes a process that init has not reaped for alive
-    return kept
+            family += started.children(recursive=True)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        # DVC takes a process that init has not reaped for alive.
+        psutil.wait_procs(family, timeout=60)
 
 
 def test_one_more_assistant_is_one_more_key(by_flow, tmp_path):
@@ -169,7 +229,7 @@ def test_one_more_assistant_is_one_more_key(by_flow, tmp_path):
         "method": {"kind": "kd", "temperature": 4.0, "alpha": 0.9},
     }
     before = (folder / "params.yaml").read_text()
-    experiment(folder, tracking=True, **{"assistants.extra": extra})
+    experiment(folder, tracking=True, **EACH_STEP, **{"assistants.extra": extra})
     try:
         planned = run(folder, "dvc", "repro", "--dry")
     finally:
