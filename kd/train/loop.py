@@ -202,8 +202,6 @@ class Training:
                 total += loss.detach()
             return total
         except torch.OutOfMemoryError as error:
-            if ranks > 1:  # the others wait for this part's gradient
-                raise
             self.parts = halved(self.parts, self.lesson, self.model, error)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ConfigError(

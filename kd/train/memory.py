@@ -16,6 +16,7 @@ from kd.data import Images
 from kd.ensemble import Ensemble
 from kd.recipe import Recipe
 from kd.train.lesson import Lesson
+from kd.train.ranks import position
 
 MIB = 2**20
 PROBE = 4
@@ -147,7 +148,9 @@ def halved(shares: int, lesson: Lesson, model: nn.Module, error: torch.OutOfMemo
     """
     size = lesson.recipe.batch_size
     reason = ""
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if position()[1] > 1:
+        reason = "other devices wait for the gradient of this part"
+    elif any(isinstance(module, _BatchNorm) for module in model.modules()):
         reason = "batch normalisation sees the whole batch"
     elif not lesson.method.by_image:
         reason = f"{type(lesson.method).__name__} compares images of a batch with one another"
@@ -155,8 +158,8 @@ def halved(shares: int, lesson: Lesson, model: nn.Module, error: torch.OutOfMemo
         reason = f"{size} images cannot be cut into {2 * shares} parts"
     if reason:
         raise Refused(
-            f"out of memory with {size // shares} images at once, and smaller parts would change "
-            f"the result ({reason}): lower recipe.batch_size"
+            f"out of memory with {size // shares // position()[1]} images at once, which cannot be "
+            f"taken in parts ({reason}): lower recipe.batch_size"
         ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
