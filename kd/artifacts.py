@@ -63,8 +63,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
     A crash leaves either the old file or the new one, never a half.
     """
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-        left_over.unlink(missing_ok=True)
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):
+        if not lives(int(left_over.suffixes[-2][1:])):  # its process was killed
+            left_over.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -73,6 +74,17 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lives(process: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -164,14 +176,20 @@ def digest(record: object) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def code_digest(names: Sequence[str] = LEARNING) -> str:
-    """SHA-256 over sources; by default those that decide what is learned, which DVC watches."""
+def code_digest(names: Sequence[str] = LEARNING, own: Sequence[str] = ()) -> str:
+    """SHA-256 over sources; by default those that decide what is learned, which DVC watches.
+
+    Args:
+        names: Files and folders of this package.
+        own: SHA-256 of each file of the user's that takes part.
+    """
     package = Path(__file__).parent
     whole = hashlib.sha256()
     for name in names:
         path = package / name
         for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             whole.update(str(source.relative_to(package)).encode() + source.read_bytes())
+    whole.update("".join(own).encode())
     return whole.hexdigest()
 
 
@@ -225,6 +243,7 @@ class DiskCheckpoint:
                     return read_state(path)
                 except ArtifactError as error:
                     print(f"warning: {error}", flush=True)
+                    path.unlink()  # or the next save would put it in the place of a good one
         return None
 
     def save(self, state: dict[str, Tensor], history: list[Epoch]) -> None:
@@ -252,7 +271,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[Epoch]]:
     """
     state, metadata = read_tensors(path)
     if metadata.pop("checksum", None) != checksum_of(state, metadata):
-        raise ArtifactError(f"{path} fails its checksum and is left aside")
+        raise ArtifactError(f"{path} fails its checksum: it is dropped")
     there, here = json.loads(metadata["machine"]), machine()
     if other := [name for name in here if here[name] != there.get(name)]:
         changes = ", ".join(f"{name} {there.get(name)}, here {here[name]}" for name in other)
@@ -286,11 +305,23 @@ class DiskTables:
                 check_space(path.parent, 2 * math.prod(shape))
                 with atomic(path) as temporary:
                     made = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+                    claim(temporary)
                     fill(torch.from_numpy(made))
                     made.flush()
                 write_json(path.with_suffix(".json"), {**whole, "sha256": sha256(path)})
         # "c": changes, which nobody makes, would stay private; torch warns of read-only memory.
         return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def claim(path: Path) -> None:
+    """Have the disk set aside what a sparse file will hold; full, it would kill us by SIGBUS.
+
+    Raises:
+        OSError: it has no room for that.
+    """
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def remembered(

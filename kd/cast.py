@@ -14,7 +14,7 @@ from kd.data import Images
 from kd.ensemble import Mixing
 from kd.evaluate import predict
 from kd.methods import Method
-from kd.params import BaselineParams, Params, StudentParams
+from kd.params import BaselineParams, Params, StudentParams, teachers_named
 from kd.roles import Role, seed_of
 
 DATA = artifacts.ROOT / "data"
@@ -91,14 +91,6 @@ def student_role(
 def listens(method: Method) -> bool:
     """Whether a method has teachers."""
     return method.resolved().needs == "teachers"
-
-
-def teachers_named(asked: str | tuple[str, ...], assistants: tuple[str, ...]) -> tuple[str, ...]:
-    """The teachers that a baseline asks for, by name."""
-    if not isinstance(asked, str):
-        return asked
-    groups = {"none": (), "teacher": ("teacher",), "assistants": assistants}
-    return groups.get(asked, (*assistants, "teacher"))
 
 
 def by_run_name(weights_by_name: Mapping[str, float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ Whatever is wrong is found here, before data is read, and named by its path in t
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,6 +19,7 @@ from kd.component import ConfigError, component, require
 from kd.data import CustomDataset, Dataset, ImageFolder, Splits
 from kd.exporters import Exporter
 from kd.methods import Method
+from kd.methods.trust import Unbiased
 from kd.models import Model
 from kd.recipe import Recipe
 from kd.weightings import Weighting
@@ -74,9 +75,7 @@ class LearnerParams:
     def __post_init__(self) -> None:
         check_peers(self.method, self.peers)
         require(self.generations >= 1, "generations", self.generations, "at least 1")
-        if getattr(getattr(self.method, "trust", None), "reads_labels", False):
-            wanted = "0 with this method.trust: a mixed image has no label of its own"
-            require(self.recipe.mixup == 0, "recipe.mixup", self.recipe.mixup, wanted)
+        check_trust(self.method, self.recipe, self.generations, "")
 
 
 @component
@@ -137,6 +136,25 @@ class BaselineParams:
         require(self.generations >= 1, "generations", self.generations, "at least 1")
 
 
+def teachers_named(asked: str | tuple[str, ...], assistants: tuple[str, ...]) -> tuple[str, ...]:
+    """The teachers that a baseline asks for, by name."""
+    if not isinstance(asked, str):
+        return asked
+    groups = {"none": (), "teacher": ("teacher",), "assistants": assistants}
+    return groups.get(asked, (*assistants, "teacher"))
+
+
+def check_trust(method: Method, recipe: Recipe, generations: int, path: str) -> None:
+    """Refuse a way of trusting teachers that cannot be followed, at the section's `path`."""
+    trust = getattr(method, "trust", None)
+    if getattr(trust, "reads_labels", False):
+        wanted = f"0 with {join(path, 'method.trust')}: a mixed image has no label of its own"
+        require(recipe.mixup == 0, "recipe.mixup", recipe.mixup, wanted)
+    if isinstance(trust, Unbiased):
+        wanted = "1 with method.trust unbiased: later generations have one teacher, the last"
+        require(generations == 1, join(path, "generations"), generations, wanted)
+
+
 def check_peers(method: Method, peers: Mapping[str, Model]) -> None:
     """Refuse too many or too few peers for a method."""
     wanted = f"{method.num_peers.start} networks at least, {method.num_peers.stop - 1} at most"
@@ -187,6 +205,41 @@ class Params:
                 fits = set(baseline.teachers) <= known
                 wanted = f"names among {sorted(known)}"
                 require(fits, f"baselines.{name}.teachers", baseline.teachers, wanted)
+        self.check_teachers()
+
+    def check_teachers(self) -> None:
+        """Refuse what a network cannot ask of those who teach it."""
+        everyone = tuple(self.assistants)
+        for name, assistant in self.assistants.items():
+            above = [each.removeprefix("assistants/") for each in self.chain(name)]
+            teachers = above if assistant.dense else above[:1]
+            self.check_taught(f"assistants.{name}", assistant, teachers)
+        asked = "everyone" if self.student.teacher_share else "assistants"
+        self.check_taught("student", self.student, teachers_named(asked, everyone))
+        for name, baseline in self.baselines.items():
+            named = teachers_named(baseline.teachers, everyone)
+            self.check_taught(f"baselines.{name}", baseline, named)
+
+    def check_taught(
+        self, path: str, section: LearnerParams | BaselineParams, teachers: Sequence[str]
+    ) -> None:
+        """Refuse a section, at `path`, whose method or recipe does not suit its teachers."""
+        method = section.method or self.student.method
+        recipe = section.recipe if isinstance(section, LearnerParams) else self.student.recipe
+        if not teachers or method.needs != "teachers":
+            return
+        if isinstance(section, BaselineParams):
+            check_trust(method, recipe, section.generations, path)
+        trust = getattr(method, "trust", None)
+        if isinstance(trust, Unbiased):
+            wanted = f"one of {sorted(teachers)}, who teach here"
+            require(trust.biased in teachers, f"{path}.method.trust.biased", trust.biased, wanted)
+        models = {"teacher": self.teacher.model} | {n: a.model for n, a in self.assistants.items()}
+        alike = all(models[each] == models[teachers[0]] for each in teachers)
+        wanted = f"online or cached: {', '.join(teachers)} are not of one architecture"
+        fits = alike or recipe.targets != "stacked"
+        where = path if isinstance(section, LearnerParams) else "student"
+        require(fits, f"{where}.recipe.targets", recipe.targets, wanted)
 
     def models(self) -> list[Model]:
         """Every model of the experiment, peers included."""

@@ -39,7 +39,8 @@ class Progress:
     def step(self, done: int) -> None:
         """Tell of a step; `done` are done."""
         if self.first is None:
-            self.first = done - 1  # where a resumed run set out
+            self.first = done  # where a resumed run set out; its first step may have compiled
+            self.started = time.monotonic()
         self.done = done
         if self.bar:
             self.bar.update(self.task, completed=done)

@@ -27,9 +27,10 @@ class SGD:
     """One kernel for all of them; false: PyTorch's own choice, which rounds differently."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "lr", self.lr, "above 0")
+        require(0 < self.lr < math.inf, "lr", self.lr, "above 0 and finite")
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        decays = 0 <= self.weight_decay < math.inf
+        require(decays, "weight_decay", self.weight_decay, "at least 0 and finite")
 
     @property
     def remembers(self) -> tuple[str, ...]:
@@ -63,9 +64,10 @@ class AdamW:
     """One kernel for all of them; false: PyTorch's own choice, which rounds differently."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "lr", self.lr, "above 0")
+        require(0 < self.lr < math.inf, "lr", self.lr, "above 0 and finite")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "each in [0, 1)")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        decays = 0 <= self.weight_decay < math.inf
+        require(decays, "weight_decay", self.weight_decay, "at least 0 and finite")
 
     @property
     def remembers(self) -> tuple[str, ...]:
@@ -205,12 +207,11 @@ class Recipe:
             require(value is None or value >= 1, name, value, "at least 1, or null")
         minutes = self.checkpoint_minutes
         require(minutes >= 0, "checkpoint_minutes", minutes, "at least 0")
-        require(self.mixup >= 0, "mixup", self.mixup, "at least 0")
+        require(0 <= self.mixup < math.inf, "mixup", self.mixup, "at least 0 and finite")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")
-        require(
-            self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0"
-        )
+        clips = self.clip_norm is None or 0 < self.clip_norm < math.inf
+        require(clips, "clip_norm", self.clip_norm, "above 0 and finite, or null")
         require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "in (0, 1)")
         if self.device == "cpu":
             wanted = "fp32 or bf16 where device is cpu: GPUs alone have TF32"

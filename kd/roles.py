@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from kd import artifacts, manifest
-from kd.component import require
+from kd.component import load_object, require, source_of
 from kd.data import Images
 from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
-from kd.methods import Learner, Method
-from kd.models import Model, build_model, count
+from kd.methods import CustomMethod, Learner, Method
+from kd.models import CustomModel, Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe
 from kd.tracking import Run
@@ -153,7 +153,7 @@ def train(
         require(len(peers) in method.num_peers, "peers", sorted(described.peers), wanted)
         learner = method.learner(learner, peers, ensemble.described() if ensemble else None)
     size = sum(t.numel() * t.element_size() for t in learner.state_dict().values())
-    artifacts.check_space(Path.cwd(), 6 * size)  # weights, mean, two optimiser states; twice
+    artifacts.check_space(Path.cwd(), 8 * size)  # weights, mean, two optimiser states; twice
     progress = Progress(role.run_name, role.recipe.epochs, epoch_steps)
 
     def tell(epoch: Epoch) -> None:
@@ -260,9 +260,16 @@ def describe(
         generations=role.generations,
         recipe=asdict(role.recipe),
         seed=role.seed,
-        code=artifacts.code_digest(),
+        code=artifacts.code_digest(own=own_sources(role)),
         device=device,
     )
+
+
+def own_sources(role: Role) -> list[str]:
+    """SHA-256 of the files of the user's own models and method, which `code` covers, too."""
+    parts = [role.model, role.method, *role.peers.values()]
+    customs = [part for part in parts if isinstance(part, CustomModel | CustomMethod)]
+    return [source_of(load_object(part.path)) for part in customs]
 
 
 def training_images(role: Role, device: str, learns_from_pool: bool) -> tuple[Images, int]:

@@ -1,5 +1,8 @@
 import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -142,6 +145,46 @@ def test_a_damaged_checkpoint_is_no_checkpoint(damage):
         data[-1] ^= 1
     checkpoint.path.write_bytes(bytes(data))
     assert DiskCheckpoint("teacher", {}).load() is None
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(monkeypatch):
+    checkpoint = DiskCheckpoint("teacher", {})
+    for value in (1.0, 2.0):
+        checkpoint.save({"w": torch.full((8,), value)}, EPOCHS)
+    data = checkpoint.path.read_bytes()
+    checkpoint.path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    resumed = DiskCheckpoint("teacher", {})
+    assert resumed.load()[0]["w"][0] == 1.0
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "write_tensors", full)
+        with pytest.raises(OSError, match="No space"):
+            resumed.save({"w": torch.full((8,), 3.0)}, EPOCHS)
+    assert DiskCheckpoint("teacher", {}).load()[0]["w"][0] == 1.0
+
+
+def test_only_a_dead_process_half_written_file_is_swept_away(workspace):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, others = (workspace / f".x.json.{pid}.tmp" for pid in (dead.pid, os.getppid()))
+    left.touch()
+    others.touch()
+    artifacts.write_json(workspace / "x.json", {})
+    assert not left.exists()
+    assert others.exists()
+
+
+def test_a_full_disk_is_an_error_of_the_table_that_it_stopped(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        artifacts.DiskTables().table({}, (2, 3, 4), lambda table: None)
+    assert [path.suffix for path in artifacts.TARGETS.iterdir()] == [".lock"]
 
 
 def test_a_checkpoints_history_is_under_its_checksum_too():

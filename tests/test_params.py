@@ -89,6 +89,18 @@ def set_at(raw, path, value):
         ("baselines.uniform.teachers", "nobody", "baselines.uniform.teachers is 'nobody'"),
         ("exports.onnx.kind", "tflite", "exports.onnx.kind is 'tflite'"),
         ("seed", -1, "seed is -1"),
+        ("recipe.optimizer.lr", float("inf"), "recipe.optimizer.lr is inf; it must be above 0"),
+        ("recipe.mixup", float("inf"), "recipe.mixup is inf"),
+        (
+            "student.method.trust",
+            {"kind": "unbiased", "biased": "larg"},
+            "student.method.trust.biased is 'larg'; it must be one of ['large', 'medium', ",
+        ),
+        (
+            "student.recipe",
+            {"targets": "stacked"},
+            "student.recipe.targets is 'stacked'; it must be online or cached: large, medium, ",
+        ),
         ("tracking", "perhaps", "tracking is 'perhaps'"),
         ("student", {}, "student.model is missing"),
     ],
@@ -96,6 +108,24 @@ def set_at(raw, path, value):
 def test_what_is_wrong_is_named_by_its_path(raw, path, value, said):
     set_at(raw, path, value)
     with pytest.raises(ConfigError, match="^" + re.escape(said)):
+        params.parse(raw)
+
+
+def test_trust_that_reads_labels_is_refused_with_mixup_in_baselines_too(raw):
+    raw["student"]["recipe"] = {"mixup": 0.2}
+    method = {"kind": "kd", "trust": {"kind": "correctness"}}
+    raw["baselines"]["other"] = {"teachers": "teacher", "method": method}
+    said = r"recipe\.mixup is 0\.2; it must be 0 with baselines\.other\.method\.trust"
+    with pytest.raises(ConfigError, match=said):
+        params.parse(raw)
+
+
+def test_later_generations_know_no_biased_teacher(raw):
+    raw["baselines"] = {"labels": {"teachers": "none"}}
+    raw["student"]["method"] = {"kind": "kd", "trust": {"kind": "unbiased", "biased": "large"}}
+    params.parse(raw)
+    raw["student"]["generations"] = 2
+    with pytest.raises(ConfigError, match=r"^student\.generations is 2; it must be 1"):
         params.parse(raw)
 
 

@@ -3,7 +3,6 @@
 Shape suffixes: N samples, B batch, H W image, channels last where the name ends in C.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -115,10 +114,6 @@ class Images:
         """(channels, H, W): what a model sees of one image."""
         _, height, width, channels = self.pixels_NHWC.shape
         return channels, height, width
-
-    def with_augment(self, augment: Augment) -> "Images":
-        """The same images, sharing their memory, with other views."""
-        return dataclasses.replace(self, augment=augment)
 
     def batch(
         self,

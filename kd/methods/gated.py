@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kd.component import component, require
 from kd.methods.learner import Answer, Learner
-from kd.methods.losses import hard_loss, log_probs, soft_losses
+from kd.methods.losses import constant, hard_loss, log_probs, soft_losses
 from kd.methods.mixing import AllLogits, soft_targets
 from kd.methods.shown import Members, Shown
 from kd.methods.taught import SoftMethod, by_slot
@@ -99,5 +99,5 @@ def gate(logits_KBC: Tensor, shown: Shown, members: Members) -> Tensor:
     entropy_KB = -(log_probs_KBC.exp() * log_probs_KBC).sum(dim=2)
     seen_BS = torch.cat([entropy_KB, log_probs_KBC.amax(dim=2)]).T
     scores_BK = F.linear(seen_BS, shown.also["gate_weight"], shown.also["gate_bias"])
-    own_K = torch.tensor(members.weights_K, device=scores_BK.device).clamp(min=1e-12)
+    own_K = constant(members.weights_K, scores_BK.dtype, scores_BK.device).clamp(min=1e-12)
     return log_probs(scores_BK + own_K.log())

@@ -81,12 +81,18 @@ class Frozen(nn.Module):
     @torch.no_grad()
     def follow(self, network: nn.Module, decay: float = 0.0) -> None:
         """Become decay * self + (1 - decay) * network; counters are taken over as they are."""
-        own, theirs = self.network.state_dict(), network.state_dict()
-        moving = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        pairs = [own[name] for name in moving], [theirs[name] for name in moving]
-        torch._foreach_lerp_(*pairs, 1 - decay)  # one kernel for all of them, on a GPU
-        for name in own.keys() - set(moving):
-            own[name].copy_(theirs[name])
+        pairs = list(zip(tensors_of(self.network), tensors_of(network), strict=True))
+        moving = [pair for pair in pairs if pair[0].is_floating_point()]
+        own, theirs = ([pair[side] for pair in moving] for side in (0, 1))
+        torch._foreach_lerp_(own, theirs, 1 - decay)  # one kernel for all of them, on a GPU
+        for mine, other in pairs:
+            if not mine.is_floating_point():
+                mine.copy_(other)
+
+
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """A network's parameters and buffers, each once, also where layers share one."""
+    return [*network.parameters(), *network.buffers()]
 
 
 def last_linear(network: nn.Module) -> nn.Linear:

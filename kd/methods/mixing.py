@@ -3,7 +3,7 @@
 K members, N or B images, C classes, S temperatures, R entries of a row.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ def soft_targets(
 class SoftTargets:
     """A reduction: K members' logits to the one row per image that a loss needs.
 
-    Any callable with this signature and a `record` will do; it must treat each image on its own,
-    since rows are also computed beforehand, in other batches than the student sees.
+    Any callable with this signature will do; it must treat each image on its own, since rows are
+    also computed beforehand, in other batches than the student sees.
     """
 
     weights_K: tuple[float, ...]
@@ -100,10 +100,6 @@ class SoftTargets:
         given = (weights, self.temperatures, self.mixing, self.standardize)
         return torch.cat([*soft_targets(logits_KBC, *given), *columns], dim=1)
 
-    def record(self) -> dict[str, object]:
-        """All that decides the rows, but for the members themselves."""
-        return {"kind": "soft_targets", **asdict(self)}
-
 
 @dataclass(frozen=True)
 class AllLogits:
@@ -112,10 +108,6 @@ class AllLogits:
     def __call__(self, logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
         """Every member's logits, one after the other (B, K C); the labels do not matter here."""
         return logits_KBC.transpose(0, 1).flatten(start_dim=1)
-
-    def record(self) -> dict[str, object]:
-        """All that decides the rows, but for the members themselves."""
-        return {"kind": "all_logits"}
 
 
 def combined(factors_BK: Tensor, weights_K: tuple[float, ...]) -> Tensor:

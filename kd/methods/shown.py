@@ -49,6 +49,3 @@ class Reduction(Protocol):
 
     def __call__(self, logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
         """Rows (B, R), float32, each made from its own image alone; -1 labels the unknown."""
-
-    def record(self) -> Mapping[str, object]:
-        """All that decides the rows, but for the members and the images, as plain data."""

@@ -1,9 +1,9 @@
 """fit(), the only training loop, and what it is made of."""
 
 from kd.train.lesson import Lesson, mixed
-from kd.train.loop import LossWatch, NonFiniteLoss, Stopped, TeacherChanged, fit
+from kd.train.loop import LossWatch, NonFiniteLoss, TeacherChanged, fit
 from kd.train.plan import Batch, Plan, batch_of, key, steps_in_epoch
-from kd.train.state import Checkpoint, Epoch
+from kd.train.state import Checkpoint, Epoch, Stopped
 from kd.train.targets import Tables
 
 __all__ = [

@@ -4,6 +4,7 @@ B batch, C classes.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Lesson:
         ensemble: Ensemble | None,
         tables: Tables | None = None,
         num_steps: int = 1,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.images = images
         self.recipe = recipe
@@ -45,10 +47,12 @@ class Lesson:
         if ensemble is None and self.method.needs == "teachers":
             self.method = Labels()
         check_shares(self.method)  # before anything that takes long
+        check_labels(self.method, recipe)
         if ensemble is not None:
             self.members = ensemble.described()
             if reduction := self.method.reduction(self.members):
-                self.targets = targets_of(ensemble, reduction, images, recipe, num_classes, tables)
+                given = (images, recipe, num_classes, tables, stop)
+                self.targets = targets_of(ensemble, reduction, *given)
 
     @property
     def home(self) -> torch.device:
@@ -127,6 +131,19 @@ def check_shares(method: Learning) -> None:
         )
 
 
+def check_labels(method: Learning, recipe: Recipe) -> None:
+    """Refuse to weigh teachers by the labels of images that are mixed.
+
+    Raises:
+        ConfigError: a mixed image has no label of its own.
+    """
+    if recipe.mixup and getattr(getattr(method, "trust", None), "reads_labels", False):
+        raise ConfigError(
+            f"recipe.mixup is {recipe.mixup}; it must be 0 with this method.trust: "
+            "a mixed image has no label of its own"
+        )
+
+
 def mixed(
     images_B: Tensor, labels_BC: Tensor, alpha: float, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
@@ -136,7 +153,8 @@ def mixed(
     image adds nothing to the pair's labels, which then sum to less than 1.
     """
     generator = torch.Generator().manual_seed(key("mixup", seed, step))
-    gammas = torch._standard_gamma(torch.full((2,), alpha), generator=generator)
+    wide = torch.full((2,), alpha, dtype=torch.float64)  # small ones vanish in float32
+    gammas = torch._standard_gamma(wide, generator=generator)
     share = float(gammas[0] / gammas.sum())
     return (
         share * images_B + (1 - share) * images_B.flip(0),

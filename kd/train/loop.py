@@ -35,6 +35,7 @@ from kd.train.state import (
     Checkpoint,
     Epoch,
     Saves,
+    Stopped,
     joined,
     optimizer_state,
     part,
@@ -48,10 +49,6 @@ CALM = "lower recipe.optimizer.lr, or set recipe.clip_norm"
 
 class NonFiniteLoss(Refused):
     """The loss became infinite or not a number; the message names the step."""
-
-
-class Stopped(Refused):
-    """Training was asked to stop, and saved its state."""
 
 
 class TeacherChanged(Refused):
@@ -106,9 +103,10 @@ def fit(
         Stopped: `stop` said yes; the next call with the same checkpoint goes on.
     """
     plan = Plan(recipe, epoch_steps or steps_in_epoch(len(images), recipe.batch_size))
-    lesson = Lesson(images, recipe, seed, num_classes, method, ensemble, tables, plan.total)
+    given = (num_classes, method, ensemble, tables, plan.total, stop)
+    lesson = Lesson(images, recipe, seed, *given)
     model = model.to(images.labels_N.device)
-    check_memory(predict_memory(model, lesson, recipe, ensemble, position()[1]), images, recipe)
+    check_memory(predict_memory(model, lesson, recipe, position()[1]), images, recipe)
     training = Training(model, lesson, plan)
     history = training.resume(checkpoint)
     saves = Saves(recipe)
@@ -202,6 +200,7 @@ class Training:
                 total += loss.detach()
             return total
         except torch.OutOfMemoryError as error:
+            loss = total = torch.empty(0)  # its graph holds the activations that did not fit
             self.parts = halved(self.parts, self.lesson, self.model, error)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ConfigError(

@@ -4,6 +4,8 @@ B batch.
 """
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd.component import ConfigError, Refused
 from kd.data import Images
-from kd.ensemble import Ensemble
 from kd.recipe import Recipe
 from kd.train.lesson import Lesson
 from kd.train.ranks import position
@@ -21,6 +22,19 @@ from kd.train.ranks import position
 MIB = 2**20
 PROBE = 4
 """Images in the batch that activations are counted for; even, and enough for batch statistics."""
+
+
+CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+"""Files of a container's limit, of what it uses and of what that is, and the line for files that
+nobody reads just now: of version 2, and of version 1."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ class Memory:
     """The largest tensors of the moment, beside what is kept."""
     tables: int
     """Soft targets, where they are cached."""
+    present: int = 0
+    """What of all that is taken already."""
 
     @property
     def total(self) -> int:
@@ -44,21 +60,17 @@ class Memory:
         return self.weights + self.members + self.activations + self.passing + self.tables
 
 
-def predict_memory(
-    model: nn.Module, lesson: Lesson, recipe: Recipe, ensemble: Ensemble | None, ranks: int = 1
-) -> Memory:
+def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int = 1) -> Memory:
     """What training will need, from one forward pass of a few images on a copy of the model.
 
     Args:
-        model: Who learns.
-        lesson: What it is shown.
+        model: Who learns; on its device.
+        lesson: What it is shown, and who is asked at each step.
         recipe: Batch size, optimiser and running mean.
-        ensemble: Who teaches, or None.
         ranks: Devices that share the batch.
     """
-    probe = copy.deepcopy(model)
+    probe = copy.deepcopy(model).train()
     kept: dict[int, int] = {}
-    largest = 0
     own = {p.untyped_storage().data_ptr() for p in [*probe.parameters(), *probe.buffers()]}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -67,30 +79,56 @@ def predict_memory(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def see(module: nn.Module, given: object, made: object) -> None:
-        nonlocal largest
-        if isinstance(made, Tensor):
-            largest = max(largest, made.nbytes)
-
-    for module in probe.modules():
-        module.register_forward_hook(see)
-    probe.train()
     with (
         torch.random.fork_rng(devices=[]),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        watched(probe) as made,
     ):
         loss = lesson.probe(probe, PROBE)
     del loss
+    asked = lesson.targets.asked if lesson.targets else ()
+    largest = max([*made, largest_answer(asked, lesson)], default=0)
     share = recipe.batch_size / ranks / PROBE
     size = of_parameters(probe)
     copies = 2 + len(recipe.optimizer.remembers) + (recipe.ema is not None)
+    members = sum(of_parameters(network) for network in asked)
+    tables = lesson.targets.nbytes if lesson.targets else 0
     return Memory(
         weights=copies * size,
-        members=sum(of_parameters(member) for member in ensemble.members) if ensemble else 0,
+        members=members,
         activations=round(share * sum(kept.values())),
         passing=round(3 * share * largest),  # a gradient, what it is made from, a workspace
-        tables=lesson.targets.nbytes if lesson.targets else 0,
+        tables=tables,
+        present=size + members + tables,
     )
+
+
+def largest_answer(asked: Sequence[nn.Module], lesson: Lesson) -> int:
+    """Bytes of the largest tensor that members make of a few images; all at once, of all of it."""
+    images_B = lesson.images.batch(torch.arange(PROBE))
+    sizes = [0]
+    for network in asked:
+        with torch.inference_mode(), watched(network) as made:
+            network(images_B)
+        sizes.append(max(made))
+    return max(sizes) * (len(asked) if lesson.recipe.targets == "stacked" else 1)
+
+
+@contextmanager
+def watched(network: nn.Module) -> Iterator[list[int]]:
+    """Bytes of each tensor that the network's modules make while the block runs."""
+    made: list[int] = []
+
+    def see(module: nn.Module, given: object, answer: object) -> None:
+        if isinstance(answer, Tensor):
+            made.append(answer.nbytes)
+
+    handles = [module.register_forward_hook(see) for module in network.modules()]
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def of_parameters(module: nn.Module) -> int:
@@ -104,7 +142,7 @@ def check_memory(needed: Memory, images: Images, recipe: Recipe) -> None:
     Raises:
         ConfigError: says what is needed and there, and which key to lower, to what.
     """
-    free = free_memory(images.labels_N.device)
+    free = free_memory(images.labels_N.device) + needed.present
     if needed.total <= free:
         return
     fixed = needed.total - needed.activations - needed.passing
@@ -120,8 +158,9 @@ def check_memory(needed: Memory, images: Images, recipe: Recipe) -> None:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that a training may still take on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what PyTorch holds in reserve, the driver takes for used
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     lines = (
         Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     )
@@ -129,15 +168,22 @@ def free_memory(device: torch.device) -> int:
     return min([*found, *cgroup_memory()], default=2**62)
 
 
-def cgroup_memory() -> list[int]:
-    """What a container's limit leaves, where there is one."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-    except (OSError, ValueError):
-        return []
-    return [] if limit == "max" else [int(limit) - used]
+def cgroup_memory(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What a container's limit leaves, where there is one.
+
+    Files that were read count as used until others need the room: mapped data and tables do.
+    """
+    found = []
+    for limit, current, stat, idle in CGROUPS:
+        try:
+            most = int((folder / limit).read_text())
+            used = int((folder / current).read_text())
+            lines = (folder / stat).read_text().splitlines()
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        files = next((int(line.split()[1]) for line in lines if line.startswith(f"{idle} ")), 0)
+        found.append(most - used + files)
+    return found
 
 
 def halved(shares: int, lesson: Lesson, model: nn.Module, error: torch.OutOfMemoryError) -> int:
@@ -152,16 +198,17 @@ def halved(shares: int, lesson: Lesson, model: nn.Module, error: torch.OutOfMemo
         reason = "other devices wait for the gradient of this part"
     elif any(isinstance(module, _BatchNorm) for module in model.modules()):
         reason = "batch normalisation sees the whole batch"
+    elif lesson.recipe.compile and next(model.parameters()).is_cuda:
+        reason = "CUDA graphs write gradients where the last part's lie"
     elif not lesson.method.by_image:
         reason = f"{type(lesson.method).__name__} compares images of a batch with one another"
     elif size % (4 * shares):
         reason = f"{size} images cannot be cut into {2 * shares} parts"
     if reason:
+        at_once = size // shares // position()[1]
         raise Refused(
-            f"out of memory with {size // shares // position()[1]} images at once, which cannot be "
-            f"taken in parts ({reason}): lower recipe.batch_size"
+            f"out of memory with {at_once} images at once, which cannot be taken in parts "
+            f"({reason}): lower recipe.batch_size"
         ) from error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     print(f"warning: out of memory; from now on {size // shares // 2} images at once", flush=True)
     return 2 * shares

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kd.component import require
 from kd.data import Augment, order_for, sent
 from kd.recipe import Recipe
 
@@ -20,6 +21,9 @@ class Plan:
     """Which steps an epoch has, at which learning rate, and when it is validated."""
 
     def __init__(self, recipe: Recipe, per_epoch: int) -> None:
+        for name in ("precision", "memory_format", "compile"):
+            wanted = "settled before training: kd.train.speed.fastest finds what is"
+            require(getattr(recipe, name) != "auto", f"recipe.{name}", "auto", wanted)
         self.recipe = recipe
         self.per_epoch = per_epoch
         self.total = per_epoch * recipe.epochs

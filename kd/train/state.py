@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kd.component import Refused
 from kd.recipe import Recipe
 
 
@@ -28,6 +29,10 @@ class Epoch:
     """What the caller's `validate` returned; empty where it was not the turn."""
     images_per_second: float = 0.0
     """Training speed without validation; not reproducible, so kept out of the artifacts."""
+
+
+class Stopped(Refused):
+    """Training was asked to stop, and saved its state."""
 
 
 class Checkpoint(Protocol):

@@ -12,13 +12,13 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from kd.component import ConfigError
+from kd.component import ConfigError, source_of
 from kd.data import Images, sent
 from kd.ensemble import Ensemble, digest_of_tensors
 from kd.methods import Reduction
@@ -26,6 +26,7 @@ from kd.recipe import Recipe
 from kd.train.device import FORMATS
 from kd.train.folding import folded
 from kd.train.plan import Batch
+from kd.train.state import Stopped
 
 TABLE_BYTES = 2**30
 """Largest table of rows that is held in memory; larger ones are reduced anew at each step."""
@@ -73,6 +74,9 @@ class Targets(Protocol):
     on_host: bool
     """Whether rows are looked up in what lies on the CPU."""
 
+    asked: tuple[nn.Module, ...]
+    """The networks that are asked at each step."""
+
     def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
         """Rows (B, R) for images as they are shown, free of any graph."""
 
@@ -84,14 +88,20 @@ def targets_of(
     recipe: Recipe,
     num_classes: int,
     tables: Tables | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Targets:
-    """The targets of every step, by the path that params chose or that pays."""
+    """The targets of every step, by the path that params chose or that pays.
+
+    Raises:
+        ConfigError: they are wanted in a way that does not suit the members.
+        Stopped: `stop` said yes while members were asked.
+    """
     cached = recipe.targets == "cached" or (
         recipe.targets == "auto" and cache_pays(images, recipe, num_classes)
     )
     if not cached:
         return Online(ensemble, reduction, images, recipe)
-    return Cached(ensemble, reduction, images, recipe, num_classes, tables or InMemory())
+    return Cached(ensemble, reduction, images, recipe, num_classes, tables or InMemory(), stop)
 
 
 def cache_pays(images: Images, recipe: Recipe, num_classes: int) -> bool:
@@ -114,8 +124,8 @@ class Online:
         self.reduction = reduction
         self.labels_N = images.labels_N
         self.recipe = recipe
-        members = tuple(as_asked(member, images, recipe) for member in ensemble.members)
-        asked = replace(ensemble, members=members)
+        self.asked = tuple(as_asked(member, images, recipe) for member in ensemble.members)
+        asked = replace(ensemble, members=self.asked)
         self.logits = stacked(asked) if recipe.targets == "stacked" else asked.logits
 
     def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
@@ -169,6 +179,8 @@ class Cached:
     from the same pixels that the student sees.
     """
 
+    asked: tuple[nn.Module, ...] = ()
+
     def __init__(
         self,
         ensemble: Ensemble,
@@ -177,6 +189,7 @@ class Cached:
         recipe: Recipe,
         num_classes: int,
         tables: Tables,
+        stop: Callable[[], bool],
     ) -> None:
         num_views = images.augment.num_views
         recurs = recipe.views is not None and recipe.views < num_views
@@ -184,11 +197,12 @@ class Cached:
         self.reduction = reduction
         self.labels_N = images.labels_N
         shape = (self.views or num_views, len(images), num_classes)
+        given: Any = {"images": images, "recipe": recipe, "stop": stop}
         self.members = [
             tables.table(
                 table_record(member, images, recipe, self.views),
                 shape,
-                partial(fill, member=member, images=images, recipe=recipe, views=self.views),
+                partial(fill, member=member, views=self.views, **given),
             )
             for member in ensemble.members
         ]
@@ -232,9 +246,12 @@ def table_record(
     return {
         "images": images.identity,
         "augment": asdict(images.augment),
+        "mean": list(images.mean),
+        "std": list(images.std),
         "views": views,
         "member": digest_of_tensors(member.state_dict()),
         "architecture": str(member),
+        "source": source_of(type(member)),
         "precision": recipe.precision,
         "memory_format": recipe.memory_format,
         "device": images.labels_N.device.type,
@@ -245,12 +262,18 @@ def table_record(
 
 
 def fill(
-    table_VNC: Tensor, member: nn.Module, images: Images, recipe: Recipe, views: int | None
+    table_VNC: Tensor,
+    member: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    views: int | None,
+    stop: Callable[[], bool],
 ) -> None:
     """Write the member's logits for every view of every image.
 
     Raises:
         ConfigError: a logit is not finite in half precision.
+        Stopped: `stop` said yes; what was written does not count.
     """
     asked = as_asked(member, images, recipe)
     augment, everyone = images.augment, torch.arange(len(images), device=images.home)
@@ -260,6 +283,8 @@ def fill(
         else:
             views_N = augment.views_for(0, slot, len(images)).to(everyone.device)
         for part in everyone.split(CHUNK):
+            if stop():
+                raise Stopped("stopped while a teacher was asked; run it again to ask it anew")
             shown = images.batch(part, views_N[part], FORMATS[recipe.memory_format])
             with torch.inference_mode(), autocast(shown.device, recipe):
                 logits_BC = asked(shown)

@@ -125,7 +125,6 @@ def test_train_and_pool_are_joined_in_order(prepared: Path) -> None:
     assert (joined.labels_N >= 0).sum() == len(train) == 10
     assert (joined.mean, joined.std) == (train.mean, train.std)
     assert joined.augment.num_views == 2
-    assert joined.with_augment(Augment()).pixels_NHWC is joined.pixels_NHWC
 
 
 def test_an_epoch_shows_every_image_once(prepared: Path) -> None:

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from kd import params
-from kd.component import ConfigError
+from kd import artifacts, params
+from kd.component import ConfigError, load_object
 from kd.methods import CustomMethod
+from kd.models import CustomModel
+from kd.roles import Role, own_sources
+from kd.train.targets import table_record
+from tests.learners import pictures, recipe
 from tests.methods.test_training import taught, weights_of
 
 PROJECT = Path(__file__).parents[2]
@@ -68,3 +72,31 @@ def test_params_name_it_and_a_student_learns_by_it(project):
 def test_what_is_no_method_is_refused(project, path, args, said):
     with pytest.raises(ConfigError, match=said):
         CustomMethod(path=path, args=args).resolved()
+
+
+def test_what_is_begun_with_a_users_code_is_not_gone_on_with_once_it_is_edited(
+    tmp_path, monkeypatch
+):
+    """Checkpoints and tables are named by the files in which the user's own code stands."""
+    file = tmp_path / "kd_tests_own_code.py"
+    file.write_text(
+        "from kd.methods import KD\nfrom torch import nn\n\n\n"
+        "class Mine(KD):\n    pass\n\n\nclass Net(nn.Flatten):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    role = Role(
+        run_name="student",
+        role="student",
+        model=CustomModel(path="kd_tests_own_code:Net"),
+        recipe=recipe(),
+        seed=0,
+        method=CustomMethod(path="kd_tests_own_code:Mine"),
+    )
+    member = load_object("kd_tests_own_code:Net")()
+    before = own_sources(role), table_record(member, pictures(), recipe(), None)["source"]
+    file.write_text(file.read_text() + "# edited\n")
+    after = own_sources(role), table_record(member, pictures(), recipe(), None)["source"]
+    assert len(before[0]) == len(after[0]) == 2
+    assert set(before[0]).isdisjoint(after[0])
+    assert before[1] != after[1]
+    assert artifacts.code_digest(own=before[0]) != artifacts.code_digest(own=after[0])

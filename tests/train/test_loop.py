@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from kd.component import ConfigError
 from kd.data import Augment
 from kd.ensemble import Ensemble
 from kd.evaluate import predict, scores
-from kd.methods import KD
+from kd.methods import KD, Frozen
+from kd.methods.trust import Correctness
 from kd.recipe import SGD, AdamW, Cosine, Steps
 from kd.train import (
     Lesson,
@@ -62,6 +64,8 @@ VARIANTS = {
     "not fused": {"optimizer": SGD(fused=False)},
     "online": {"targets": "online", **taught()},
     "stacked": {"targets": "stacked", **taught()},
+    "cached": {"targets": "cached", "views": None, **taught()},
+    "recurring views": {"targets": "cached", "views": 2, **taught()},
 }
 
 
@@ -302,21 +306,51 @@ def test_mixup_mixes_images_and_labels_alike():
     torch.testing.assert_close(new_labels.sum(1), torch.ones(6))
 
 
-def test_mixing_shares_follow_a_beta_distribution():
+@pytest.mark.parametrize("alpha", [0.5, 0.01])
+def test_mixing_shares_follow_a_beta_distribution(alpha):
     """Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1))."""
     labels = torch.eye(2)
     shares = [
-        float(mixed(torch.zeros(2, 1, 1, 1), labels, 0.5, seed=0, step=s)[1][0, 0])
+        float(mixed(torch.zeros(2, 1, 1, 1), labels, alpha, seed=0, step=s)[1][0, 0])
         for s in range(3000)
     ]
     shares = torch.tensor(shares)
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
-    assert shares.var() == pytest.approx(0.125, abs=0.01)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), abs=0.01)
 
 
 def test_seeds_of_neighbouring_parts_and_other_purposes_differ():
     keys = {key(p, a, b) for p in ("epoch", "mixup") for a in range(30) for b in range(30)}
     assert len(keys) == 1800
+
+
+def test_weights_that_layers_share_move_once_in_the_running_mean():
+    inner = nn.Linear(4, 4, bias=False)
+    nn.init.zeros_(inner.weight)
+    mean = Frozen(nn.Sequential(inner, nn.ReLU(), inner))
+    moved = nn.Linear(4, 4, bias=False)
+    nn.init.ones_(moved.weight)
+    mean.follow(nn.Sequential(moved, nn.ReLU(), moved), decay=0.9)
+    torch.testing.assert_close(mean.network[0].weight, torch.full((4, 4), 0.1))
+
+
+def test_teachers_are_not_weighed_by_the_labels_of_mixed_images():
+    who = taught()["ensemble"]
+    with pytest.raises(ConfigError, match=r"recipe\.mixup is 0\.4; it must be 0"):
+        train(method=KD(trust=Correctness()), ensemble=who, mixup=0.4)
+
+
+@pytest.mark.parametrize("name", ["precision", "memory_format", "compile"])
+def test_what_is_left_to_the_machine_is_settled_before_training(name):
+    with pytest.raises(ConfigError, match=rf"recipe\.{name} is 'auto'; it must be settled"):
+        train(**{name: "auto"})
+
+
+def test_a_training_that_is_asked_to_stop_while_teachers_are_asked_stops_there():
+    memory = Memory()
+    with pytest.raises(Stopped, match="while a teacher was asked"):
+        train(checkpoint=memory, stop=lambda: True, targets="cached", **taught())
+    assert memory.saves == 0
 
 
 def test_the_running_mean_is_what_is_returned():

@@ -1,6 +1,7 @@
 """Cached against on-line targets; what a table is keyed by."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,8 @@ def test_tables_are_shared_whatever_the_weights_and_the_temperature(here):
         "other views": ({"images": pictures(augment=Augment(shift=2))}, 2),
         "fewer views": ({"views": 2}, 2),
         "another precision": ({"precision": "bf16"}, 2),
+        "another memory format": ({"memory_format": "contiguous"}, 2),
+        "another normalisation": ({"images": replace(pictures(), mean=(0.5,))}, 2),
     }.values(),
 )
 def test_a_table_of_anything_else_is_never_read(here, change, made):
