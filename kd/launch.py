@@ -1,26 +1,23 @@
 """Several processes (ranks) that train one network, started and ended as if they were one.
 
-What `torchrun --standalone` does, but for what people and tools see: one error where all ranks
-fail, the exit status that a lone process would have, and no time limit for a rank that saves its
-state because it was told to stop.  It needs no torch, so it costs no second import.
+torchrun's library starts and watches them.  What is added here is what people and tools see: one
+error where all ranks fail, the exit status that a lone process would have, and no time limit for
+a rank that saves its state because it was told to stop.
 """
 
+import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from kd import warm
 
-POLL = 0.05
-"""Seconds between looks at the ranks."""
-GRACE = 30.0
-"""Seconds that the others are given once a rank has failed: they may wait for it for ever."""
+PATIENCE = 7 * 24 * 3600
+"""Seconds that ranks told to stop are given, before torchrun kills them; torch 2.11 knows 30."""
 TOLD = "told"
 """The file by which ranks agree who tells of a failure; it holds the exit status."""
 
@@ -31,65 +28,49 @@ def run(command: Sequence[str], count: int) -> int:
     Returns:
         The exit status that one process would have: that of the rank which failed first.
     """
-    heard: list[int] = []
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    def note(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
-
+    environ = dict(os.environ)
     usual = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    for number, handler in usual.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, note)
+    heeded = [each.name for each, handler in usual.items() if handler != signal.SIG_IGN]
+    logging.disable()  # torchrun would tell of each failure again
     with tempfile.TemporaryDirectory(prefix="kd-ranks-", ignore_cleanup_errors=True) as folder:
+        os.environ["KD_RANKS"] = folder
+        os.environ["KD_LAUNCHER"] = str(os.getpid())
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(PATIENCE)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id="kd",
+            max_restarts=0,
+            rdzv_backend="c10d",
+            # A file: what launchers tell one another is pickled, and a port is open to everyone.
+            rdzv_endpoint=f"{folder}/launchers",
+            rdzv_configs={"store_type": "file", "keep_alive_interval": 3600},
+            local_addr="localhost",
+            logs_specs=DefaultLogsSpecs(folder),
+            signals_to_handle=",".join(heeded),
+        )
         try:
-            statuses = watch([start(command, each, count, folder) for each in range(count)], heard)
+            elastic_launch(config, command[0])(*command[1:])
+        except SignalException as heard:
+            return 128 + heard.sigval
+        except ChildFailedError as failed:
+            told = Path(folder, TOLD)
+            status: int = failed.get_first_failure()[1].exitcode
+            if told.exists():
+                return int(told.read_text())
+            return status if status > 0 else 128 - status
         finally:
+            logging.disable(logging.NOTSET)
             for number, handler in usual.items():
                 signal.signal(number, handler)
-        if not any(statuses):
-            return 0
-        if heard:
-            return 128 + heard[0]
-        told = Path(folder, TOLD)
-        return int(told.read_text()) if told.exists() else next(filter(None, statuses))
-
-
-def start(command: Sequence[str], rank: int, count: int, folder: str) -> subprocess.Popen[bytes]:
-    """Start one rank, in a session of its own, so that Ctrl-C reaches it through us alone."""
-    environment = {
-        **os.environ,
-        "RANK": str(rank),  # these three as torchrun names them
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "KD_RANKS": folder,
-        "KD_LAUNCHER": str(os.getpid()),
-    }
-    # Not closing what we inherited: a slot's locks are to be held until its last process is gone.
-    return subprocess.Popen(command, env=environment, start_new_session=True, close_fds=False)
-
-
-def watch(ranks: Sequence[subprocess.Popen[bytes]], heard: Sequence[int]) -> list[int]:
-    """Wait until all ranks have ended, killing those that outlive one that failed; the statuses.
-
-    Args:
-        ranks: Processes.
-        heard: Signals that we get, in a list that grows.
-    """
-    handed_on = 0
-    deadline = float("inf")
-    while any(each.poll() is None for each in ranks):
-        for number in heard[handed_on:]:
-            handed_on += 1
-            for each in ranks:
-                each.send_signal(number)
-        if deadline == float("inf") and any(each.returncode for each in ranks):
-            deadline = time.monotonic() + GRACE
-        if time.monotonic() > deadline:
-            for each in ranks:
-                each.kill()
-        time.sleep(POLL)
-    statuses = [each.wait() for each in ranks]
-    return [status if status >= 0 else 128 - status for status in statuses]
+            os.environ.clear()
+            os.environ.update(environ)
+    return 0
 
 
 def become_rank() -> None:
@@ -114,6 +95,7 @@ def falls_first(status: int) -> bool:
     """
     if "KD_RANKS" not in os.environ:
         return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the first to be gone ends the others
     try:
         with Path(os.environ["KD_RANKS"], TOLD).open("x") as told:
             told.write(str(status))

@@ -41,8 +41,7 @@ def test_one_rank_alone_tells_of_an_error_that_nobody_caught(capfd):
     assert capfd.readouterr().err.count("ValueError: why") == 1
 
 
-def test_who_waits_for_a_rank_that_failed_is_ended(monkeypatch):
-    monkeypatch.setattr(launch, "GRACE", 0.1)
+def test_who_waits_for_a_rank_that_failed_is_ended():
     assert launch.run(toy("time.sleep(99 * rank)\nsys.exit(4)"), 2) == 4
 
 

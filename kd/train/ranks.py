@@ -44,14 +44,8 @@ def group(device: str) -> Iterator[None]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    folder = os.environ.get("KD_RANKS")  # kd.launch's; torchrun has another way to meet
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{folder}/meeting" if folder else "env://",
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=PATIENCE,
-    )
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     yield
     wait_for_all()  # nobody goes on before the first rank has written
     dist.destroy_process_group()
