@@ -103,8 +103,17 @@ def fit(
         Stopped: `stop` said yes; the next call with the same checkpoint goes on.
     """
     plan = Plan(recipe, epoch_steps or steps_in_epoch(len(images), recipe.batch_size))
-    given = (num_classes, method, ensemble, tables, plan.total, stop)
-    lesson = Lesson(images, recipe, seed, *given)
+    lesson = Lesson(
+        images,
+        recipe,
+        seed,
+        num_classes,
+        method,
+        ensemble,
+        tables,
+        num_steps=plan.total,
+        stop=stop,
+    )
     model = model.to(images.labels_N.device)
     check_memory(predict_memory(model, lesson, recipe, position()[1]), images, recipe)
     training = Training(model, lesson, plan)
@@ -204,8 +213,8 @@ class Training:
             self.parts = halved(self.parts, self.lesson, self.model, error)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ConfigError(
-                f"recipe.compile is true, but the network cannot be compiled here ({error}): "
-                "set it to false, or install what is missing"
+                "recipe.compile is true, but the network cannot be compiled here "
+                f"({str(error).splitlines()[0]}): set it to false, or install what is missing"
             ) from error
         return self.gradient(step)
 

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -197,12 +197,18 @@ class Cached:
         self.reduction = reduction
         self.labels_N = images.labels_N
         shape = (self.views or num_views, len(images), num_classes)
-        given: Any = {"images": images, "recipe": recipe, "stop": stop}
         self.members = [
             tables.table(
                 table_record(member, images, recipe, self.views),
                 shape,
-                partial(fill, member=member, views=self.views, **given),
+                partial(
+                    fill,
+                    member=member,
+                    images=images,
+                    recipe=recipe,
+                    views=self.views,
+                    stop=stop,
+                ),
             )
             for member in ensemble.members
         ]
