@@ -179,8 +179,8 @@ class Recipe:
     epochs, nothing is mixed and a member's answers take 4 GiB at most; else it asks online."""
     views: int | None = 16
     """Views of an image that a taught network is shown while targets are cached, at least 1: after
-    so many passes they recur.  null: all views that `augment` has.  With 16, no loss of accuracy
-    was seen (benchmarks/RECORDS.md)."""
+    so many passes they recur.  null: all views that `augment` has.  16 lost no accuracy beyond
+    noise in 60 epochs (benchmarks/RECORDS.md); longer trainings want more."""
     threads: int = 1
     """CPU threads, at least 1.  Sums are taken in another order with another number of threads,
     so this belongs to what decides the result, not to what the machine happens to have."""
