@@ -188,6 +188,25 @@ def test_a_compiled_training_resumes_to_the_same_bits(device):
     assert weights_of(train(network(9, dropout=0.5), halfway)) == weights_of(whole)
 
 
+def test_what_may_be_summed_in_any_order_resumes_to_the_same_but_for_rounding(device):
+    """`deterministic: false`: the tolerance that docs/training.md states."""
+    prepare(recipe(device=device, deterministic=False))
+    settings = recipe(checkpoint_steps=1, deterministic=False)
+
+    def train(model, checkpoint):
+        images = pictures(device=device)
+        return fit(
+            model, images, settings, seed=0, num_classes=CLASSES, checkpoint=checkpoint, **taught()
+        )[0]
+
+    whole, halfway = train(network(), Memory()), Memory(stop_after=7)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), halfway)
+    resumed = train(network(9), halfway)
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
 @NO_GPU
 def test_what_a_gpu_cannot_do_exactly_is_what_was_asked_for():
     try:
