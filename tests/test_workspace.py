@@ -27,8 +27,9 @@ EACH_STEP = {"recipe.checkpoint_steps": 1}
 
 def clone(folder, tracking, **changes):
     """The project's own files in a new git repository, with a short experiment."""
+    here = ["--exclude-standard", "--exclude=dvc.lock"]  # which says what was made in our folder
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files", "-z", "--cached", "--others", *here],
         cwd=PROJECT,
         check=True,
         capture_output=True,
