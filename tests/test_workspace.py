@@ -39,7 +39,7 @@ def clone(folder, tracking, **changes):
         if (PROJECT / name).exists() and not name.startswith("tests/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / name, folder / name)
-    experiment(folder, tracking=tracking, **EACH_STEP, **changes)
+    experiment(folder, tracking=tracking, **(EACH_STEP | changes))
     run(folder, "git", "init", "-q")
     commit(folder, "begin")
     return folder
