@@ -95,7 +95,7 @@ def lives(pid: int) -> bool:
     """Whether the process is there and not a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may go between open and read
         return False
     return state != "Z"
 
