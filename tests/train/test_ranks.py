@@ -21,6 +21,7 @@ def by_two(what: str, folder: Path, **settings: object) -> list[dict[str, object
     """What each of two ranks found."""
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun += ["--log-dir", str(folder / "ranks")]  # else a folder in /tmp that stays
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "tests.train.fit_here", what, json.dumps(settings)],
         cwd=folder,
