@@ -29,6 +29,7 @@ from kd.methods import KD  # noqa: E402
 from kd.models import PlainCNN, build_model  # noqa: E402
 from kd.recipe import Recipe  # noqa: E402
 from kd.train import Lesson, Plan  # noqa: E402
+from kd.train.device import prepare  # noqa: E402
 from kd.train.folding import folded  # noqa: E402
 from kd.train.loop import Training  # noqa: E402
 from kd.train.speed import finish  # noqa: E402
@@ -57,8 +58,8 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="+", default=[8, 6, 4], help="their depths")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    device, num = arguments.device, BATCH * arguments.steps
+    device = prepare(Recipe(device=arguments.device, precision=arguments.precision))
+    num = BATCH * arguments.steps
     clock = time.process_time if device == "cpu" else time.perf_counter
     images = Images(
         pixels_NHWC=torch.randint(256, (num, 32, 32, 3), dtype=torch.uint8, device=device),
@@ -92,12 +93,11 @@ def main() -> None:
             lesson = Lesson(images, recipe, 0, 10, *taught)
         plan = Plan(recipe, arguments.steps)
         training = trainings[name] = Training(network(2).to(device), lesson, plan)
-        training.enter(0)
 
         def steps(training: Training = training) -> None:
             for step in range(arguments.steps):
                 training.step(step)
-            finish(training.watch.total.device)
+            finish(training.watch.losses_S.device)
 
         cases[name] = steps
     making = Recipe(epochs=1, targets="cached", views=1, precision=arguments.precision)

@@ -25,6 +25,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call, stack_module_state, vmap  # noqa: E402
 
 from kd.models import PlainCNN, build_model  # noqa: E402
+from kd.recipe import Recipe  # noqa: E402
+from kd.train.device import prepare  # noqa: E402
 from kd.train.speed import finish  # noqa: E402
 
 CASES = {
@@ -84,8 +86,7 @@ def main() -> None:
     parser.add_argument("--students", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    device = torch.device(arguments.device)
+    device = torch.device(prepare(Recipe(device=arguments.device)))
     clock = time.process_time if arguments.device == "cpu" else time.perf_counter
     print(f"{machine()}; {arguments.students} students CNN-2, n = {arguments.rounds}\n")
     print("| images | one by one: ms | stacked: ms | one by one / stacked |")

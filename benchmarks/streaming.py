@@ -37,7 +37,6 @@ def steps_of(images: Images, recipe: Recipe, num: int) -> Callable[[], None]:
     network = build_model(CifarResNet(depth=20), channels=3, image_size=side, num_classes=10)
     lesson = Lesson(images, recipe, 0, 10, None, None)
     training = Training(network.to(images.labels_N.device), lesson, Plan(recipe, num))
-    training.enter(0)
 
     def steps() -> None:
         for step in range(num):

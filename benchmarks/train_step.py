@@ -30,6 +30,7 @@ from kd.data import Augment, Images  # noqa: E402
 from kd.models import CifarResNet, PlainCNN, build_model, count  # noqa: E402
 from kd.recipe import SGD, Recipe  # noqa: E402
 from kd.train import Lesson, Plan  # noqa: E402
+from kd.train.device import prepare  # noqa: E402
 from kd.train.loop import Training  # noqa: E402
 from kd.train.speed import finish  # noqa: E402
 
@@ -57,16 +58,14 @@ def prepared(model: PlainCNN | CifarResNet, recipe: Recipe, device: str) -> Trai
         augment=Augment(shift=4, flip=True),
     )
     lesson = Lesson(images, recipe, 0, 10, None, None)
-    training = Training(network, lesson, Plan(recipe, 10**6))
-    training.enter(0)
-    return training
+    return Training(network, lesson, Plan(recipe, 10**6))
 
 
 def taken(training: Training, num: int) -> None:
     """Take `num` steps."""
     for step in range(num):
         training.step(step)
-    finish(training.watch.total.device)
+    finish(training.watch.losses_S.device)
 
 
 def main() -> None:
@@ -82,7 +81,7 @@ def main() -> None:
         "--parallel", action="store_true", help="two networks at once, and no more"
     )
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    prepare(Recipe(device=arguments.device, threads=arguments.threads))
     print(f"{machine()}; batch {BATCH}, n = {arguments.rounds}\n")
     if arguments.parallel:
         print_parallel(arguments)

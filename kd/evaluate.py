@@ -151,15 +151,21 @@ def paired_difference(a_N: Tensor, b_N: Tensor) -> tuple[float, float]:
 def predict(model: nn.Module, images: Images, batch_size: int = 512) -> Tensor:
     """The model's logits for all of `images`, in their order: (N, C) float32.
 
-    The model runs in eval mode and is left as it was found, module by module.
+    The model runs in eval mode and is left as it was found, module by module.  Where a GPU has no
+    room for a batch, it is given half as many images at once.
     """
     indices_N = torch.arange(len(images))
-    with _in_eval_mode(model), torch.inference_mode():
-        batches = [
-            model(images.batch(i, None)).float() for i in torch.split(indices_N, batch_size)
-        ]
-    # Cloned outside of inference mode: the caller may use the logits in a graph.
-    return torch.cat(batches).clone()
+    try:
+        with _in_eval_mode(model), torch.inference_mode():
+            batches = [
+                model(images.batch(i, None)).float() for i in torch.split(indices_N, batch_size)
+            ]
+        # Cloned outside of inference mode: the caller may use the logits in a graph.
+        return torch.cat(batches).clone()
+    except torch.OutOfMemoryError:
+        if batch_size == 1:
+            raise
+    return predict(model, images, batch_size // 2)
 
 
 @contextmanager

@@ -108,7 +108,8 @@ def settled(role: Role, record: Mapping[str, Any], device: str) -> Recipe:
         shape = {"channels": record["channels"], "image_size": record["image_size"]}
         model = build_model(role.model, **shape, num_classes=num_classes)
         total = recipe.epochs * steps
-        return {"answer": fastest(model, images, recipe, num_classes=num_classes, num_steps=total)}
+        share = replace(recipe, batch_size=recipe.batch_size // recipe.devices, devices=1)
+        return {"answer": fastest(model, images, share, num_classes=num_classes, num_steps=total)}
 
     answer = artifacts.remembered("speed", question, ask)["answer"]
     shown = ", ".join(f"{name} {value}" for name, value in answer.items())
@@ -304,9 +305,12 @@ def progress_figures(model: nn.Module, val: Images) -> dict[str, float]:
 
 
 def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) -> dict[str, float]:
-    """A trained network's metrics.json: validation, agreement with the teacher, size, budget."""
-    val = Images.load(artifacts.folder(DATA), "val")
-    logits_NC = predict(module, val)
+    """A trained network's metrics.json: validation, agreement with the teacher, size, budget.
+
+    It is measured where it was trained, since that device is ours for now.
+    """
+    val = Images.load(artifacts.folder(DATA), "val", device=described.device)
+    logits_NC = predict(module.to(described.device), val)
     found = scores(logits_NC, val.labels_N)
     figures: dict[str, float] = {
         "val_accuracy": found.accuracy,
@@ -316,6 +320,7 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
     }
     if described.role != "teacher":
         teacher, _ = manifest.load(artifacts.folder("teacher"))
+        teacher = teacher.to(described.device)
         figures["val_agreement"] = agreement(logits_NC, predict(teacher, val))
     counts = count(module, val.image_shape)
     weights = artifacts.folder(described.name) / "model.safetensors"

@@ -198,3 +198,25 @@ def test_predict_gives_float32_from_a_half_precision_model() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     with torch.autocast("cpu", torch.bfloat16):
         assert evaluate.predict(model, Pictures(2)).dtype == torch.float32
+
+
+class Crowded(nn.Module):
+    """Has room for so many images at once."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def forward(self, images_B: Tensor) -> Tensor:
+        if len(images_B) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images_B.flatten(1)
+
+
+def test_predict_takes_fewer_images_at_once_where_memory_does_not_suffice() -> None:
+    pictures = Pictures(10)
+    logits_NC = evaluate.predict(Crowded(room=3), pictures, batch_size=8)
+    assert pictures.sizes == [8, 4, 2, 2, 2, 2, 2]
+    assert torch.equal(logits_NC, pictures.images_NCHW.flatten(1))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.predict(Crowded(room=0), pictures, batch_size=8)

@@ -101,6 +101,7 @@ def test_a_rank_that_fails_while_the_other_waits_for_it_tells_why_and_ends_it(ra
 
 
 SMALL = {
+    "recipe.device": "cpu",
     "recipe.devices": 2,
     "recipe.epochs": 20,
     "recipe.checkpoint_minutes": 1000,

@@ -26,6 +26,7 @@ from tests.bundle.toys import outsider
 PROJECT = Path(__file__).parents[1]
 SHORT = {
     "tracking": False,
+    "recipe.device": "cpu",  # also where there is a GPU: two devices must be had
     "recipe.epochs": 3,
     "recipe.checkpoint_steps": 5,
     "report.latency_seconds": 0.1,

@@ -133,16 +133,19 @@ class Images:
             float32 (B, channels, H, W) on the device.
         """
         device = self.labels_N.device
-        pixels_BHWC = sent(self._gather(sent(indices_B, self.home)), device)
+        pixels_BHWC = sent(self._gather(sent(indices_B, self.home), device), device)
         if views_B is not None:
             pixels_BHWC = self._crop(pixels_BHWC, sent(views_B, device))
         return self._normalise(pixels_BHWC).contiguous(memory_format=memory_format)
 
-    def _gather(self, indices_B: Tensor) -> Tensor:
-        """The chosen images as they are, from wherever they lie."""
+    def _gather(self, indices_B: Tensor, device: torch.device) -> Tensor:
+        """The chosen images as they are, from wherever they lie, on their way to `device`."""
+        shape = (len(indices_B), *self.pixels_NHWC.shape[1:])
+        # Pinned memory comes from PyTorch's own store: none of it is asked of the system anew.
+        pinned = self.home.type == "cpu" and device.type == "cuda"
+        chosen_BHWC = self.pixels_NHWC.new_empty(shape, pin_memory=pinned)
         if not self.beyond_NHWC:
-            return self.pixels_NHWC.index_select(0, indices_B)
-        chosen_BHWC = self.pixels_NHWC.new_empty((len(indices_B), *self.pixels_NHWC.shape[1:]))
+            return torch.index_select(self.pixels_NHWC, 0, indices_B, out=chosen_BHWC)
         start = 0
         for part_NHWC in (self.pixels_NHWC, *self.beyond_NHWC):
             here_B = (indices_B >= start) & (indices_B < start + len(part_NHWC))

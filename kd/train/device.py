@@ -6,6 +6,7 @@ import torch
 
 from kd.component import ConfigError
 from kd.recipe import Recipe
+from kd.train import ranks
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """What `recipe.memory_format` names."""
@@ -25,14 +26,14 @@ def prepare(recipe: Recipe) -> str:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = chosen(recipe)
     if device == "cuda":
+        if ranks.launched():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # PyTorch lets convolutions round to TF32 unasked, which would make fp32 mean one thing on
         # a CPU and another on a GPU.
         tf32 = recipe.precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = not recipe.deterministic
-        if (
-            recipe.deterministic
-        ):  # read when cuBLAS starts; without it, its sums have no fixed order
+        if recipe.deterministic:  # read when cuBLAS starts; old ones sum in any order without it
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     elif recipe.precision == "tf32":
         raise ConfigError("recipe.precision is 'tf32', which GPUs alone have: set it to fp32")

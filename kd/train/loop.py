@@ -1,9 +1,9 @@
 """fit(): the only training loop.  Teacher, assistants and students differ only in who teaches.
 
-B batch, C classes.  What a step sees (which images, in which view, mixed how, at which learning
-rate) and what it draws (dropout) is a pure function of the seed and the step's number, so a
-resumed run needs nothing but the weights, the optimiser's state and that number to end in the
-same bits.
+B batch, C classes, S steps of an epoch.  What a step sees (which images, in which view, mixed how,
+at which learning rate) and what it draws (dropout) is a pure function of the seed and the step's
+number, so a resumed run needs nothing but the weights, the optimiser's state and that number to
+end in the same bits.
 """
 
 import time
@@ -123,7 +123,7 @@ def fit(
 
     for epoch in range(len(history), recipe.epochs):
         started, first = time.perf_counter(), training.done
-        training.enter(epoch)
+        training.model.train()  # it was validated in evaluation mode
         for step in range(first, plan.steps(epoch).stop):
             training.step(step)
             stopping = any_rank(stop())  # each rank hears a signal at a step of its own
@@ -158,7 +158,7 @@ class Training:
 
     def __init__(self, model: nn.Module, lesson: Lesson, plan: Plan) -> None:
         memory_format = FORMATS[plan.recipe.memory_format]
-        self.model = with_global_statistics(model).to(memory_format=memory_format)
+        self.model = with_global_statistics(model).to(memory_format=memory_format).train()
         self.network = spread(
             compiled(self.model) if plan.recipe.compile else self.model,
             lambda: lesson.leaves_unused(self.model, PROBE),
@@ -168,15 +168,9 @@ class Training:
         self.recipe = plan.recipe
         self.optimizer = self.recipe.optimizer.build(model.parameters())
         self.mean = Frozen(model) if self.recipe.ema is not None else None
-        self.watch = LossWatch(next(model.parameters()).device)
+        self.watch = LossWatch(plan.per_epoch, next(model.parameters()).device)
         self.parts = 1
         self.done = 0
-
-    def enter(self, epoch: int) -> None:
-        """Begin an epoch, or go on within it."""
-        self.model.train()
-        if self.done == self.plan.steps(epoch).start:
-            self.watch.clear()
 
     def step(self, step: int) -> None:
         """Learn from one batch."""
@@ -196,7 +190,7 @@ class Training:
     def gradient(self, step: int) -> Tensor:
         """Set the gradient of a step's loss, in as many parts as fit into memory; the loss."""
         rank, ranks = position()
-        device = self.watch.total.device
+        device = self.watch.losses_S.device
         # Anew at each step: a resumed run draws the same.  Each rank drops units of its own.
         reseed(device, key("step", self.lesson.seed, step) + rank)
         try:
@@ -220,7 +214,7 @@ class Training:
 
     def check(self, epoch: int) -> None:
         """Refuse losses and weights that are not finite, before they become a checkpoint."""
-        self.watch.check(epoch)
+        self.watch.check(self.done, epoch)
         finite = torch.stack([each.isfinite().all() for each in self.model.parameters()])
         if not finite.all():
             raise NonFiniteLoss(f"weights were not finite in epoch {epoch}; {CALM}")
@@ -257,46 +251,44 @@ class Training:
 
 
 class LossWatch:
-    """Sums the losses of an epoch and remembers the first bad step, without asking the device.
+    """Keeps an epoch's losses on the device, without asking it for them.
 
-    Reading a loss makes the host wait for the GPU; so the check is made there, and read once.
+    Reading a loss makes the host wait for the GPU, so they are read together.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros((), device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_step = torch.full((), -1, device=device)
-
-    def clear(self) -> None:
-        """Forget all losses."""
-        self.total.zero_()
-        self.count.zero_()
-        self.bad_step.fill_(-1)
+    def __init__(self, num_steps: int, device: torch.device) -> None:
+        self.losses_S = torch.zeros(num_steps, device=device)
+        self.count = 0
 
     def see(self, step: int, loss: Tensor) -> None:
-        """Take the loss of a step."""
-        self.total += loss
-        self.count += 1
-        bad = (self.bad_step < 0) & ~torch.isfinite(loss)
-        self.bad_step = torch.where(bad, step, self.bad_step)
+        """Take the loss of a step; an epoch's first one begins anew."""
+        within = step % len(self.losses_S)
+        self.losses_S[within] = loss
+        self.count = within + 1
 
-    def check(self, epoch: int) -> None:
-        """NonFiniteLoss where a step's loss was not finite."""
-        if (step := int(self.bad_step)) >= 0:
+    def seen(self) -> Tensor:
+        """The epoch's losses so far."""
+        return self.losses_S[: self.count]
+
+    def check(self, done: int, epoch: int) -> None:
+        """NonFiniteLoss where a loss was not finite; `done` steps were taken in all epochs."""
+        bad = (~self.seen().isfinite()).nonzero()
+        if len(bad):
+            step = done - self.count + int(bad[0])
             raise NonFiniteLoss(f"the loss was not finite at step {step} (epoch {epoch}); {CALM}")
 
     def mean(self) -> float:
         """The mean of the losses seen."""
-        return float(self.total) / int(self.count)
+        return float(self.seen().double().mean())
 
     def state(self) -> dict[str, Tensor]:
         """What was seen."""
-        return {"total": self.total, "count": self.count, "bad_step": self.bad_step}
+        return {"losses": self.seen()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+        self.count = len(state["losses"])
+        self.seen().copy_(state["losses"])
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -21,7 +21,8 @@ from kd.train.ranks import position
 
 MIB = 2**20
 PROBE = 4
-"""Images in the batch that activations are counted for; even, and enough for batch statistics."""
+"""Images in the batch that activations are counted for.  It is counted for half of them, too: what
+both keep alike, such as the weights' copies in half precision, does not grow with the batch."""
 
 
 CGROUPS = (
@@ -42,7 +43,8 @@ class Memory:
     """Bytes at the peak of a step, by what takes them."""
 
     weights: int
-    """The learner's parameters, buffers, gradients, optimiser states and running mean."""
+    """The learner's parameters, buffers, gradients, optimiser states and running mean, and what
+    the forward pass keeps whatever the batch."""
     members: int
     """The teachers' parameters and buffers."""
     activations: int
@@ -70,22 +72,9 @@ def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int 
         ranks: Devices that share the batch.
     """
     probe = copy.deepcopy(model).train()
-    kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in [*probe.parameters(), *probe.buffers()]}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        watched(probe) as made,
-    ):
-        loss = lesson.probe(probe, PROBE)
-    del loss
+    with torch.random.fork_rng(devices=[]), watched(probe) as made:
+        half, whole = (kept_by(probe, lesson, size) for size in (PROBE // 2, PROBE))
+    each = (whole - half) / (PROBE / 2)
     asked = lesson.targets.asked if lesson.targets else ()
     largest = max([*made, largest_answer(asked, lesson)], default=0)
     share = recipe.batch_size / ranks / PROBE
@@ -94,13 +83,29 @@ def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int 
     members = sum(of_parameters(network) for network in asked)
     tables = lesson.targets.nbytes if lesson.targets else 0
     return Memory(
-        weights=copies * size,
+        weights=copies * size + round(whole - PROBE * each),
         members=members,
-        activations=round(share * sum(kept.values())),
+        activations=round(share * PROBE * each),
         passing=round(3 * share * largest),  # a gradient, what it is made from, a workspace
         tables=tables,
         present=size + members + tables,
     )
+
+
+def kept_by(model: nn.Module, lesson: Lesson, size: int) -> int:
+    """Bytes that the forward pass of `size` images keeps, beside parameters and buffers."""
+    kept: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lesson.probe(model, size)
+    return sum(kept.values())
 
 
 def largest_answer(asked: Sequence[nn.Module], lesson: Lesson) -> int:

@@ -42,8 +42,6 @@ def group(device: str) -> Iterator[None]:
     if not launched():
         yield
         return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     yield

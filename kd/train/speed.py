@@ -1,6 +1,7 @@
 """What is faster on this machine, found by trying: what `auto` in a recipe means."""
 
 import copy
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd.component import ConfigError
+from kd.component import ConfigError, Refused
 from kd.data import Images
 from kd.recipe import Recipe
 from kd.train.lesson import Lesson
@@ -61,6 +62,7 @@ def fastest(
             for choice, cost in zip(CHOICES[name][1:], costs[1:], strict=True):
                 if costs[0] > GAIN[name] * cost:
                     found[name] = choice
+    let_go(images.labels_N.device)
     return found
 
 
@@ -78,7 +80,6 @@ def seconds(
     for recipe in recipes:
         lesson = Lesson(images, recipe, 0, num_classes, None, None)
         training = Training(copy.deepcopy(model).to(device), lesson, Plan(recipe, num_steps))
-        training.enter(0)
         trainings.append(training)
     taken = [
         [step_seconds(training, step) for training in trainings] for step in range(1 + rounds)
@@ -87,16 +88,26 @@ def seconds(
 
 
 def step_seconds(training: Training, step: int) -> float:
-    """Seconds of one step by the clock; infinitely many where it cannot be compiled here."""
-    device = training.watch.total.device
+    """Seconds of one step by the clock; infinitely many where it cannot be compiled, or does not
+    fit into memory.
+    """
+    device = training.watch.losses_S.device
     finish(device)
     started = time.perf_counter()
     try:
         training.step(step)
-    except ConfigError:
+    except (ConfigError, Refused):
         return math.inf
     finish(device)
     return time.perf_counter() - started
+
+
+def let_go(device: torch.device) -> None:
+    """Give back what was taken for measuring: graphs of a GPU keep their memory for themselves."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def finish(device: torch.device) -> None:

@@ -71,10 +71,13 @@ def test_every_view_of_every_image_equals_the_slow_one(
     height: int, width: int, channels: int, augment: Augment, device: str
 ) -> None:
     images = _images(height, width, channels, augment)
-    there = dataclasses.replace(images, pixels_NHWC=images.pixels_NHWC.to(device))
+    there = dataclasses.replace(
+        images, pixels_NHWC=images.pixels_NHWC.to(device), labels_N=images.labels_N.to(device)
+    )
     views_V = torch.arange(augment.num_views)
     for row in range(len(images)):
         batch = there.batch(torch.full_like(views_V, row), views_V)
+        assert batch.device.type == device
         for view, (dy, dx, flip) in enumerate(zip(*augment.decode(views_V), strict=True)):
             slow = _slow_view(images.pixels_NHWC[row].numpy(), int(dy), int(dx), bool(flip))
             assert torch.equal(batch[view].cpu(), _slow_normalise(slow, images))

@@ -272,11 +272,11 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint():
 
 
 def test_the_watch_names_the_first_bad_step():
-    watch = LossWatch(torch.device("cpu"))
-    for step, loss in enumerate([1.0, math.inf, math.nan, 2.0]):
+    watch = LossWatch(4, torch.device("cpu"))
+    for step, loss in enumerate([1.0, math.inf, math.nan, 2.0], start=8):
         watch.see(step, torch.tensor(loss))
-    with pytest.raises(NonFiniteLoss, match="step 1"):
-        watch.check(1)
+    with pytest.raises(NonFiniteLoss, match=r"step 9 \(epoch 3\)"):
+        watch.check(12, 3)
 
 
 @pytest.mark.parametrize("kind", [Cosine(warmup=0.25), Steps(milestones=(0.5,), warmup=0.25)])

@@ -108,6 +108,17 @@ def test_memory_is_counted_by_what_takes_it():
     )
 
 
+def test_half_precision_takes_half_of_what_grows_with_the_batch():
+    """The weights' own copies in half precision are there once, whatever the batch."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        settings = recipe(precision=precision)
+        lesson = Lesson(pictures(), settings, 0, CLASSES, None, None)
+        found[precision] = memory.predict_memory(plain_network(), lesson, settings)
+    assert found["bf16"].activations < 0.6 * found["fp32"].activations
+    assert found["bf16"].weights > found["fp32"].weights
+
+
 def test_counting_changes_neither_the_model_nor_the_random_numbers():
     model, settings = network(dropout=0.5), recipe()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -229,7 +240,6 @@ def test_what_did_not_fit_is_let_go_before_its_parts_are_tried():
     model, settings = OutOfMemoryBackwards(), recipe(batch_size=32, epochs=1)
     lesson = Lesson(pictures(64), settings, 0, CLASSES, None, None)
     training = Training(model, lesson, Plan(settings, 1))
-    training.enter(0)
     training.step(0)
     assert model.alive == [0] * (1 + 1 + 4)  # 32 at once, 16, then 8 four times
 

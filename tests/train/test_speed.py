@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kd import artifacts
-from kd.component import ConfigError
+from kd.component import ConfigError, Refused
 from kd.train import fit, speed
+from kd.train.loop import Training
 from tests.learners import CLASSES, network, pictures, recipe
 
 
@@ -58,6 +59,20 @@ def test_what_is_decided_first_counts_for_what_comes_after(monkeypatch):
 
     found = asked(taken, monkeypatch, precision="auto", memory_format="auto")
     assert found == {"precision": "bf16", "memory_format": "channels_last"}
+
+
+def test_what_does_not_fit_into_memory_is_not_chosen(monkeypatch):
+    plain = Training.step
+
+    def step(training, number):
+        if training.recipe.precision == "fp32":
+            raise Refused("out of memory")
+        plain(training, number)
+
+    monkeypatch.setattr(Training, "step", step)
+    given = {"num_classes": CLASSES, "num_steps": 10, "rounds": 1}
+    found = speed.fastest(network(), pictures(), recipe(precision="auto"), **given)
+    assert found == {"precision": "bf16"}
 
 
 def test_what_the_recipe_says_is_not_asked(monkeypatch):
