@@ -142,7 +142,12 @@ def write_tensors(
     """Write named tensors as safetensors; shared storage is written once for each name."""
     from safetensors.torch import save
 
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in plain.items():
+        if (storage := tensor.untyped_storage().data_ptr()) in seen:
+            plain[name] = tensor.clone()
+        seen.add(storage)
     with atomic(path) as temporary:
         temporary.write_bytes(save(plain, dict(metadata or {})))  # an OSError if the disk is full
 
@@ -254,6 +259,7 @@ class DiskCheckpoint:
         metadata = {
             "history": json.dumps([asdict(epoch) for epoch in history]),
             "machine": json.dumps(machine()),
+            "inputs": self.path.stem,
         }
         write_tensors(self.path, state, {**metadata, "checksum": checksum_of(state, metadata)})
 
@@ -272,6 +278,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[Epoch]]:
     state, metadata = read_tensors(path)
     if metadata.pop("checksum", None) != checksum_of(state, metadata):
         raise ArtifactError(f"{path} fails its checksum: it is dropped")
+    if metadata.get("inputs") != path.stem:
+        raise ArtifactError(f"{path} is another training's, put under this name: it is dropped")
     there, here = json.loads(metadata["machine"]), machine()
     if other := [name for name in here if here[name] != there.get(name)]:
         changes = ", ".join(f"{name} {there.get(name)}, here {here[name]}" for name in other)

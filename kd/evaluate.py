@@ -49,6 +49,11 @@ class Bin:
 class Images(Protocol):
     """What `predict` needs of kd.data's images."""
 
+    @property
+    def at_once(self) -> int:
+        """How many to look at at once."""
+        ...
+
     def __len__(self) -> int: ...
 
     def batch(self, indices_B: Tensor, views_B: None, /) -> Tensor:
@@ -148,12 +153,13 @@ def paired_difference(a_N: Tensor, b_N: Tensor) -> tuple[float, float]:
     return mean, difference_N.std().item() / math.sqrt(num_samples)
 
 
-def predict(model: nn.Module, images: Images, batch_size: int = 512) -> Tensor:
+def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> Tensor:
     """The model's logits for all of `images`, in their order: (N, C) float32.
 
     The model runs in eval mode and is left as it was found, module by module.  Where a GPU has no
-    room for a batch, it is given half as many images at once.
+    room for a batch (by default `images.at_once`), it is given half as many images at once.
     """
+    batch_size = batch_size or images.at_once
     indices_N = torch.arange(len(images))
     try:
         with _in_eval_mode(model), torch.inference_mode():

@@ -147,6 +147,14 @@ def test_a_damaged_checkpoint_is_no_checkpoint(damage):
     assert DiskCheckpoint("teacher", {}).load() is None
 
 
+def test_another_trainings_checkpoint_under_this_ones_name_is_dropped(capsys):
+    mine, other = DiskCheckpoint("teacher", {"seed": 1}), DiskCheckpoint("teacher", {"seed": 2})
+    other.save({"w": torch.ones(8)}, EPOCHS)
+    other.path.rename(mine.path)
+    assert mine.load() is None
+    assert "another training's" in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(monkeypatch):
     checkpoint = DiskCheckpoint("teacher", {})
     for value in (1.0, 2.0):

@@ -147,6 +147,8 @@ def test_comparisons_of_nothing_and_of_unlike_things_are_refused() -> None:
 class Pictures:
     """What predict needs of kd.data.Images."""
 
+    at_once = 512
+
     def __init__(self, num_images: int) -> None:
         made = torch.Generator().manual_seed(0)
         self.images_NCHW = torch.randn(num_images, 1, 4, 4, generator=made)

@@ -17,6 +17,12 @@ from torch.nn import functional as F
 from kd.component import ConfigError
 from kd.data.augment import Augment
 
+SEEN_PIXELS = 2**20
+"""Pixels of a channel that are looked at at once where nothing is learned: 256 images of 64 x 64, 20
+of 224 x 224.  Less than learning from a usual batch of such images takes."""
+SEEN_IMAGES = 512
+"""As many small ones at most."""
+
 HELD_BYTES = 2 * 2**30
 """Images up to this size are held on the device: 700,000 of 32 x 32, 14,000 of 224 x 224."""
 
@@ -114,6 +120,14 @@ class Images:
         """(channels, H, W): what a model sees of one image."""
         _, height, width, channels = self.pixels_NHWC.shape
         return channels, height, width
+
+    @property
+    def at_once(self) -> int:
+        """How many images a network is best asked about at once: by their size alone, so that
+        answers do not differ in rounding from one training to the next.
+        """
+        _, height, width = self.image_shape
+        return max(1, min(SEEN_IMAGES, SEEN_PIXELS // (height * width)))
 
     def batch(
         self,

@@ -48,18 +48,22 @@ class Memory:
     members: int
     """The teachers' parameters and buffers."""
     activations: int
-    """What the forward pass keeps for the backward pass, of the whole batch."""
+    """What the forward pass keeps for the backward pass, of the whole batch; without what grows
+    with its square, and without what activation checkpointing makes anew."""
     passing: int
     """The largest tensors of the moment, beside what is kept."""
     tables: int
     """Soft targets, where they are cached."""
+    saving: int = 0
+    """Copies of the state while it is saved, between steps; a GPU's lie on the host."""
     present: int = 0
     """What of all that is taken already."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.members + self.activations + self.passing + self.tables
+        step = self.activations + self.passing
+        return self.weights + self.members + self.tables + max(step, self.saving)
 
 
 def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int = 1) -> Memory:
@@ -82,12 +86,14 @@ def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int 
     copies = 2 + len(recipe.optimizer.remembers) + (recipe.ema is not None)
     members = sum(of_parameters(network) for network in asked)
     tables = lesson.targets.nbytes if lesson.targets else 0
+    on_host = lesson.images.labels_N.device.type == "cpu"
     return Memory(
         weights=copies * size + round(whole - PROBE * each),
         members=members,
         activations=round(share * PROBE * each),
         passing=round(3 * share * largest),  # a gradient, what it is made from, a workspace
         tables=tables,
+        saving=2 * (copies - 1) * size if on_host else 0,
         present=size + members + tables,
     )
 
@@ -110,7 +116,7 @@ def kept_by(model: nn.Module, lesson: Lesson, size: int) -> int:
 
 def largest_answer(asked: Sequence[nn.Module], lesson: Lesson) -> int:
     """Bytes of the largest tensor that members make of a few images; all at once, of all of it."""
-    images_B = lesson.images.batch(torch.arange(PROBE))
+    images_B = lesson.images.batch(torch.arange(PROBE) % len(lesson.images))
     sizes = [0]
     for network in asked:
         with torch.inference_mode(), watched(network) as made:

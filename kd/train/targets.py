@@ -34,9 +34,6 @@ TABLE_BYTES = 2**30
 KEPT_BYTES = 2**32
 """Largest table that is made where nobody asked for one; each member has its own, on disk."""
 
-CHUNK = 256
-"""Images that a member is asked about at once."""
-
 
 class Tables(Protocol):
     """Where members' logits are kept between trainings; kd.artifacts has the one on disk."""
@@ -145,7 +142,7 @@ def as_asked(member: nn.Module, images: Images, recipe: Recipe) -> nn.Module:
     """
     device, memory_format = images.labels_N.device, FORMATS[recipe.memory_format]
     if recipe.targets != "stacked":
-        few_B = images.batch(torch.arange(2)).to(next(member.parameters()).device)
+        few_B = images.batch(torch.arange(2) % len(images)).to(next(member.parameters()).device)
         member = folded(member, few_B)
     return member.to(device).to(memory_format=memory_format)
 
@@ -288,7 +285,7 @@ def fill(
             views_N = torch.full_like(everyone, slot)
         else:
             views_N = augment.views_for(0, slot, len(images)).to(everyone.device)
-        for part in everyone.split(CHUNK):
+        for part in everyone.split(images.at_once):
             if stop():
                 raise Stopped("stopped while a teacher was asked; run it again to ask it anew")
             shown = images.batch(part, views_N[part], FORMATS[recipe.memory_format])

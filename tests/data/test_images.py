@@ -83,6 +83,13 @@ def test_every_view_of_every_image_equals_the_slow_one(
             assert torch.equal(batch[view].cpu(), _slow_normalise(slow, images))
 
 
+@pytest.mark.parametrize(("side", "num"), [(8, 512), (32, 512), (64, 256), (224, 20), (2000, 1)])
+def test_the_larger_images_are_the_fewer_are_looked_at_at_once(side: int, num: int) -> None:
+    images = _images(2, 2, 1, Augment())
+    large = images.pixels_NHWC[:1, :1, :1].expand(1, side, side, 1)
+    assert dataclasses.replace(images, pixels_NHWC=large).at_once == num
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_batches_are_normalised_channels_last_and_in_the_order_asked(channels: int) -> None:
     images = _images(6, 6, channels, Augment(shift=2))

@@ -271,6 +271,14 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint():
     assert all(tensor.isfinite().all() for tensor in memory.saved[0].values())
 
 
+@pytest.mark.parametrize("num", [1, 2, 3])
+@pytest.mark.parametrize("targets", ["online", "cached"])
+def test_a_class_may_have_a_single_image(num, targets):
+    """Fewer images than a batch, or than what is tried beforehand."""
+    settings = recipe(epochs=1, targets=targets)
+    fit(network(), pictures(num), settings, seed=0, num_classes=CLASSES, **taught())
+
+
 def test_the_watch_names_the_first_bad_step():
     watch = LossWatch(4, torch.device("cpu"))
     for step, loss in enumerate([1.0, math.inf, math.nan, 2.0], start=8):

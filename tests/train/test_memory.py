@@ -119,6 +119,17 @@ def test_half_precision_takes_half_of_what_grows_with_the_batch():
     assert found["bf16"].weights > found["fp32"].weights
 
 
+def test_many_weights_and_few_images_take_most_while_they_are_saved():
+    """A state is copied, and then once more as the file's bytes; no activations are there then."""
+    settings = recipe(batch_size=2, ema=0.9)
+    lesson = Lesson(pictures(), settings, 0, CLASSES, None, None)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, CLASSES))
+    found = memory.predict_memory(wide, lesson, settings)
+    parameters = 64 * 4096 + 4096 + 4096 * CLASSES + CLASSES
+    assert found.saving == 2 * 3 * parameters * 4  # of weights, momentum and running mean
+    assert found.total == found.weights + found.saving
+
+
 def test_counting_changes_neither_the_model_nor_the_random_numbers():
     model, settings = network(dropout=0.5), recipe()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
