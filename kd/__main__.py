@@ -51,6 +51,8 @@ def run(argv: list[str]) -> int:
     except ConfigError as error:
         return refused(str(error), 2)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EROFS):
+            return refused(f"{error}: change its owner or mode, and run it again", 1)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and shutil.disk_usage(".").free > 2**20:  # numpy's errors have no number
             raise

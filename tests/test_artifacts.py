@@ -174,6 +174,15 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(monke
     assert DiskCheckpoint("teacher", {}).load()[0]["w"][0] == 1.0
 
 
+def test_a_folder_that_refuses_writes_is_told_in_one_line(workspace, monkeypatch, capsys):
+    def forbidden(stage, name):
+        raise PermissionError(errno.EACCES, "Permission denied", "artifacts/teacher")
+
+    monkeypatch.setattr("kd.__main__.run_stage", forbidden)
+    assert run(["teacher"]) == 1
+    assert "error: [Errno 13] Permission denied: 'artifacts/teacher'" in capsys.readouterr().err
+
+
 def test_only_a_dead_process_half_written_file_is_swept_away(workspace):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

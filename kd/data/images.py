@@ -18,8 +18,8 @@ from kd.component import ConfigError
 from kd.data.augment import Augment
 
 SEEN_PIXELS = 2**20
-"""Pixels of a channel that are looked at at once where nothing is learned: 256 images of 64 x 64, 20
-of 224 x 224.  Less than learning from a usual batch of such images takes."""
+"""Pixels of a channel that are looked at at once where nothing is learned: 256 images of 64 x 64,
+20 of 224 x 224.  Less than learning from a usual batch of such images takes."""
 SEEN_IMAGES = 512
 """As many small ones at most."""
 
