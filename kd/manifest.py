@@ -69,12 +69,24 @@ class Manifest:
         return len(self.class_names)
 
     def build(self, model: dict[str, Any] | None = None) -> nn.Module:
-        """The network, untrained; or another model, such as a peer's, for the same images."""
+        """The network, untrained; or another model, such as a peer's, for the same images.
+
+        Raises:
+            ArtifactError: another version of the code wrote the model, and this one has no such.
+            ConfigError: it cannot be built, or does not turn such images into logits.
+        """
         plain = self.model if model is None else model
         fields = {key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()}
         kinds = {cls.kind: cls for cls in get_args(Model)}
+        try:
+            described = kinds[fields["kind"]](**fields)
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{self.name} has the model {plain}, which this code does not know ({error!r}): "
+                "train it again"
+            ) from None
         return build_model(
-            kinds[fields["kind"]](**fields),
+            described,
             channels=self.channels,
             image_size=self.image_size,
             num_classes=self.num_classes,
@@ -93,7 +105,8 @@ def load(folder: Path) -> tuple[nn.Module, Manifest]:
     """A trained network in evaluation mode on the CPU, and its manifest.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or the weights are not the manifest's.
+        ArtifactError: a file is missing or damaged, the weights are not the manifest's, or this
+            code does not know the model.
     """
     manifest = read(folder)
     weights = folder / "model.safetensors"

@@ -70,6 +70,17 @@ def test_a_manifest_that_lacks_something_is_damaged(tmp_path, described):
         manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [{"kind": "gone"}, {"depth": 2}, {"kind": "plain_cnn", "depth": 2, "gone": 1}],
+    ids=["kind", "no kind", "field"],
+)
+def test_a_model_that_this_code_does_not_know_is_named(tmp_path, described, model):
+    manifest.save(tmp_path, described.build(), replace(described, model=model))
+    with pytest.raises(ArtifactError, match=r"student has the model \{.*does not know"):
+        manifest.load(tmp_path)
+
+
 def test_members_of_one_lineage_may_teach(described):
     manifest.check_lineage([described], {"assistants/large": "l"}, "d")
 

@@ -228,6 +228,16 @@ def test_a_champion_that_answers_another_question_stays_and_the_remedy_is_named(
     assert place.aliases() == {"challenger": "2", "champion": "1"}
 
 
+@pytest.mark.parametrize("model", [{"kind": "gone"}, {"kind": "plain_cnn", "depth": 2, "gone": 1}])
+def test_a_champion_whose_model_this_code_no_longer_has_stays(place, model):
+    place.workspace.student(1, model=model)
+    promote()
+    place.workspace.student(2)
+    said = promote()
+    assert "not compared: version 1 cannot be run on these images (student has the model" in said
+    assert place.aliases() == {"challenger": "2", "champion": "1"}
+
+
 def test_exports_that_were_lost_are_logged_by_the_next_promotion_and_published(place):
     public = place.workspace.root / "public"
     url = str(public)
