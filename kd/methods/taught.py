@@ -89,7 +89,7 @@ class Taught(Learning):
         return self.scale * (share * soft + (1 - share) * hard)
 
     def targets(self, logits_BC: Tensor, shown: Shown) -> tuple[Tensor, Tensor]:
-        """Log of the soft targets (S, B, C), and how much each image counts (B,), 1 on average."""
+        """Log of the soft targets (S, B, C), and how much each image counts (B,)."""
         assert shown.rows_BR is not None
         rows_BR = wide(shown.rows_BR)
         everyone_B = rows_BR.new_ones(len(rows_BR))
@@ -97,7 +97,7 @@ class Taught(Learning):
             return self.asked(self.trust, logits_BC, rows_BR, shown), everyone_B
         if isinstance(self.trust, ByImage) and self.trust.emphasizes:
             labelled_B = shown.label_probs_BC.sum(dim=1) > 0
-            emphasis_B = evened(rows_BR[:, -1], labelled_B)
+            emphasis_B = evened(rows_BR[:, -1], labelled_B, self.trust.unlabelled)
             return by_slot(rows_BR[:, :-1].contiguous(), logits_BC.shape[1]), emphasis_B
         return by_slot(rows_BR, logits_BC.shape[1]), everyone_B
 
@@ -119,8 +119,8 @@ def by_slot(rows_BR: Tensor, num_classes: int) -> Tensor:
     return rows_BR.view(len(rows_BR), -1, num_classes).transpose(0, 1)
 
 
-def evened(emphasis_B: Tensor, labelled_B: Tensor) -> Tensor:
-    """Emphasis with mean 1 over the labelled images, and over the unlabelled ones.
+def evened(emphasis_B: Tensor, labelled_B: Tensor, unlabelled: float = 1.0) -> Tensor:
+    """Emphasis with mean 1 over the labelled images, and `unlabelled` over the other ones.
 
     So the soft loss keeps its strength as the teachers become surer, and neither group drowns
     the other.
@@ -129,7 +129,7 @@ def evened(emphasis_B: Tensor, labelled_B: Tensor) -> Tensor:
     for group_B in (labelled_B, ~labelled_B):
         mean = (emphasis_B * group_B).sum() / group_B.sum().clamp(min=1)
         even_B = torch.where(group_B & (mean > 0), emphasis_B / mean.clamp(min=1e-30), even_B)
-    return even_B
+    return torch.where(labelled_B, even_B, unlabelled * even_B)
 
 
 @component

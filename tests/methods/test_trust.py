@@ -3,6 +3,8 @@
 B batch, K members, C classes.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -95,6 +97,33 @@ def test_emphasis_has_mean_1_over_the_labelled_and_over_the_unlabelled():
     even = evened(torch.tensor([0.2, 0.6, 1e-3, 2e-3, 3e-3]), labelled)
     torch.testing.assert_close(even, torch.tensor([0.5, 1.5, 0.5, 1.0, 1.5]))
     torch.testing.assert_close(evened(torch.zeros(2), torch.tensor([False, False])), torch.ones(2))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 2.5])
+def test_unlabelled_images_count_as_much_as_was_asked_for(share):
+    """Against the loss in plain loops; the labelled images' part does not move."""
+    logits, teachers, labels = batch(seed=2)
+    known = range(B // 4)
+    labels[len(known) :] = -1
+    emphasis, losses = [], []
+    for image, (said, label) in enumerate(zip(logits.tolist(), labels.tolist(), strict=True)):
+        members = teachers[:, image].tolist()
+        weights = list(UNIFORM)
+        if image in known:
+            weights = reference.correctness_weights(members, label)
+            correct = reference.mixture(members, weights, 1.0)[label]
+            emphasis.append(1 / (1 - math.log(correct)))
+        else:
+            emphasis.append(reference.disagreement(members))
+        soft = reference.mixture(members, weights, 4.0)
+        losses.append(16 * reference.kl(soft, reference.softmax(said, 4.0)))
+    wanted = 0.0
+    for group, counts in ((known, 1.0), (range(len(known), B), share)):
+        mean = sum(emphasis[image] for image in group) / len(group)
+        wanted += sum(counts * emphasis[image] / mean * losses[image] for image in group) / B
+    trust = Correctness(unlabelled=share)
+    ours = loss_of(KD(alpha=1.0, trust=trust), logits, teachers, labels)
+    assert float(ours) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("cap", [0.4, 0.6, 1.0])

@@ -21,6 +21,8 @@ class ByImage(ABC):
     """Whether it weighs images as well."""
     reads_labels: ClassVar[bool] = False
     """Whether it needs an image's own label, which a mixed image has not."""
+    unlabelled: float = 1.0
+    """How much an unlabelled image counts beside a labelled one, where it weighs images."""
 
     @abstractmethod
     def factors(self, log_probs_KBC: Tensor, labels_B: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ class ByImage(ABC):
         """
 
     def emphasis(self, log_probs_KBC: Tensor, labels_B: Tensor, weights_BK: Tensor) -> Tensor:
-        """How much each image counts (B,), none negative; made even over a batch later.
+        """How much each image counts (B,), none negative; made even over a batch later (`evened`).
 
         Args:
             log_probs_KBC: Every member's, at temperature 1.

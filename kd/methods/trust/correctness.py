@@ -18,13 +18,14 @@ class Correctness(ByImage):
     by the members' disagreement, mean_k KL(p_k || mean).
 
     The paper's abstract names the three ideas; the functions are this project's own reading, the
-    first one after the same authors' MT-BERT.  Both emphases are brought to mean 1 over a batch's
-    labelled, and over its unlabelled images.
+    first one after the same authors' MT-BERT.  Over a batch's labelled images the emphasis is
+    brought to mean 1, over its unlabelled ones to mean `unlabelled`.
     """
 
     kind: Literal["correctness"] = "correctness"
     unlabelled: float = 1.0
-    """How much unlabelled images count beside labelled ones, at least 0."""
+    """How much an unlabelled image counts beside a labelled one, at least 0; the soft loss of the
+    labelled ones stays as it is."""
 
     alone: ClassVar[bool] = False  # images are weighed against each other
     emphasizes: ClassVar[bool] = True
