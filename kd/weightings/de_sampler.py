@@ -100,7 +100,8 @@ class DESampler(optuna.samplers.BaseSampler):
             F and CR follow their successful means) or "shade" (the same with a memory).
         F: scale of mutation; a pair is dithered per candidate.  Adaptive strategies find theirs.
         CR: share of parameters taken from the mutant; where adaptive strategies start.
-        p: share of the best that adaptive strategies are drawn to.
+        p: share of the best that adaptive strategies are drawn to, one at least; the same for
+            every candidate, where SHADE's paper draws it from [2 / population, 0.2].
         memory_size: entries of SHADE's memory.
         archive_rate: defeated parents kept, as a multiple of the population.
         init: "lhs" or "random" initial population.

@@ -9,7 +9,9 @@ population *is* the weight vectors, clipped at 0 and renormalised after every mu
 
 Sources: Storn & Price 1997 (rand/1, best/1, binomial crossover); Zhang & Sanderson 2009 (JADE:
 current-to-pbest/1, archive of defeated parents); Tanabe & Fukunaga 2013 (SHADE: memory of
-successful F and CR); Deb 2000 (feasible before infeasible).
+successful F and CR; it draws p anew for every candidate, from [2 / P, 0.2], and begins at a CR of
+0.5, where p is fixed here, as in JADE, and CR begins at 0.9); Deb 2000 (feasible before
+infeasible).
 
 Shapes: P population, D dimensions.
 """
