@@ -41,9 +41,9 @@ class Gated(SoftMethod):
     """KD from a mixture whose weights a gate finds for each image, with the student.
 
     The gate sees each teacher's entropy and top log-probability at temperature 1, and learns from
-    the hard loss of the mixture that it makes; the student's loss cannot move it, or the mixture
-    would come to the student.  Both are this project's own reading: the paper's abstract names
-    the gate, not its form.
+    the hard loss of the mixture that the student gets, at temperature 1; the student's loss cannot
+    move it, or the mixture would come to the student.  Both are this project's own reading: the
+    paper's abstract names the gate, not its form.
     """
 
     kind: Literal["gated"] = "gated"
@@ -68,7 +68,7 @@ class Gated(SoftMethod):
         """Log of the gated soft targets (1, B, C); every image counts alike."""
         members, logits_KBC = shown.members, self.said(shown)
         assert members is not None
-        weights_BK = gate(logits_KBC, shown, members).exp().detach()
+        weights_BK = gate(logits_KBC, shown, members).detach()
         given = (weights_BK, self.temperatures, members.mixing, self.standardize)
         return soft_targets(logits_KBC, *given), weights_BK.new_ones(len(weights_BK))
 
@@ -82,9 +82,9 @@ class Gated(SoftMethod):
         """The student's loss and the gate's."""
         members, logits_KBC = shown.members, self.said(shown)
         assert members is not None
-        log_weights_BK = gate(logits_KBC, shown, members)
-        mixed_KBC = log_probs(logits_KBC) + log_weights_BK.T.unsqueeze(2)
-        gates = hard_loss(mixed_KBC.logsumexp(dim=0), shown.label_probs_BC, shown.labelled)
+        given = (gate(logits_KBC, shown, members), (1.0,), members.mixing, self.standardize)
+        (mixed_BC,) = soft_targets(logits_KBC, *given)
+        gates = hard_loss(mixed_BC, shown.label_probs_BC, shown.labelled)
         return super().exact_loss(shown) + gates
 
     def said(self, shown: Shown) -> Tensor:
@@ -94,10 +94,11 @@ class Gated(SoftMethod):
 
 
 def gate(logits_KBC: Tensor, shown: Shown, members: Members) -> Tensor:
-    """Log of how much each member counts for each image (B, K); carries the gate's gradient."""
+    """How much each member counts for each image (B, K), above 0; carries the gate's gradient."""
     log_probs_KBC = log_probs(logits_KBC)
     entropy_KB = -(log_probs_KBC.exp() * log_probs_KBC).sum(dim=2)
     seen_BS = torch.cat([entropy_KB, log_probs_KBC.amax(dim=2)]).T
     scores_BK = F.linear(seen_BS, shown.also["gate_weight"], shown.also["gate_bias"])
     own_K = constant(members.weights_K, scores_BK.dtype, scores_BK.device).clamp(min=1e-12)
-    return log_probs(scores_BK + own_K.log())
+    # A weight that came to 0 would have a gradient that is nan.
+    return log_probs(scores_BK + own_K.log()).exp().clamp(min=1e-30)

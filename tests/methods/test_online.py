@@ -401,26 +401,46 @@ def test_a_gated_student_resumes_to_the_same_bits():
     assert whole.gate.weight.abs().sum() > 0
 
 
-def test_the_gate_learns_from_the_labels_alone_and_the_student_moves_it_not():
-    """Its gradient is that of the mixture's cross-entropy, whatever the student says."""
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("mixing", ["probabilities", "logits"])
+def test_the_gate_learns_from_the_labels_alone_and_the_student_moves_it_not(mixing, standardize):
+    """Its gradient is that of the cross-entropy of what the student gets, whatever that says."""
     logits_KBC = random(2, B, C)
     rows = logits_KBC.transpose(0, 1).flatten(1)
-    members = Members(("a", "b"), (0.25, 0.75))
+    members = Members(("a", "b"), (0.25, 0.75), mixing)
     labels = label_probs(torch.tensor([0, 1, 2, 3, 4, -1]), C)
     gradients = []
     for seed in (1, 2):
         weight = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
         bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         also = {"gate_weight": weight, "gate_bias": bias}
-        Gated().loss(
+        Gated(standardize=standardize).loss(
             Shown(random(B, C, seed=seed), labels, rows, members, 0.5, also=also)
         ).backward()
         gradients.append(bias.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
-    weights = torch.tensor([0.25, 0.75], dtype=torch.float64).log().requires_grad_()
-    mixed = (logits_KBC.log_softmax(2) + weights.log_softmax(0)[:, None, None]).logsumexp(0)
+    scores = torch.tensor([0.25, 0.75], dtype=torch.float64).log().requires_grad_()
+    weights = scores.softmax(0)
+    if standardize:
+        centred = logits_KBC - logits_KBC.mean(2, keepdim=True)
+        logits_KBC = centred / centred.std(2, keepdim=True)
+    if mixing == "logits":
+        mixed = torch.einsum("k,kbc->bc", weights, logits_KBC).log_softmax(1)
+    else:
+        mixed = torch.einsum("k,kbc->bc", weights, logits_KBC.softmax(2)).log()
     (-(labels * mixed).sum(1).mean()).backward()
-    torch.testing.assert_close(gradients[0], weights.grad)
+    torch.testing.assert_close(gradients[0], scores.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_that_is_quite_sure_has_a_finite_gradient():
+    logits_KBC = random(2, B, C)
+    gates = {"gate_weight": torch.zeros(2, 4), "gate_bias": torch.tensor([500.0, -500.0])}
+    also = {name: parameter.requires_grad_() for name, parameter in gates.items()}
+    rows = logits_KBC.float().transpose(0, 1).flatten(1)
+    labels = label_probs(torch.arange(B) % C, C)
+    members = Members(("a", "b"), (0.5, 0.5))
+    Gated().loss(Shown(random(B, C).float(), labels, rows, members, 0.5, also=also)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in gates.values())
 
 
 def test_a_new_gate_leaves_the_ensembles_weights_as_they_are():
