@@ -102,7 +102,11 @@ class Taught(Learning):
         return by_slot(rows_BR, logits_BC.shape[1]), everyone_B
 
     def asked(self, trust: ByStudent, logits_BC: Tensor, rows_BR: Tensor, shown: Shown) -> Tensor:
-        """Log of the soft targets (S, B, C) where the student's own answer weighs the members."""
+        """Log of the soft targets (S, B, C) where the student's own answer weighs the members.
+
+        Members are compared by the gradients of plain KD, whatever `soft` is: a subclass whose
+        loss is of the mixture has no gradient for each member.
+        """
         members = shown.members
         assert members is not None
         logits_KBC, temperature = by_slot(rows_BR, logits_BC.shape[1]), self.temperatures[0]

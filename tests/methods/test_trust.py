@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kd.component import ConfigError
-from kd.methods import KD, Members, SoftTargets, mix
-from kd.methods.losses import log_probs
+from kd.methods import DKD, KD, MLKD, Members, SoftTargets, mix
+from kd.methods.losses import log_probs, soft_losses
 from kd.methods.mixing import combined
 from kd.methods.taught import evened
 from kd.methods.trust import Confidence, Correctness, Drop, Entropy, MinNorm, Unbiased
@@ -154,6 +154,25 @@ def test_min_norm_asks_for_the_gradient_at_the_students_logits():
     wanted = reference.shortest(gradients.mean(1).tolist(), 1.0)
     assert weights[0].tolist() == pytest.approx(wanted, abs=0.02)
     assert (weights == weights[0]).all()
+
+
+def test_members_are_compared_by_plain_kds_gradients_under_every_method():
+    """T (p_student - p_member) is the gradient of T^2 KL, at the method's first temperature."""
+    logits, teachers, labels = batch(seed=2)
+    seen = {}
+
+    class Spy(MinNorm):
+        def factors(self, gradients_KBC, members):
+            seen["gradients"] = gradients_KBC
+            return super().factors(gradients_KBC, members)
+
+    for method, temperature in ((KD, 4.0), (DKD, 4.0), (MLKD, MLKD().temperatures[0])):
+        loss_of(method(trust=Spy()), logits, teachers, labels)
+        for each, member in zip(seen["gradients"], teachers, strict=True):
+            leaf = logits.clone().requires_grad_()
+            mixture = log_probs(member, temperature)
+            soft_losses(leaf, mixture, temperature).sum().backward()
+            torch.testing.assert_close(temperature * each, leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_unbiased_equals_the_oracle_and_silences_the_biased_member():

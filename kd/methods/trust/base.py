@@ -55,8 +55,10 @@ class ByStudent(ABC):
         """How much each member counts for each image (B, K), none negative, of any sum.
 
         Args:
-            gradients_KBC: p_student - p_member at T: the gradient of each member's own soft loss
-                by the student's logits is T times that.  It carries no gradient itself.
+            gradients_KBC: p_student - p_member at the first of the method's temperatures, T: the
+                gradient of T^2 KL, plain KD's soft loss under that member alone, by the student's
+                logits (standardised ones, where those are compared) is T times that.  It is the
+                same under methods of another soft loss, and carries no gradient itself.
             members: Who they are.
         """
 

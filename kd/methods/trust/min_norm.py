@@ -19,8 +19,9 @@ SWEEPS = 100
 class MinNorm(ByStudent):
     """argmin over w of |sum_k w_k g_k|^2 with sum 1 and 0 <= w_k <= cap; one w for a batch.
 
-    g_k is the gradient of member k's soft loss by the student's logits, averaged over the batch
-    (which is all the paper asks for, so that no pass through the network is needed).
+    g_k is the gradient of plain KD's soft loss under member k by the student's logits, averaged
+    over the batch (which is all the paper asks for, so that no pass through the network is
+    needed).  A method of another soft loss gets these weights, too: AE-KD is `kd` with them.
     """
 
     kind: Literal["min_norm"] = "min_norm"

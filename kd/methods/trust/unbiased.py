@@ -18,7 +18,8 @@ class Unbiased(ByStudent):
     """1 - cosine of a member's gradient and the biased member's, for each image.
 
     The paper compares gradients by the student's parameters; here they are by its logits, which
-    is this project's own reading and spares a pass through the network for each member.
+    is this project's own reading and spares a pass through the network for each member.  They are
+    those of plain KD's soft loss also under methods of another one: AGRE-KD is `kd` with them.
     """
 
     kind: Literal["unbiased"] = "unbiased"
