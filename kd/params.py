@@ -26,6 +26,8 @@ from kd.weightings import Weighting
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names become folders, DVC stages and MLflow runs: what all three of them take."""
+RESERVED = ("teacher", "generation", "value", "temperature")
+"""What no assistant can be called: the teacher, and other columns of the tables of weights."""
 
 
 @component
@@ -198,6 +200,8 @@ class Params:
                 wanted = "a name of small letters, digits, - and _"
                 require(bool(NAME.fullmatch(name)), f"{section}.{name}", name, wanted)
         for name in self.assistants:
+            wanted = f"another name: {', '.join(RESERVED)} name the teacher and columns of tables"
+            require(name not in RESERVED, f"assistants.{name}", name, wanted)
             self.chain(name)
         for name, baseline in self.baselines.items():
             if isinstance(baseline.teachers, tuple):

@@ -84,6 +84,18 @@ def set_at(raw, path, value):
         ("data.splits.val", 1.5, "data.splits.val is 1.5"),
         ("assistants", {}, "assistants is {}; it must be at least one"),
         ("assistants.Big One", {"model": {"kind": "plain_cnn", "depth": 4}}, "assistants.Big One"),
+        *(
+            (
+                f"assistants.{name}",
+                {
+                    "model": {"kind": "plain_cnn", "depth": 4},
+                    "method": {"kind": "kd"},
+                    "taught_by": "teacher",
+                },
+                f"assistants.{name} is '{name}'; it must be another name",
+            )
+            for name in ("teacher", "generation", "value", "temperature")
+        ),
         ("assistants.small", None, "assistants.small is None; it must be a mapping"),
         ("baselines.labels.weighting", {"kind": "uniform"}, "baselines.labels.weighting is"),
         ("baselines.uniform.teachers", "nobody", "baselines.uniform.teachers is 'nobody'"),
