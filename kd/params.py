@@ -22,7 +22,7 @@ from kd.methods import Method
 from kd.methods.trust import Unbiased
 from kd.models import Model
 from kd.recipe import Recipe
-from kd.weightings import Weighting
+from kd.weightings import Fixed, Weighting
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names become folders, DVC stages and MLflow runs: what all three of them take."""
@@ -205,11 +205,27 @@ class Params:
             self.chain(name)
         for name, baseline in self.baselines.items():
             if isinstance(baseline.teachers, tuple):
-                known = {"teacher", *self.assistants}
-                fits = set(baseline.teachers) <= known
-                wanted = f"names among {sorted(known)}"
+                known, named = {"teacher", *self.assistants}, set(baseline.teachers)
+                fits = named <= known and len(named) == len(baseline.teachers)
+                wanted = f"names among {sorted(known)}, each of them once"
                 require(fits, f"baselines.{name}.teachers", baseline.teachers, wanted)
+        self.check_fixed()
         self.check_teachers()
+
+    def check_fixed(self) -> None:
+        """Refuse weights given by hand for others than the members that are weighed."""
+        everyone = tuple(self.assistants)
+        places: list[tuple[str, Weighting | None, tuple[str, ...]]] = [
+            ("weights", self.weights, everyone)
+        ]
+        for name, each in self.baselines.items():
+            named = teachers_named(each.teachers, everyone)
+            places.append((f"baselines.{name}.weighting", each.weighting, named))
+        for path, weighting, members in places:
+            if isinstance(weighting, Fixed):
+                fits = set(weighting.weights) == set(members)
+                wanted = f"given for {', '.join(members)}, and nobody else"
+                require(fits, f"{path}.weights", weighting.weights, wanted)
 
     def check_teachers(self) -> None:
         """Refuse what a network cannot ask of those who teach it."""

@@ -99,6 +99,21 @@ def set_at(raw, path, value):
         ("assistants.small", None, "assistants.small is None; it must be a mapping"),
         ("baselines.labels.weighting", {"kind": "uniform"}, "baselines.labels.weighting is"),
         ("baselines.uniform.teachers", "nobody", "baselines.uniform.teachers is 'nobody'"),
+        (
+            "baselines.uniform",
+            {"teachers": ["large", "large"], "weighting": {"kind": "uniform"}},
+            "baselines.uniform.teachers is ('large', 'large'); it must be names among",
+        ),
+        (
+            "weights",
+            {"kind": "fixed", "weights": {"large": 0.5, "medium": 0.2, "smal": 0.3}},
+            "weights.weights is {'large': 0.5, 'medium': 0.2, 'smal': 0.3}; it must be given for",
+        ),
+        (
+            "baselines.uniform.weighting",
+            {"kind": "fixed", "weights": {"large": 0.5}},
+            "baselines.uniform.weighting.weights is {'large': 0.5}; it must be given for",
+        ),
         ("exports.onnx.kind", "tflite", "exports.onnx.kind is 'tflite'"),
         ("seed", -1, "seed is -1"),
         ("recipe.optimizer.lr", float("inf"), "recipe.optimizer.lr is inf; it must be above 0"),
