@@ -3,9 +3,6 @@
 N images, H W image, channels last.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -51,13 +48,12 @@ def calibration(int8: Int8 | None) -> Tensor | None:
     )
 
 
-def try_export(model: Model, record: Mapping[str, Any]) -> None:
+def try_export(model: Model, *, channels: int, image_size: int, num_classes: int) -> None:
     """Trace the student untrained, so that one that no format can take is found before training.
 
     Raises:
         ConfigError: what it does depends on the values in an image.
     """
-    size, channels = record["image_size"], record["channels"]
-    num_classes = len(record["class_names"])
-    module = build_model(model, channels=channels, image_size=size, num_classes=num_classes)
-    captured(for_export(module), torch.zeros(1, channels, size, size))
+    shape = {"channels": channels, "image_size": image_size, "num_classes": num_classes}
+    module = build_model(model, **shape)
+    captured(for_export(module), torch.zeros(1, channels, image_size, image_size))

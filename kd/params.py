@@ -1,7 +1,9 @@
 """params.yaml -> typed Params.  The only importer of yaml and pydantic.
 
-Whatever is wrong is found here, before data is read, and named by its path in the file
-("student.method.temperature"), with the nearest valid key where a key is unknown.
+What the file alone shows to be wrong is found here, before data is read, and named by its path in
+the file ("student.method.temperature"), with the nearest valid key where a key is unknown.  What
+takes the images' size and classes, or one's own code, to be seen, the data stage finds before it
+writes anything (`read_data` in kd/stages.py).
 """
 
 import difflib
@@ -261,12 +263,19 @@ class Params:
         where = path if isinstance(section, LearnerParams) else "student"
         require(fits, f"{where}.recipe.targets", recipe.targets, wanted)
 
-    def models(self) -> list[Model]:
-        """Every model of the experiment, peers included."""
-        learners: list[LearnerParams] = [*self.assistants.values(), self.student]
-        with_peers: list[LearnerParams | BaselineParams] = [*learners, *self.baselines.values()]
-        peers = [model for section in with_peers for model in section.peers.values()]
-        return [self.teacher.model, *(learner.model for learner in learners), *peers]
+    def learners(self) -> dict[str, tuple[Model, Method | None, Mapping[str, Model]]]:
+        """What learns, how (None: from labels) and along with whom, by its path in the file."""
+        found: dict[str, tuple[Model, Method | None, Mapping[str, Model]]] = {
+            "teacher": (self.teacher.model, None, {}),
+            "student": (self.student.model, self.student.method, self.student.peers),
+        }
+        for name, each in self.assistants.items():
+            found[f"assistants.{name}"] = (each.model, each.method, each.peers)
+        for name, baseline in self.baselines.items():
+            if baseline.method is not None:  # else it learns as the student does
+                given = (self.student.model, baseline.method, baseline.peers)
+                found[f"baselines.{name}"] = given
+        return found
 
     def chain(self, name: str) -> tuple[str, ...]:
         """Run names of all that are before an assistant, its own teacher first.

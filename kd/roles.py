@@ -6,7 +6,7 @@ one, a student by an ensemble of many, and all of them go the same way.
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from kd import artifacts, manifest
-from kd.component import load_object, require, source_of
+from kd.component import ConfigError, load_object, require, source_of
 from kd.data import Images
 from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
-from kd.methods import CustomMethod, Learner, Method
+from kd.methods import CustomMethod, Labels, Learner, Learning, Members, Method
+from kd.methods.mixing import standardized
 from kd.models import CustomModel, Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe
@@ -149,10 +150,9 @@ def train(
     torch.manual_seed(key("weights", seed))
     learner = described.build()
     if method is not None:
-        peers = [described.build(model) for model in described.peers.values()]
-        wanted = f"from {method.num_peers.start} to {method.num_peers.stop - 1} networks"
-        require(len(peers) in method.num_peers, "peers", sorted(described.peers), wanted)
-        learner = method.learner(learner, peers, ensemble.described() if ensemble else None)
+        peers = {name: described.build(model) for name, model in described.peers.items()}
+        members = ensemble.described() if ensemble else None
+        learner = surrounded(learner, method, peers, members)
     size = sum(t.numel() * t.element_size() for t in learner.state_dict().values())
     artifacts.check_space(Path.cwd(), 8 * size)  # weights, mean, two optimiser states; twice
     progress = Progress(role.run_name, role.recipe.epochs, epoch_steps)
@@ -224,19 +224,53 @@ def seed_of(seed: int, run_name: str) -> int:
     return key(run_name, seed)
 
 
-def try_models(models: Iterable[Model], record: Mapping[str, Any]) -> None:
-    """Build every model once for these data, so that a bad one is found before any training.
+def surrounded(
+    network: nn.Module,
+    method: Learning,
+    peers: Mapping[str, nn.Module],
+    members: Members | None = None,
+) -> nn.Module:
+    """What is trained: a network, with what its method has learn along with it.
 
     Raises:
-        ConfigError: a model cannot be built, or does not turn these images into logits.
+        ConfigError: the peers are too few or too many, or the method cannot use such networks.
     """
-    for model in models:
-        build_model(
-            model,
-            channels=record["channels"],
-            image_size=record["image_size"],
-            num_classes=len(record["class_names"]),
-        )
+    wanted = f"from {method.num_peers.start} to {method.num_peers.stop - 1} networks"
+    require(len(peers) in method.num_peers, "peers", sorted(peers), wanted)
+    return method.learner(network, list(peers.values()), members)
+
+
+def try_learners(
+    learners: Mapping[str, tuple[Model, Method | None, Mapping[str, Model]]],
+    *,
+    channels: int,
+    image_size: int,
+    num_classes: int,
+) -> None:
+    """Build all that is to learn once, so that what cannot is found before any work is done.
+
+    Args:
+        learners: Networks, their methods and their peers, by their path in params.yaml.
+        channels: 1 (grey) or 3 (colour).
+        image_size: Side of the square images, in pixels.
+        num_classes: Number of logits.
+
+    Raises:
+        ConfigError: a model cannot be built, or does not turn such images into logits; a method
+            is not where it is said to be, or cannot use these networks or so few classes.
+    """
+    shape = {"channels": channels, "image_size": image_size, "num_classes": num_classes}
+    for path, (model, method, peers) in learners.items():
+        try:
+            network = build_model(model, **shape)
+            beside = {name: build_model(peer, **shape) for name, peer in peers.items()}
+            learning = method.resolved() if method else Labels()
+            somebody = Members(("somebody",), (1.0,)) if learning.needs == "teachers" else None
+            surrounded(network, learning, beside, somebody)
+            if getattr(learning, "standardize", False):
+                standardized(torch.zeros(1, num_classes))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def describe(

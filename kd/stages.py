@@ -9,21 +9,20 @@ only `report` opens the test split.
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from kd import artifacts, bench, bundle, manifest, promotion
 from kd import report as reporting
 from kd.cast import assistant_role, baseline_role, taught_student
-from kd.data import Images, prepare
+from kd.data import Images, Raw, prepare
 from kd.evaluate import predict
 from kd.examine import examine, latencies, names_of
 from kd.exporters import export_and_check
 from kd.packing import student_to_export, try_export
 from kd.params import Params
 from kd.qat import when_called_for
-from kd.roles import Role, learn, seed_of, try_models
+from kd.roles import Role, learn, seed_of, try_learners
 from kd.tracking import Run, TrackingError
 from kd.tracking.weights import log_weight_sets
 from kd.weightings import (
@@ -38,15 +37,30 @@ DATA = artifacts.ROOT / "data"
 
 
 def data(params: Params, name: str, run: Run) -> None:
-    """Read the data set, split it, and keep it in a compact form; try the exports."""
+    """Read the data set, split it, and keep it in a compact form; try all that comes later."""
     for exporter in params.exports.values():
         exporter.check()
-    record = prepare_data(params, name, run)
-    try_export(params.student.model, record)
+    raw = read_data(params)
+    try_export(params.student.model, **shape_of(params, raw))
+    prepare_data(params, raw, run)
 
 
-def prepare_data(params: Params, name: str, run: Run) -> dict[str, Any]:
-    """Read the data set, split it, keep it, and try every model on it; the data's record."""
+def read_data(params: Params) -> Raw:
+    """Read the data set, and try on its shape all that is to learn from it."""
+    raw = params.data.dataset.read()
+    try_learners(params.learners(), **shape_of(params, raw))
+    return raw
+
+
+def shape_of(params: Params, raw: Raw) -> dict[str, int]:
+    """What a model must know of the images."""
+    section = params.data
+    sizes = {"channels": section.channels, "image_size": section.image_size}
+    return {**sizes, "num_classes": len(raw.class_names)}
+
+
+def prepare_data(params: Params, raw: Raw, run: Run) -> None:
+    """Split the data set that was read, and keep it in a compact form."""
     section = params.data
     record = prepare(
         section.dataset,
@@ -55,13 +69,12 @@ def prepare_data(params: Params, name: str, run: Run) -> dict[str, Any]:
         channels=section.channels,
         seed=params.seed,
         folder=artifacts.folder("data"),
+        raw=raw,
     )
-    try_models(params.models(), record)
     counts = {split: found["count"] for split, found in record["splits"].items()}
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
     run.log_final({f"num_{split}": count for split, count in counts.items()})
     run.log_file(DATA / "data.json")
-    return record
 
 
 def teacher(params: Params, name: str, run: Run) -> None:

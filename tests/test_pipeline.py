@@ -17,6 +17,7 @@ import yaml
 
 from kd import artifacts, lineage, params, stages
 from kd.bundle import checksums
+from kd.component import ConfigError
 from kd.exporters import ExecuTorch, Int8, Onnx
 from kd.qat import gentle
 from kd.recipe import Recipe
@@ -414,12 +415,17 @@ def test_truncated_images_are_named_before_training(finished, tmp_path):
             "resnet18",
         ),
         (
+            {"student.method": {"kind": "custom", "path": "nowhere:Method"}},
+            ["data"],
+            "student: path 'nowhere:Method': cannot import nowhere",
+        ),
+        (
             {"recipe.precision": "tf32", "recipe.device": "cpu"},
             ["data"],
             r"recipe\.precision is 'tf32'; it must be fp32 or bf16 where device is cpu",
         ),
     ],
-    ids=["value", "order", "name", "folder", "model", "precision"],
+    ids=["value", "order", "name", "folder", "model", "method", "precision"],
 )
 def test_bad_input_ends_with_status_2_and_one_clear_line(tmp_path, changes, arguments, said):
     experiment(tmp_path, **changes)
@@ -427,3 +433,46 @@ def test_bad_input_ends_with_status_2_and_one_clear_line(tmp_path, changes, argu
     assert done.returncode == 2, done.stderr
     assert re.search(said, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"teacher.model": {"kind": "custom", "path": "tests.models.toys:no_module"}},
+            "^teacher: ",
+        ),
+        (
+            {"student.method": {"kind": "custom", "path": "kd.methods:KD", "args": {"alfa": 1}}},
+            "^student: path 'kd.methods:KD' cannot be called with",
+        ),
+        (
+            {"student.method": {"kind": "custom", "path": "kd.methods:OKDDip"}},
+            r"^student: peers is \[\]; it must be from 2",
+        ),
+        (
+            {
+                "data.dataset": {"kind": "custom", "path": "tests.data.toys:Stripes"},
+                "data.source": "tests/data",
+                "baselines.labels": {
+                    "teachers": "teacher",
+                    "method": {"kind": "kd", "standardize": True},
+                },
+            },
+            "^baselines.labels: standardize is true; it must be false where there are only two",
+        ),
+        (
+            {"student.model": {"kind": "custom", "path": "tests.models.toys:Choosy"}},
+            "must do the same steps whatever the image shows",
+        ),
+    ],
+    ids=["model", "method", "peers", "classes", "export"],
+)
+def test_what_cannot_learn_or_be_exported_is_found_before_anything_is_written(
+    tmp_path, monkeypatch, changes, said
+):
+    experiment(tmp_path, **changes)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        run_stages(["data"])
+    assert not Path("artifacts").exists()

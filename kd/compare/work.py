@@ -42,7 +42,8 @@ def do(comparison: Comparison, unit: Unit) -> None:
         ):
             try:
                 if unit.stage == "data":
-                    stages.prepare_data(reading_from(here, params), unit.name, run)
+                    params = reading_from(here, params)
+                    stages.prepare_data(params, stages.read_data(params), run)
                 else:
                     stages.STAGES[unit.stage](params, unit.name, run)
             except NonFiniteLoss as error:

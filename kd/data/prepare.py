@@ -32,7 +32,14 @@ _CHUNK = 64  # images in memory at once: 10 MB at 224 x 224 x 3
 
 
 def prepare(
-    dataset: "Dataset", splits: Splits, *, image_size: int, channels: int, seed: int, folder: Path
+    dataset: "Dataset",
+    splits: Splits,
+    *,
+    image_size: int,
+    channels: int,
+    seed: int,
+    folder: Path,
+    raw: Raw | None = None,
 ) -> dict[str, Any]:
     """Read, resize, split and write a data set.
 
@@ -47,6 +54,7 @@ def prepare(
         channels: 1 (grey) or 3 (colour).
         seed: decides the splits.
         folder: where the prepared data belongs.
+        raw: what `dataset` reads, where it was read already.
 
     Returns:
         The record, as in data.json.
@@ -57,7 +65,7 @@ def prepare(
     """
     require(image_size >= 1, "image_size", image_size, "1 or more")
     require(channels in (1, 3), "channels", channels, "1 (grey) or 3 (colour)")
-    raw = dataset.read()
+    raw = raw or dataset.read()
     rows_by_split = splits.assign(raw, seed)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
