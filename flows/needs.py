@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import yaml
 from dvc.fs import HTTPFileSystem
 from dvc.repo import Repo
-from dvc.utils.serialize import load_yaml
 
 from kd import git
 
@@ -68,7 +68,8 @@ def _check_remote(root: Path) -> None:
 
 def _check_tracking(root: Path) -> None:
     params = root / "params.yaml"
-    if params.exists() and load_yaml(params).get("tracking") is not True:
+    # As kd reads it, in YAML 1.1: `yes` is a word to DVC, and stages would track.
+    if params.exists() and (yaml.safe_load(params.read_text()) or {}).get("tracking") is False:
         return
     uri = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if not uri.scheme or uri.scheme in ("sqlite", "file"):

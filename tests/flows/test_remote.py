@@ -90,6 +90,21 @@ def test_mlflow_must_be_within_the_workers_reach(
         needs.check(project.root)
 
 
+@pytest.mark.parametrize(
+    ("said", "tracks"), [("", True), ("tracking: yes", True), ("tracking: off", False)]
+)
+def test_whether_stages_track_is_read_as_they_read_it(
+    project: Toy, monkeypatch: pytest.MonkeyPatch, said: str, tracks: bool
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    project.path("params.yaml").write_text(f"unused: 0\n{said}\n")
+    workers.commit(project)
+    if tracks:
+        assert "set MLFLOW_TRACKING_URI" in refused(project)
+    else:
+        needs.check(project.root)
+
+
 def test_without_a_server_or_a_worker_nothing_is_handed_out(
     project: Toy, prefect: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
