@@ -1,12 +1,14 @@
 """`make stack`: refused where it would be unsafe, and the real thing started, used and ended."""
 
 import base64
+import configparser
 import json
 import os
 import shlex
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+import sqlalchemy
 
 from flows import last_run, server
 from tests.flows.toys import SOURCES, Toy, endless, pid_in, timed, wait_until
@@ -57,6 +60,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"STACK_HOST": "everywhere"}, "an IPv4 address of this machine"),
         ({"STACK_PASSWORD": "short"}, "at least twelve characters"),
         ({"STACK_PASSWORD": 'twelve"; rm -rf'}, "at least twelve characters"),
+        ({"STACK_PASSWORD": "correct@horse-battery"}, "at least twelve characters"),
         ({"STACK_MLFLOW_PORT": "http"}, "STACK_MLFLOW_PORT is 'http'"),
     ],
 )
@@ -74,6 +78,17 @@ def test_a_misspelt_setting_is_named(project: Path) -> None:
         file.write("STACK_PROT=1\n")
     with pytest.raises(StackError, match="STACK_PROT, which nothing reads"):
         settings.read(project)
+
+
+def test_a_password_means_itself_in_urls_configuration_files_and_shells() -> None:
+    password = "".join(c for c in string.printable if settings.PASSWORD.fullmatch(12 * c))
+    url = f"postgresql+psycopg://kd:{password}@postgres:5432/mlflow"
+    read = configparser.ConfigParser()
+    read.read_string(f"[mlflow]\ndatabase_uri = {url}\n")
+    for each in (url, read["mlflow"]["database_uri"]):
+        parsed = sqlalchemy.make_url(each)
+        assert (parsed.username, parsed.password, parsed.host) == ("kd", password, "postgres")
+    assert shlex.quote(password) == password
 
 
 def test_on_this_machine_alone_nothing_needs_a_password(project: Path) -> None:
