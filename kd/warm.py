@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Server:
     def serve(self) -> list[str]:
         """Fork for each request.  Returns in the children only: the arguments to run with."""
         while True:
-            for key, _ in self.selector.select():
+            for key, _ in self.selector.select()[:1]:  # it may close what the others are about
                 request = key.data(key.fileobj)
                 if request and (child := self.fork(request)) is not None:
                     return child
@@ -157,10 +158,12 @@ class Server:
     def accept(self, listener: socket.socket) -> dict[str, Any] | None:
         """One request, with its connection and streams; None if it was declined."""
         connection, _ = listener.accept()
-        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-        request: dict[str, Any] = json.loads(connection.makefile().readline() or "{}")
-        if streams and request and self.suits(request):
-            return {**request, "connection": connection, "streams": streams}
+        streams: list[int] = []
+        with suppress(OSError, ValueError):  # the client died, or a source file is gone
+            _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+            request: dict[str, Any] = json.loads(connection.makefile().readline())
+            if streams and self.suits(request):
+                return {**request, "connection": connection, "streams": streams}
         for each in streams:
             os.close(each)
         connection.close()
@@ -204,7 +207,8 @@ class Server:
         """Have `report` called when the child ends, and `abandon` when the client does."""
         process = os.pidfd_open(child)
         self.clients[process] = connection
-        connection.sendall(f"{child}\n".encode())
+        with suppress(OSError):  # a client that is gone will be found to be
+            connection.sendall(f"{child}\n".encode())
         self.selector.register(process, selectors.EVENT_READ, self.report)
         self.selector.register(connection, selectors.EVENT_READ, lambda _: self.abandon(process))
 
@@ -215,7 +219,8 @@ class Server:
         self.selector.unregister(process)
         if connection := self.clients.pop(process, None):
             status = ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
-            connection.sendall(f"{status}\n".encode())
+            with suppress(OSError):
+                connection.sendall(f"{status}\n".encode())
             self.selector.unregister(connection)
             connection.close()
         os.close(process)

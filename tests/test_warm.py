@@ -1,15 +1,18 @@
 """The warm process: a stage that runs in a fork of it must not be told from one that does not."""
 
 import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,74 @@ def test_a_client_killed_by_force_leaves_no_child(tmp_path: Path, socket_path: s
     wait_until(lambda: not lives(pid), patience=10)
     again = client(tmp_path, "print('still there')", socket_path)
     assert again.communicate()[0] == "still there\n"
+
+
+@contextmanager
+def halted(server: subprocess.Popen[str]) -> Iterator[None]:
+    """While the block runs the server does not: what happens, it finds all at once."""
+    server.send_signal(signal.SIGSTOP)
+    wait_until(lambda: ") T " in Path(f"/proc/{server.pid}/stat").read_text())
+    yield
+    server.send_signal(signal.SIGCONT)
+
+
+def ask(folder: Path, socket_path: str, code: str, share: float = 1.0) -> socket.socket:
+    """A client's side of the line once it has sent so much of its request."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(socket_path)
+    environ = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    request = json.dumps({"argv": [code], "cwd": str(folder), "environ": environ}) + "\n"
+    if share:
+        socket.send_fds(connection, [b"\n"], [0, 1, 2])
+        connection.sendall(request[: int(share * len(request))].encode())
+    return connection
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_client_that_dies_while_it_asks_harms_no_other(
+    tmp_path: Path, socket_path: str, server: subprocess.Popen[str], share: float
+) -> None:
+    training = client(tmp_path, ENDLESS, socket_path)
+    pid = pid_in(tmp_path / "PID")
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    with halted(server):
+        ask(tmp_path, socket_path, "__import__('time').sleep(600)", share).close()
+    quick = client(tmp_path, "print('quick')", socket_path)
+    assert quick.communicate()[0] == "quick\n"
+    wait_until(lambda: children.read_text().split() == [str(pid)], patience=10)
+    training.kill()
+    training.communicate()
+
+
+def test_a_client_that_dies_as_its_stage_ends_harms_no_other(
+    tmp_path: Path, socket_path: str, server: subprocess.Popen[str]
+) -> None:
+    training = client(tmp_path, ENDLESS, socket_path)
+    pid = pid_in(tmp_path / "PID")
+    with halted(server):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not lives(pid))
+        other = ask(tmp_path, socket_path, "__import__('time').sleep(1)")
+        training.kill()  # the server hears of it when it has given away the files' numbers
+        training.communicate()
+    assert other.makefile().read().split()[1:] == ["0"]
+    other.close()
+
+
+def test_a_source_that_is_gone_has_the_stage_declined(tmp_path: Path, socket_path: str) -> None:
+    shutil.copytree(SOURCES / "kd", tmp_path / "kd")
+    server = start(tmp_path, "-c", SERVER, socket_path, PYTHONPATH=str(tmp_path))
+    wait_until(lambda: os.path.exists(socket_path))
+    training = client(tmp_path, ENDLESS, socket_path, PYTHONPATH=str(tmp_path))
+    pid = pid_in(tmp_path / "PID")
+    (tmp_path / "kd" / "component.py").unlink()
+    after = client(tmp_path, "", socket_path, PYTHONPATH=str(tmp_path))
+    after.communicate()
+    assert after.returncode == DECLINED
+    assert lives(pid)
+    server.kill()
+    server.communicate()
+    training.communicate()
 
 
 @pytest.mark.usefixtures("server")
