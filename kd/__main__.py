@@ -163,7 +163,7 @@ def run_stage(stage: str, name: str) -> None:
     if name not in known:
         raise ConfigError(f"{stage} has no {name!r} in params.yaml; it has {', '.join(known)}")
     spread(stage, name, devices_of(params, stage, name))
-    tracked = params.tracking and is_first()
+    tracked = params.tracking and launch.is_first()
     if tracked:
         tracking.start()[0].close()  # MLflow is imported elsewhere while torch is imported here
 
@@ -184,7 +184,7 @@ def run_stage(stage: str, name: str) -> None:
     ) as run:
         stages.STAGES[stage](params, name, run)
         run.log_tags({"kd.artifacts": str(artifacts.folder(run_name))})
-        if is_first():
+        if launch.is_first():
             artifacts.write_run_record(run_name, started, run.id, run.url)
 
 
@@ -197,18 +197,13 @@ def devices_of(params: "Params", stage: str, name: str) -> int:
     return params.student.recipe.devices if stage in ("student", "baselines") else 1
 
 
-def is_first() -> bool:
-    """Whether this process writes and tells; of several that share a training one does."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def spread(stage: str, name: str, devices: int) -> None:
     """Have one process for each device run the stage in our place; the first of them writes."""
     if devices > 1 and "LOCAL_RANK" not in os.environ:
         sys.stdout.flush()
         command = [sys.executable, "-m", "kd", stage, *name.split()]
         sys.exit(launch.run(command, devices))
-    if not is_first():
+    if not launch.is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -73,6 +73,11 @@ def run(command: Sequence[str], count: int) -> int:
     return 0
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes and tells: the only one, or rank 0."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def become_rank() -> None:
     """Live no longer than who started us, and leave it to the first rank that fails to say why."""
     warm.end_with(int(os.environ["KD_LAUNCHER"]))

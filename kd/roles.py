@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd import artifacts, manifest
+from kd import artifacts, launch, manifest
 from kd.component import ConfigError, load_object, require, source_of
-from kd.data import Images
+from kd.data import Images, key
 from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
@@ -28,7 +28,7 @@ from kd.models import CustomModel, Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe
 from kd.tracking import Run
-from kd.train import Epoch, Stopped, fit, key, ranks, steps_in_epoch
+from kd.train import Epoch, Stopped, fit, ranks, steps_in_epoch
 from kd.train.device import prepare
 from kd.train.speed import CHOICES, fastest
 
@@ -80,7 +80,7 @@ def learn(role: Role, run: Run) -> None:
             for generation in range(1, role.generations):
                 last = Ensemble((module,), (1.0,))
                 module, history = train(role, described, last, generation, run, stop)
-        if ranks.is_first():
+        if launch.is_first():
             keep(role, described, module, history, run)
             for generation in range(role.generations):
                 checkpoint_of(described, generation).remove()

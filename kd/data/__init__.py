@@ -7,7 +7,7 @@ views_N = images.augment.views_for(seed, epoch, len(images))
 batch = images.batch(order_N[:128], views_N[order_N[:128]])
 """
 
-from kd.data.augment import Augment, order_for
+from kd.data.augment import Augment, key, order_for
 from kd.data.custom import CustomDataset
 from kd.data.digits import Digits
 from kd.data.image_folder import ImageFolder
@@ -32,6 +32,7 @@ __all__ = [
     "Images",
     "Raw",
     "Splits",
+    "key",
     "order_for",
     "prepare",
     "sent",

@@ -58,20 +58,17 @@ class Augment:
         A pure function of its arguments and of `shift` and `flip`, the same on every device, so
         that training resumes exactly.
         """
-        generator = _generator("views", seed, epoch)
+        generator = torch.Generator().manual_seed(key("views", seed, epoch))
         return torch.randint(self.num_views, (num,), generator=generator)
 
 
 def order_for(seed: int, epoch: int, num: int) -> Tensor:
     """The order in which an epoch visits `num` samples, int64 on the CPU; a pure function."""
-    return torch.randperm(num, generator=_generator("order", seed, epoch))
+    generator = torch.Generator().manual_seed(key("order", seed, epoch))
+    return torch.randperm(num, generator=generator)
 
 
-def _generator(purpose: str, seed: int, epoch: int) -> torch.Generator:
-    """A CPU generator of its own for each purpose, seed and epoch.
-
-    Hashing keeps neighbours apart: seed 1 epoch 0 shares nothing with seed 0 epoch 1.
-    """
-    digest = hashlib.sha256(f"{purpose} {seed} {epoch}".encode()).digest()
-    # torch's CPU generator looks at 32 bits of its seed.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
+def key(purpose: str, *parts: int) -> int:
+    """A seed from whole numbers: neighbouring parts, and other purposes, give unrelated ones."""
+    digest = hashlib.sha256(" ".join([purpose, *map(str, parts)]).encode()).digest()
+    return int.from_bytes(digest[:4])  # PyTorch's CPU generator looks at 32 bits of its seed

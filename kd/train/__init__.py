@@ -2,7 +2,7 @@
 
 from kd.train.lesson import Lesson, mixed
 from kd.train.loop import LossWatch, NonFiniteLoss, TeacherChanged, fit
-from kd.train.plan import Batch, Plan, batch_of, key, steps_in_epoch
+from kd.train.plan import Batch, Plan, batch_of, steps_in_epoch
 from kd.train.state import Checkpoint, Epoch, Stopped
 from kd.train.targets import Tables
 
@@ -19,7 +19,6 @@ __all__ = [
     "TeacherChanged",
     "batch_of",
     "fit",
-    "key",
     "mixed",
     "steps_in_epoch",
 ]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import ConfigError
-from kd.data import Images, sent
+from kd.data import Images, key, sent
 from kd.ensemble import Ensemble
 from kd.methods import Labels, Learning, Method, Shown, label_probs
 from kd.recipe import Recipe
 from kd.train.device import FORMATS
-from kd.train.plan import Batch, batch_of, key
+from kd.train.plan import Batch, batch_of
 from kd.train.ranks import position
 from kd.train.targets import Tables, Targets, autocast, targets_of
 

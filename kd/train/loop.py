@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import ConfigError, Refused
-from kd.data import Images
+from kd.data import Images, key
 from kd.ensemble import Ensemble
+from kd.launch import is_first
 from kd.methods import Frozen, Learner, Method
 from kd.recipe import Recipe
 from kd.train.device import FORMATS, reseed
 from kd.train.lesson import Lesson
 from kd.train.memory import PROBE, check_memory, halved, predict_memory
-from kd.train.plan import Plan, key, steps_in_epoch
+from kd.train.plan import Plan, steps_in_epoch
 from kd.train.ranks import (
     any_rank,
-    is_first,
     mean_over_ranks,
     position,
     spread,

@@ -4,7 +4,6 @@ B batch, N samples.  Nothing here depends on what happened before, so a resumed 
 sampler's state.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kd.component import require
-from kd.data import Augment, order_for, sent
+from kd.data import Augment, order_for
 from kd.recipe import Recipe
 
 
@@ -42,12 +41,6 @@ class Plan:
         return done % self.recipe.validate_every == 0 or done == self.recipe.epochs
 
 
-def key(purpose: str, *parts: int) -> int:
-    """A seed from whole numbers: neighbouring parts, and other purposes, give unrelated ones."""
-    digest = hashlib.sha256(" ".join([purpose, *map(str, parts)]).encode()).digest()
-    return int.from_bytes(digest[:4])  # PyTorch's CPU generator looks at 32 bits of its seed
-
-
 def steps_in_epoch(num_images: int, batch_size: int) -> int:
     """Steps of one pass over the images, every batch full; at least 1."""
     return max(1, math.ceil(num_images / batch_size))
@@ -63,12 +56,6 @@ class Batch:
     """View of each (kd/data/augment.py)."""
     passes_B: Tensor
     """Number of the pass that each is shown in, modulo `views` where views recur."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        return Batch(
-            sent(self.indices_B, device), sent(self.views_B, device), sent(self.passes_B, device)
-        )
 
     def share(self, index: int, count: int) -> "Batch":
         """Part `index` of `count` equal ones.

@@ -27,11 +27,6 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes and tells: the only one, or rank 0."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 @contextmanager
 def group(device: str) -> Iterator[None]:
     """The ranks connected with one another while the block runs; nothing for a lone process.

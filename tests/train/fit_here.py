@@ -126,5 +126,5 @@ if __name__ == "__main__":
         found = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
         everyone = [found] * ranks.position()[1]
         dist.all_gather_object(everyone, found)
-    if ranks.is_first():
+    if launch.is_first():
         print(json.dumps(everyone))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kd.component import ConfigError
-from kd.data import Augment
+from kd.data import Augment, key
 from kd.ensemble import Ensemble
 from kd.evaluate import predict, scores
 from kd.methods import KD, Frozen
@@ -20,7 +20,6 @@ from kd.train import (
     TeacherChanged,
     batch_of,
     fit,
-    key,
     mixed,
     steps_in_epoch,
 )
