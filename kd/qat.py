@@ -86,7 +86,7 @@ def fine_tuned(int8: Int8, trained: Trained, role: Role) -> Trained:
             seed=role.seed,
             num_classes=len(trained.class_names),
             epoch_steps=epoch_steps,
-            method=role.method,
+            method=method,
             ensemble=ensemble,
             on_step=progress.step,
             on_epoch=progress.epoch,

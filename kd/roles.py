@@ -169,7 +169,7 @@ def train(
             seed=seed,
             num_classes=described.num_classes,
             epoch_steps=epoch_steps,
-            method=role.method,
+            method=method,
             ensemble=ensemble,
             validate=lambda model: progress_figures(model, val),
             on_step=progress.step,

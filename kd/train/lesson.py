@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd.component import ConfigError
 from kd.data import Images, key, sent
 from kd.ensemble import Ensemble
-from kd.methods import Labels, Learning, Method, Shown, label_probs
+from kd.methods import Labels, Learning, Shown, label_probs
 from kd.recipe import Recipe
 from kd.train.device import FORMATS
 from kd.train.plan import Batch, batch_of
@@ -29,7 +29,7 @@ class Lesson:
         recipe: Recipe,
         seed: int,
         num_classes: int,
-        method: Method | None,
+        method: Learning | None,
         ensemble: Ensemble | None,
         tables: Tables | None = None,
         num_steps: int = 1,

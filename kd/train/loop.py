@@ -17,7 +17,7 @@ from kd.component import ConfigError, Refused
 from kd.data import Images, key
 from kd.ensemble import Ensemble
 from kd.launch import is_first
-from kd.methods import Frozen, Learner, Method
+from kd.methods import Frozen, Learner, Learning
 from kd.recipe import Recipe
 from kd.train.device import FORMATS, reseed
 from kd.train.lesson import Lesson
@@ -63,7 +63,7 @@ def fit(
     seed: int,
     num_classes: int,
     epoch_steps: int | None = None,
-    method: Method | None = None,
+    method: Learning | None = None,
     ensemble: Ensemble | None = None,
     validate: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
     on_step: Callable[[int], None] = lambda done: None,

@@ -1,0 +1,64 @@
+"""learn(): what a role's training keeps of itself when it is stopped, and of the user's method."""
+
+import sys
+
+import pytest
+
+from kd import params, stages
+from kd.methods import CustomMethod
+from kd.models import PlainCNN
+from kd.roles import Role, learn
+from kd.tracking import NullRun
+from tests.learners import recipe
+from tests.test_pipeline import experiment
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A workspace that holds the embedded images."""
+    folder = tmp_path_factory.mktemp("prepared")
+    experiment(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        stages.prepare_data(params.load(), "", NullRun())
+    return folder
+
+
+@pytest.fixture
+def here(prepared, tmp_path, monkeypatch):
+    """An empty workspace with those images."""
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "data").symlink_to(prepared / "artifacts" / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def role(**changes):
+    """A network that is trained in a moment, as a teacher is."""
+    given = {
+        "run_name": "teacher",
+        "role": "teacher",
+        "model": PlainCNN(depth=2, width=0.25),
+        "recipe": recipe(epochs=2, batch_size=256, checkpoint_minutes=1e9),
+        "seed": 0,
+    }
+    return Role(**(given | changes))
+
+
+def test_a_users_method_is_one_object_from_its_learner_to_its_last_loss(here, monkeypatch):
+    (here / "mine_learner.py").write_text(
+        "from kd.methods import Labels\n\n\n"
+        "class Mine(Labels):\n"
+        "    seen = []\n\n"
+        "    def learner(self, student, peers, members=None):\n"
+        "        self.seen.append(self)\n"
+        "        return student\n\n"
+        "    def loss(self, shown):\n"
+        "        self.seen.append(self)\n"
+        "        return super().loss(shown)\n"
+    )
+    monkeypatch.syspath_prepend(str(here))
+    learn(role(method=CustomMethod(path="mine_learner:Mine")), NullRun())
+    seen = sys.modules.pop("mine_learner").Mine.seen
+    assert len(seen) > 2
+    assert len(set(map(id, seen))) == 1
