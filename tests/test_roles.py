@@ -1,11 +1,12 @@
 """learn(): what a role's training keeps of itself when it is stopped, and of the user's method."""
 
+import signal
 import sys
 
 import pytest
 
-from kd import params, stages
-from kd.methods import CustomMethod
+from kd import artifacts, manifest, params, stages
+from kd.methods import KD, CustomMethod
 from kd.models import PlainCNN
 from kd.roles import Role, learn
 from kd.tracking import NullRun
@@ -43,6 +44,33 @@ def role(**changes):
         "seed": 0,
     }
     return Role(**(given | changes))
+
+
+class Watched(NullRun):
+    """A run that sends its own process a signal at an epoch, and knows what it was told."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.stop_at = stop_at
+        self.told = []
+
+    def log_epoch(self, step, metrics):
+        self.told.append(step)
+        if step == self.stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_stop_in_the_third_generation_costs_nothing_of_the_two_before(here):
+    born_again = role(method=KD(), generations=3)
+    learn(born_again, whole := Watched())
+    assert whole.told == [1, 2, 3, 4, 5, 6]
+    expected = manifest.read(artifacts.folder("teacher")).sha256
+    with pytest.raises(KeyboardInterrupt):
+        learn(born_again, Watched(stop_at=5))
+    learn(born_again, resumed := Watched())
+    assert resumed.told == [6]
+    assert manifest.read(artifacts.folder("teacher")).sha256 == expected
+    assert not list((here / ".kd/checkpoints").rglob("*.*"))
 
 
 def test_a_users_method_is_one_object_from_its_learner_to_its_last_loss(here, monkeypatch):

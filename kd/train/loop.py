@@ -88,7 +88,8 @@ def fit(
         validate: Figures of the model on the validation split, called in evaluation mode.
         on_step: Called after each step with the number of steps done.
         on_epoch: Called after each epoch.
-        checkpoint: Where to resume from, and to save to as often as the recipe says.
+        checkpoint: Where to resume from, and to save to as often as the recipe says, and
+            at the end.
         tables: Where members' logits are kept for later trainings; None: nowhere.
         stop: Asked after each step; once it says yes, the state is saved and training ends.
 
@@ -118,6 +119,7 @@ def fit(
     check_memory(predict_memory(model, lesson, recipe, position()[1]), images, recipe)
     training = Training(model, lesson, plan)
     history = training.resume(checkpoint)
+    resumed_at = training.done
     saves = Saves(recipe)
     fingerprint = ensemble.fingerprint() if ensemble else None
 
@@ -150,6 +152,8 @@ def fit(
         on_epoch(history[-1])
     if ensemble and ensemble.fingerprint() != fingerprint:
         raise TeacherChanged("a teacher's parameters or buffers changed during training")
+    if checkpoint is not None and is_first() and training.done > resumed_at:
+        checkpoint.save(training.state(), history)  # who learns from this network may be stopped
     return training.learned().eval(), history
 
 

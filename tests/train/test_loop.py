@@ -109,19 +109,22 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_and_goes_on_from_there():
         train(checkpoint=memory, checkpoint_minutes=1e9, stop=lambda: next(steps))
     assert memory.saves == 1
     resumed, _ = train(model=network(99), checkpoint=memory, checkpoint_minutes=1e9)
-    assert memory.saves == 1
+    assert memory.saves == 2
     assert weights_of(resumed) == weights_of(whole)
 
 
-def test_a_state_is_saved_as_often_as_the_recipe_says():
+def test_a_state_is_saved_as_often_as_the_recipe_says_and_at_the_end():
     for settings, expected in (
-        ({"checkpoint_steps": 4, "checkpoint_minutes": 1e9}, 3),
-        ({"checkpoint_minutes": 0.0}, 15),
-        ({"checkpoint_minutes": 1e9}, 0),
+        ({"checkpoint_steps": 4, "checkpoint_minutes": 1e9}, 4),
+        ({"checkpoint_minutes": 0.0}, 16),
+        ({"checkpoint_minutes": 1e9}, 1),
     ):
         memory = Memory()
-        train(checkpoint=memory, **settings)
+        trained, history = train(checkpoint=memory, **settings)
         assert memory.saves == expected
+        again, same = train(model=network(99), checkpoint=memory, **settings)
+        assert memory.saves == expected
+        assert (weights_of(again), same) == (weights_of(trained), history)
 
 
 def test_every_pass_shows_every_image_once_and_every_batch_is_full():
