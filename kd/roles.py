@@ -156,10 +156,14 @@ def train(
     size = sum(t.numel() * t.element_size() for t in learner.state_dict().values())
     artifacts.check_space(Path.cwd(), 8 * size)  # weights, mean, two optimiser states; twice
     progress = Progress(role.run_name, role.recipe.epochs, epoch_steps)
+    before = generation * role.recipe.epochs
 
     def tell(epoch: Epoch) -> None:
         progress.epoch(epoch)
-        log_epoch(run, epoch, before=generation * role.recipe.epochs)
+        run.log_epoch(before + epoch.number, epoch_figures(epoch))
+
+    def tell_again(history: Sequence[Epoch]) -> None:
+        run.log_curve({before + epoch.number: epoch_figures(epoch) for epoch in history})
 
     with progress:
         trained, history = fit(
@@ -174,6 +178,7 @@ def train(
             validate=lambda model: progress_figures(model, val),
             on_step=progress.step,
             on_epoch=tell,
+            on_resume=tell_again,
             checkpoint=checkpoint_of(described, generation),
             tables=artifacts.DiskTables(),
             stop=stop,
@@ -378,14 +383,11 @@ def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def log_epoch(run: Run, epoch: Epoch, before: int) -> None:
-    """Send an epoch's figures to the tracking run; earlier generations took `before` epochs."""
-    run.log_epoch(
-        before + epoch.number,
-        {
-            "train_loss": epoch.train_loss,
-            "lr": epoch.lr,
-            "images_per_second": epoch.images_per_second,
-            **{f"val_{name}": value for name, value in epoch.validation.items()},
-        },
-    )
+def epoch_figures(epoch: Epoch) -> dict[str, float]:
+    """What the tracking run is told of an epoch."""
+    return {
+        "train_loss": epoch.train_loss,
+        "lr": epoch.lr,
+        "images_per_second": epoch.images_per_second,
+        **{f"val_{name}": value for name, value in epoch.validation.items()},
+    }

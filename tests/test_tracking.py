@@ -14,10 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kd import tracking
+from kd import artifacts, tracking
 from kd.component import ConfigError
+from kd.data import Digits, Splits, prepare
+from kd.methods import KD
+from kd.roles import learn
 from kd.tracking import views
 from kd.tracking.weights import log_weight_sets
+from tests.test_roles import Watched, role
 
 SOURCES = str(Path(tracking.__file__).parents[2])
 pytestmark = pytest.mark.filterwarnings(
@@ -173,6 +177,18 @@ def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path,
         "export/model.pte"
     ]
     assert stored.info.artifact_uri.startswith(str(in_home.root / ".kd" / "mlruns"))
+
+
+def test_a_training_that_goes_on_shows_the_epochs_before_the_stop_too(in_home):
+    prepare(Digits(), Splits(), image_size=16, channels=1, seed=0, folder=artifacts.folder("data"))
+    born_again = role(method=KD(), generations=2)
+    with pytest.raises(KeyboardInterrupt):
+        learn(born_again, Watched(stop_at=3))
+    with tracking.run("teacher", None, params={}, tags={}) as run:
+        learn(born_again, run)
+        run_id = run.id
+    history = in_home.client.get_metric_history(run_id, "train_loss")
+    assert [point.step for point in history] == [1, 2, 3, 4]
 
 
 def test_a_stage_of_several_is_tagged_with_what_its_own_name_reads(in_home):

@@ -68,6 +68,7 @@ def fit(
     validate: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
     on_step: Callable[[int], None] = lambda done: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_resume: Callable[[list[Epoch]], None] = lambda history: None,
     checkpoint: Checkpoint | None = None,
     tables: Tables | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -88,6 +89,7 @@ def fit(
         validate: Figures of the model on the validation split, called in evaluation mode.
         on_step: Called after each step with the number of steps done.
         on_epoch: Called after each epoch.
+        on_resume: Called with the epochs that were done before, where there are any.
         checkpoint: Where to resume from, and to save to as often as the recipe says, and
             at the end.
         tables: Where members' logits are kept for later trainings; None: nowhere.
@@ -120,6 +122,8 @@ def fit(
     training = Training(model, lesson, plan)
     history = training.resume(checkpoint)
     resumed_at = training.done
+    if history:
+        on_resume(history)
     saves = Saves(recipe)
     fingerprint = ensemble.fingerprint() if ensemble else None
 
