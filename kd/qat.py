@@ -2,7 +2,8 @@
 
 The same teachers with the same weights, the same method and loop; only the network rounds its
 weights and activations as the exported file will, so that it learns to do without what rounding
-takes.  What comes out is an ordinary network again, which any format quantises as it would the
+takes.  After several generations it is one more: taught by the last, which is the student itself.
+What comes out is an ordinary network again, which any format quantises as it would the
 original.
 """
 
@@ -11,24 +12,30 @@ from dataclasses import replace
 
 from kd import artifacts
 from kd.component import ConfigError
-from kd.ensemble import Ensemble
+from kd.ensemble import Ensemble, digest_of_tensors
 from kd.exporters import Int8, Parity, Trained
+from kd.exporters.files import for_export
 from kd.exporters.pt2e import simulated, with_weights_of
-from kd.progress import Progress
 from kd.recipe import Recipe
 from kd.roles import (
     DATA,
     Role,
     asked_to_stop,
+    checkpoint_of,
+    describe,
+    ensemble_of,
     load_teachers,
-    training_images,
+    own_sources,
+    taught,
 )
-from kd.train import fit
 from kd.train.device import prepare
+
+SOURCES = (*artifacts.LEARNING, "qat.py", "exporters/pt2e.py")
+"""What decides what is learned here."""
 
 
 def when_called_for(
-    int8: Int8 | None, trained: Trained, role: Role
+    int8: Int8 | None, trained: Trained, role: Role, run_name: str
 ) -> Callable[[Parity], Trained | None]:
     """What `export_and_check` asks, once it knows what calibration alone has cost.
 
@@ -36,6 +43,7 @@ def when_called_for(
         int8: The format's settings; None where it has none.
         trained: The network that was exported.
         role: How that network was trained.
+        run_name: The export's.
 
     Raises:
         ConfigError: its method trains other networks along with it, which is not done in int8.
@@ -52,46 +60,36 @@ def when_called_for(
         if int8 is None or above is None or parity.lost_points <= above:
             return None
         print(f"int8 lost {parity.lost_points:.2f} points, above {above}: fine-tuning", flush=True)
-        return fine_tuned(int8, trained, role)
+        return fine_tuned(int8, trained, role, run_name)
 
     return answer
 
 
-def fine_tuned(int8: Int8, trained: Trained, role: Role) -> Trained:
+def fine_tuned(int8: Int8, trained: Trained, role: Role, run_name: str) -> Trained:
     """The network after some epochs under its teachers with int8 simulated.
 
     Raises:
         ArtifactError: a teacher is missing or is not the one that taught the network.
         ConfigError: the network cannot be traced.
     """
-    recipe, method = gentle(role.recipe, int8), role.method.resolved() if role.method else None
-    device = prepare(recipe)
+    role = replace(role, run_name=run_name, recipe=gentle(role.recipe, int8))
+    device = prepare(role.recipe)
     record = artifacts.read_json(artifacts.folder(DATA) / "data.json")
-    members, _ = load_teachers(role, record["data_hash"])
-    names = tuple(name.removeprefix("assistants/") for name in role.teachers)
-    weights_K = tuple(role.teachers.values())
-    ensemble = Ensemble(members, weights_K, role.mixing, names) if members else None
-    learns_from_pool = ensemble is not None or (method is not None and method.uses_pool)
-    images, epoch_steps = training_images(role, device, learns_from_pool)
+    members, origins = load_teachers(role, record["data_hash"])
+    ensemble = ensemble_of(role, members)
+    if role.generations > 1:
+        ensemble = Ensemble((for_export(trained.module),), (1.0,))
+    described = replace(
+        describe(role, record, origins, device),
+        sha256=digest_of_tensors(trained.module.state_dict()),
+        code=artifacts.code_digest(SOURCES, own_sources(role)),
+    )
+    checkpoint = checkpoint_of(described, role.generations)
     student = simulated(trained.module, trained.image_shape)
-    learner = student
-    if method is not None:
-        learner = method.learner(student, [], ensemble.described() if ensemble else None)
-    progress = Progress(f"{role.run_name} in int8", recipe.epochs, epoch_steps)
-    with asked_to_stop() as stop, progress:
-        fit(
-            learner,
-            images,
-            recipe,
-            seed=role.seed,
-            num_classes=len(trained.class_names),
-            epoch_steps=epoch_steps,
-            method=method,
-            ensemble=ensemble,
-            on_step=progress.step,
-            on_epoch=progress.epoch,
-            stop=stop,
-        )
+    with asked_to_stop() as stop:
+        # Without a look at the validation split: simulated ranges would take note of it.
+        taught(student, role, described, ensemble, checkpoint, stop)
+    checkpoint.remove()
     return replace(trained, module=with_weights_of(student.cpu(), trained.module))
 
 

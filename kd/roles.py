@@ -73,10 +73,8 @@ def learn(role: Role, run: Run) -> None:
     with ranks.group(device):
         members, origins = load_teachers(role, record["data_hash"])
         described = describe(role, record, origins, device)
-        names = tuple(name.removeprefix("assistants/") for name in role.teachers)
-        ensemble = Ensemble(members, described.weights_K, role.mixing, names) if members else None
         with asked_to_stop() as stop:
-            module, history = train(role, described, ensemble, 0, run, stop)
+            module, history = train(role, described, ensemble_of(role, members), 0, run, stop)
             for generation in range(1, role.generations):
                 last = Ensemble((module,), (1.0,))
                 module, history = train(role, described, last, generation, run, stop)
@@ -141,45 +139,72 @@ def train(
     run: Run,
     stop: Callable[[], bool],
 ) -> tuple[nn.Module, list[Epoch]]:
-    """One generation of a role: the trained network, without what trained along with it."""
+    """One generation of a role: the trained network, and its epochs."""
+    seed = role.seed if generation == 0 else key("generation", role.seed, generation)
+    torch.manual_seed(key("weights", seed))
+    val = Images.load(artifacts.folder(DATA), "val", device=described.device)
+    before = generation * role.recipe.epochs
+
+    def tell(history: Sequence[Epoch]) -> None:
+        run.log_curve({before + epoch.number: epoch_figures(epoch) for epoch in history})
+
+    return taught(
+        described.build(),
+        replace(role, seed=seed),
+        described,
+        ensemble,
+        checkpoint_of(described, generation),
+        stop,
+        validate=lambda model: progress_figures(model, val),
+        on_epoch=lambda epoch: run.log_epoch(before + epoch.number, epoch_figures(epoch)),
+        on_resume=tell,
+    )
+
+
+def taught(
+    network: nn.Module,
+    role: Role,
+    described: Manifest,
+    ensemble: Ensemble | None,
+    checkpoint: artifacts.DiskCheckpoint,
+    stop: Callable[[], bool],
+    *,
+    validate: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_resume: Callable[[list[Epoch]], None] = lambda history: None,
+) -> tuple[nn.Module, list[Epoch]]:
+    """`network` after a training by its role, without what trained along with it; its epochs."""
     method = role.method.resolved() if role.method else None
     learns_from_pool = ensemble is not None or (method is not None and method.uses_pool)
     images, epoch_steps = training_images(role, described.device, learns_from_pool)
-    val = Images.load(artifacts.folder(DATA), "val", device=described.device)
-    seed = role.seed if generation == 0 else key("generation", role.seed, generation)
-    torch.manual_seed(key("weights", seed))
-    learner = described.build()
+    learner = network
     if method is not None:
         peers = {name: described.build(model) for name, model in described.peers.items()}
         members = ensemble.described() if ensemble else None
-        learner = surrounded(learner, method, peers, members)
+        learner = surrounded(network, method, peers, members)
     size = sum(t.numel() * t.element_size() for t in learner.state_dict().values())
     artifacts.check_space(Path.cwd(), 8 * size)  # weights, mean, two optimiser states; twice
     progress = Progress(role.run_name, role.recipe.epochs, epoch_steps)
-    before = generation * role.recipe.epochs
 
     def tell(epoch: Epoch) -> None:
         progress.epoch(epoch)
-        run.log_epoch(before + epoch.number, epoch_figures(epoch))
-
-    def tell_again(history: Sequence[Epoch]) -> None:
-        run.log_curve({before + epoch.number: epoch_figures(epoch) for epoch in history})
+        on_epoch(epoch)
 
     with progress:
         trained, history = fit(
             learner,
             images,
             role.recipe,
-            seed=seed,
+            seed=role.seed,
             num_classes=described.num_classes,
             epoch_steps=epoch_steps,
             method=method,
             ensemble=ensemble,
-            validate=lambda model: progress_figures(model, val),
+            validate=validate,
             on_step=progress.step,
             on_epoch=tell,
-            on_resume=tell_again,
-            checkpoint=checkpoint_of(described, generation),
+            on_resume=on_resume,
+            checkpoint=checkpoint,
             tables=artifacts.DiskTables(),
             stop=stop,
         )
@@ -335,6 +360,13 @@ def load_teachers(role: Role, data_hash: str) -> tuple[tuple[nn.Module, ...], tu
     manifest.check_lineage([m for _, m in loaded], present, data_hash)
     origins = tuple(Origin(name=m.name, sha256=m.sha256) for _, m in loaded)
     return tuple(module for module, _ in loaded), origins
+
+
+def ensemble_of(role: Role, members: tuple[nn.Module, ...]) -> Ensemble | None:
+    """The role's teachers, weighed as it says; None where it has none."""
+    names = tuple(name.removeprefix("assistants/") for name in role.teachers)
+    weights_K = tuple(role.teachers.values())
+    return Ensemble(members, weights_K, role.mixing, names) if members else None
 
 
 def progress_figures(model: nn.Module, val: Images) -> dict[str, float]:

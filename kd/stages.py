@@ -144,9 +144,10 @@ def exports(params: Params, name: str, run: Run) -> None:
     exporter = params.exports[name]
     trained, described = student_to_export(exporter)
     val = Images.load(DATA, "val")
-    folder = artifacts.folder(f"exports/{name}")
+    run_name = f"exports/{name}"
+    folder = artifacts.folder(run_name)
     bundle.clear(folder)
-    called_for = when_called_for(exporter.int8, trained, taught_student(params))
+    called_for = when_called_for(exporter.int8, trained, taught_student(params), run_name)
     parity = export_and_check(
         exporter, trained, val.pixels_NHWC, val.labels_N, folder, fine_tune=called_for
     )

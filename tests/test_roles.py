@@ -1,16 +1,20 @@
-"""learn(): what a role's training keeps of itself when it is stopped, and of the user's method."""
+"""One network's training: what is left of it after a stop, and of the method that it was given."""
 
 import signal
 import sys
+from typing import ClassVar
 
 import pytest
 
 from kd import artifacts, manifest, params, stages
+from kd.component import component
+from kd.exporters import Int8, Trained
 from kd.methods import KD, CustomMethod
 from kd.models import PlainCNN
+from kd.qat import fine_tuned
 from kd.roles import Role, learn
 from kd.tracking import NullRun
-from tests.learners import recipe
+from tests.learners import recipe, weights_of
 from tests.test_pipeline import experiment
 
 
@@ -90,3 +94,54 @@ def test_a_users_method_is_one_object_from_its_learner_to_its_last_loss(here, mo
     seen = sys.modules.pop("mine_learner").Mine.seen
     assert len(seen) > 2
     assert len(set(map(id, seen))) == 1
+
+
+@component
+class Interrupted(KD):
+    """KD that interrupts its own process once, in the second of five steps."""
+
+    armed: ClassVar[bool] = False
+    seen: ClassVar[list[float]] = []
+    """How far the training was at each loss that a teacher has a say in."""
+
+    def loss(self, shown):
+        self.seen.append(shown.progress)
+        if self.armed and shown.progress > 0:
+            type(self).armed = False
+            signal.raise_signal(signal.SIGINT)
+        return super().loss(shown)
+
+
+@pytest.fixture
+def trained(here):
+    """The teacher's network, as exports are given it."""
+    learn(role(), NullRun())
+    network, described = manifest.load(artifacts.folder("teacher"))
+    given = {name: getattr(described, name) for name in ("image_size", "class_names")}
+    return Trained(module=network, mean=described.mean, std=described.std, **given)
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_int8_goes_on_to_the_same_bits_after_a_stop(here, trained, monkeypatch):
+    student = role(method=Interrupted(), teachers={"teacher": 1.0})
+    given = (Int8(qat_epochs=1), trained, student, "exports/phone")
+    whole = fine_tuned(*given)
+    monkeypatch.setattr(Interrupted, "armed", True)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tuned(*given)
+    assert list((here / ".kd/checkpoints/exports/phone").glob("*.safetensors"))
+    Interrupted.seen.clear()
+    resumed = fine_tuned(*given)
+    assert len([each for each in Interrupted.seen if each > 0]) == 3
+    assert weights_of(resumed.module) == weights_of(whole.module) != weights_of(trained.module)
+    assert not list((here / ".kd/checkpoints").rglob("*.*"))
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_int8_is_one_more_generation_of_a_born_again_student(trained):
+    before = weights_of(trained.module)
+    student = role(method=Interrupted(), generations=2)
+    Interrupted.seen.clear()
+    fine_tuned(Int8(qat_epochs=1), trained, student, "exports/phone")
+    assert Interrupted.seen
+    assert weights_of(trained.module) == before
