@@ -166,7 +166,8 @@ class Training:
 
     def __init__(self, model: nn.Module, lesson: Lesson, plan: Plan) -> None:
         memory_format = FORMATS[plan.recipe.memory_format]
-        self.model = with_global_statistics(model).to(memory_format=memory_format).train()
+        self.model = with_global_statistics(model).to(memory_format=memory_format)
+        self.model.train()
         self.network = spread(
             compiled(self.model) if plan.recipe.compile else self.model,
             lambda: lesson.leaves_unused(self.model, PROBE),

@@ -67,7 +67,7 @@ class Memory:
 
 
 def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int = 1) -> Memory:
-    """What training will need, from one forward pass of a few images on a copy of the model.
+    """What training will need, from forward passes of a few images on a copy of the model.
 
     Args:
         model: Who learns; on its device.
