@@ -136,7 +136,8 @@ class _Program:
 
     The runtime has one pool of threads a process, and XNNPACK keeps the address of the pool that
     was there when it loaded a program.  So the pool gets its threads before the program is loaded,
-    and a program loaded before the pool was last replaced is loaded again.
+    and a program loaded before the pool was last replaced is loaded again.  Replacements are
+    counted, so that no call has to ask the runtime, which would be measured with it.
     """
 
     _pool = 0  # of this process: how often it was replaced
@@ -146,7 +147,7 @@ class _Program:
         self._load()
 
     def __call__(self, image: Tensor) -> Tensor:
-        if self._replace_pool() or self._loaded_with != _Program._pool:
+        if self._loaded_with != _Program._pool:
             self._load()
         output_1C: Tensor = self._method.execute([image])[0]
         return output_1C
@@ -158,21 +159,19 @@ class _Program:
     def _load(self) -> None:
         from executorch.runtime import Runtime
 
-        self._replace_pool()
+        self._size_pool()
         self._loaded_with = _Program._pool
         self._program = Runtime.get().load_program(self._data)  # must outlive its method
         self._method = self._program.load_method("forward")
 
-    def _replace_pool(self) -> bool:
-        """Make the pool one of this program's number of threads; whether it was another."""
+    def _size_pool(self) -> None:
+        """Have the pool be one of this program's number of threads."""
         from executorch.extension.pybindings import portable_lib
 
         with without_lines("[cpuinfo_utils.cpp", "[threadpool.cpp"):  # how it finds the cores
-            if portable_lib._threadpool_get_thread_count() == self._threads:
-                return False
-            portable_lib._unsafe_reset_threadpool(self._threads)
-        _Program._pool += 1
-        return True
+            if portable_lib._threadpool_get_thread_count() != self._threads:
+                portable_lib._unsafe_reset_threadpool(self._threads)
+                _Program._pool += 1
 
 
 def _undelegated(plan: Any) -> Iterator[str]:

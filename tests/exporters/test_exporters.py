@@ -168,6 +168,37 @@ def test_operators_that_xnnpack_cannot_take_are_counted(tmp_path: Path) -> None:
     assert "executorch_call" not in undelegated
 
 
+def test_only_a_change_of_threads_touches_executorch_s_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = trained_on(ZeroPadded(), pictures(4, 1, 16))
+    ExecuTorch().export(trained, tmp_path / "model.pte")
+    one, two = (ExecuTorch().load(tmp_path / "model.pte", threads) for threads in (1, 2))
+    from executorch.extension.pybindings import portable_lib  # its first import would warn
+
+    touched: list[str] = []
+    for module, name in [
+        (os, "dup2"),  # of standard error, where the pool says what it finds
+        (portable_lib, "_threadpool_get_thread_count"),
+        (portable_lib, "_unsafe_reset_threadpool"),
+    ]:
+        call = getattr(module, name)
+
+        def noted(*given: Any, name: str = name, call: Callable[..., Any] = call) -> Any:
+            touched.append(name)
+            return call(*given)
+
+        monkeypatch.setattr(module, name, noted)
+    image = one.blank(1)
+    expected = two(image)
+    assert touched == []
+    torch.testing.assert_close(one(image), expected)
+    assert touched.count("_unsafe_reset_threadpool") == 1
+    touched.clear()
+    assert torch.equal(one(image), one(image))
+    assert touched == []
+
+
 def test_onnx_batch_is_fixed_unless_asked_otherwise(made: Exported) -> None:
     if isinstance(made.exporter, Onnx):
         (batch, *_) = made.exporter.inspect(made.path)["inputs"]["image"]
