@@ -28,7 +28,10 @@ class Classifier:
     """A bundle, loaded: pictures in, class names and probabilities out."""
 
     def __init__(self, folder: str | Path, threads: int = 1) -> None:
-        """Args: the bundle's folder, and how many threads the runtime may use."""
+        """Args: the bundle's folder, and how many threads the runtime may use.
+
+        ExecuTorch has one number of threads for all files of a process.
+        """
         folder = Path(folder)
         self.form = json.loads((folder / "preprocessing.json").read_text("utf-8"))
         self.labels = np.array((folder / "labels.txt").read_text("utf-8").split("\n")[:-1])
@@ -101,14 +104,30 @@ def onnx(path: Path, form: dict[str, Any], threads: int) -> Call:
 
 
 def executorch(path: Path, form: dict[str, Any], threads: int) -> Call:
-    """The file in ExecuTorch's runtime, whose inputs and outputs go by position."""
+    """The file in ExecuTorch's runtime, whose inputs and outputs go by position.
+
+    The runtime has one pool of threads a process, and XNNPACK keeps the address of the pool that
+    was there when it loaded a file: once there is one, the pool must stay.  The runtime's module
+    notes it, because each bundle has a copy of this file.
+
+    Raises:
+        ValueError: a file is loaded already, with another number of threads.
+    """
     import torch
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    portable_lib._unsafe_reset_threadpool(threads)  # before loading: XNNPACK keeps the pool
+    taken = getattr(portable_lib, "classify_threads", threads)
+    if taken != threads:
+        raise ValueError(
+            f"threads is {threads}, but ExecuTorch has loaded a file with {taken} threads in this "
+            f"process: it must be {taken} here too, or the file run in a process of its own"
+        )
+    if portable_lib._threadpool_get_thread_count() != threads:
+        portable_lib._unsafe_reset_threadpool(threads)
     program = Runtime.get().load_program(path.read_bytes())
     method = program.load_method("forward")
+    portable_lib.classify_threads = threads
 
     def call(given: "NDArray[Any]", keeps: Any = program) -> "NDArray[np.float32]":
         (scores,) = method.execute([torch.tensor(given)])  # the program outlives its method

@@ -2,9 +2,11 @@
 
 import filecmp
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -223,3 +225,32 @@ def test_labels_of_another_file_are_refused_by_the_reader(spare):
 def test_pictures_of_another_form_are_refused_by_the_reader(made, images, told):
     with pytest.raises(ValueError, match=f"pictures are .*{told}.*must be uint8"):
         Classifier(made.folder).predict(images)
+
+
+TWO_COUNTS = """
+import runpy, sys
+import numpy as np
+one, two = (runpy.run_path("classify.py")["Classifier"] for _ in range(2))  # of two bundles
+images = np.load(sys.argv[1])
+first = one(".", threads=2)
+expected = first.predict(images)["label"]
+try:
+    two(".", threads=1)
+except ValueError as error:
+    print(error)
+assert (two(".", threads=2).predict(images)["label"] == expected).all()
+assert (first.predict(images)["label"] == expected).all()
+"""
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_would_take_executorch_s_pool_from_a_loaded_file(tmp_path):
+    one = bundled(tmp_path, ExecuTorch())
+    np.save(tmp_path / "images.npy", one.images_NHWC)
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_COUNTS, str(tmp_path / "images.npy")],
+        env={**os.environ, "MALLOC_PERTURB_": "165"},  # what is freed cannot be used any longer
+        cwd=one.folder, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("threads is 1, but ExecuTorch has loaded a file with 2 threads")
