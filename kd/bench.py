@@ -18,7 +18,7 @@ from torch import nn
 
 from kd import artifacts
 from kd.bundle import checksums
-from kd.component import ConfigError
+from kd.component import ConfigError, reason
 from kd.exporters import Exporter, Runner, latency
 from kd.exporters.parity import digest, files_of
 
@@ -53,8 +53,7 @@ def load(path: Path, threads: int = 1) -> Runner:
     try:
         runner(runner.blank(1))
     except Exception as error:  # each runtime has its own
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is no classifier of pictures ({reason})") from error
+        raise ConfigError(f"{path} is no classifier of pictures ({reason(error)})") from error
     return runner
 
 

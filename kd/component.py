@@ -53,6 +53,11 @@ def require(holds: bool, field: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{field} is {value!r}; it must be {wanted}")
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says; the error's own name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
 def source_of(thing: object) -> str:
     """SHA-256 of the file that holds a class's or function's code; "" where it has none in Python.
 

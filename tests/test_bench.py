@@ -9,7 +9,7 @@ from torch import nn
 from kd import bench
 from kd.__main__ import run
 from kd.component import ConfigError
-from kd.exporters import Onnx, Trained
+from kd.exporters import Onnx, Runner, Trained
 from tests.bundle.toys import bundled
 
 
@@ -96,6 +96,18 @@ def test_a_model_of_another_kind_is_refused_in_a_line(tmp_path, capsys, shape, k
     assert run(["bench", str(tmp_path / "other.onnx")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert told in line
+
+
+def test_a_runtime_that_says_nothing_is_quoted_by_its_error_s_name(exported, monkeypatch):
+    def load(self, path, threads):
+        return Runner(refuse, (3, 8, 8), True, threads)
+
+    def refuse(images):
+        raise NotImplementedError
+
+    monkeypatch.setattr(Onnx, "load", load)
+    with pytest.raises(ConfigError, match=r"classifier of pictures \(NotImplementedError\(\)\)"):
+        bench.load(exported / "model.onnx")
 
 
 def test_a_missing_runtime_is_named(exported, monkeypatch):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from kd.component import ConfigError
+from kd.component import ConfigError, reason
 
 PYTREE = logging.getLogger("torch.utils._pytree")
 AT_IMPORT = (
@@ -121,9 +121,8 @@ def exporting(what: str) -> Iterator[None]:
     except (ConfigError, OSError, MemoryError):
         raise
     except Exception as error:  # each exporter has its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ConfigError(
-            f"the network cannot become {what}: {type(error).__name__}: {reason.strip()}; "
+            f"the network cannot become {what}: {type(error).__name__}: {reason(error)}; "
             "it must do the same steps whatever the image shows, with operators of this format"
         ) from error
 

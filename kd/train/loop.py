@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kd.component import ConfigError, Refused
+from kd.component import ConfigError, Refused, reason
 from kd.data import Images, key
 from kd.ensemble import Ensemble
 from kd.launch import is_first
@@ -217,7 +217,7 @@ class Training:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ConfigError(
                 "recipe.compile is true, but the network cannot be compiled here "
-                f"({str(error).splitlines()[0]}): set it to false, or install what is missing"
+                f"({reason(error)}): set it to false, or install what is missing"
             ) from error
         return self.gradient(step)
 

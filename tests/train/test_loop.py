@@ -356,6 +356,16 @@ def test_what_is_left_to_the_machine_is_settled_before_training(name):
         train(**{name: "auto"})
 
 
+def test_a_compiler_that_says_nothing_is_quoted_by_its_error_s_name(monkeypatch):
+    class Uncompilable(nn.Module):
+        def forward(self, images_BCHW):
+            raise torch._dynamo.exc.TorchDynamoException
+
+    monkeypatch.setattr("kd.train.loop.compiled", lambda model: Uncompilable())
+    with pytest.raises(ConfigError, match=r"compiled here \(TorchDynamoException\(\)\)"):
+        train(compile=True)
+
+
 def test_a_training_that_is_asked_to_stop_while_teachers_are_asked_stops_there():
     memory = Memory()
     with pytest.raises(Stopped, match="while a teacher was asked"):
