@@ -19,7 +19,7 @@ from kd.component import ConfigError
 from kd.data import Digits, Splits, prepare
 from kd.methods import KD
 from kd.roles import learn
-from kd.tracking import views
+from kd.tracking import TrackingError, views
 from kd.tracking.weights import log_weight_sets
 from tests.test_roles import Watched, role
 
@@ -601,6 +601,15 @@ def test_a_recorder_that_cannot_start_says_why_at_the_first_call(tmp_path, monke
     ):
         run.log_epoch(1, {"val_nll": 1.0})
     eventually(lambda: not find_recorders(tmp_path))
+
+
+def test_a_recorder_that_ends_at_once_is_told_with_its_last_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "socket.py").write_text("raise ImportError('mine')")  # taken for Python's own
+    told = r"its recorder ended at once, with status 1 \(ImportError: mine; see .*tracking: false"
+    with pytest.raises(TrackingError, match=told):
+        tracking.start()
 
 
 @pytest.mark.slow

@@ -438,7 +438,8 @@ def start() -> tuple[Line, str]:
     Call it early (the recorder imports MLflow while the caller imports torch), and drop the line.
 
     Raises:
-        TrackingError: MLflow is not installed, or its server does not answer.
+        TrackingError: MLflow is not installed, its server does not answer, or the recorder
+            cannot be started.
     """
     uri = prepare_store()
     try:

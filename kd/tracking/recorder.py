@@ -44,15 +44,17 @@ def connect(uri: str, root: Path) -> Line:
     Args:
         uri: The store, as MLflow writes it.
         root: The repository whose commit and dvc.lock are noted.
+
+    Raises:
+        OSError: it cannot be started.
     """
     path = folder() / f"{_key(uri, root)}.sock"
     with locked(path.with_suffix(".lock")):
-        connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.connect(str(path))
+            connection = _connected(path)
         except (FileNotFoundError, ConnectionRefusedError):
             _start(path, uri, root)
-            connection.connect(str(path))
+            connection = _connected(path)
     return Line(connection)
 
 
@@ -66,17 +68,31 @@ def without_password(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
+def _connected(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(path))
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
 def _start(path: Path, uri: str, root: Path) -> None:
     """Listen on `path` and start a recorder that answers there, in a session of its own.
 
     Its own session, because what cancels a stage kills the stage's process group, and somebody
     has to be left to write that down.
+
+    Raises:
+        OSError: it ended at once; the message says what it said last.
     """
     path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener, path.with_suffix(".log").open("wb") as log:
+    said = path.with_suffix(".log")
+    with socket.socket(socket.AF_UNIX) as listener, said.open("wb") as log:
         listener.bind(str(path))
         listener.listen(128)
-        subprocess.run(
+        started = subprocess.run(
             [sys.executable, "-m", "kd.tracking", str(path), str(root)],
             stdin=listener.fileno(),
             stdout=log,
@@ -84,7 +100,12 @@ def _start(path: Path, uri: str, root: Path) -> None:
             cwd=root,
             start_new_session=True,
             env=_environment(uri),
-            check=True,
+            check=False,
+        )
+    if started.returncode:
+        *_, last = ["no word", *said.read_text(errors="replace").splitlines()]
+        raise OSError(
+            f"its recorder ended at once, with status {started.returncode} ({last}; see {said})"
         )
 
 
