@@ -11,8 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 
 from kd import FAMILIES, git
 from kd.component import ConfigError
+from kd.disk import atomic as atomic  # handed on, to whoever uses artifacts
+from kd.disk import sha256 as sha256
 from kd.ensemble import digest_of_tensors
 from kd.train import Epoch
 
@@ -55,36 +56,6 @@ def folder(run_name: str) -> Path:
     path = ROOT / run_name
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, which becomes `path` when the block ends well.
-
-    A crash leaves either the old file or the new one, never a half.
-    """
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):
-        if not lives(int(left_over.suffixes[-2][1:])):  # its process was killed
-            left_over.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def lives(process: int) -> bool:
-    """Whether a process of this machine is there."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -168,12 +139,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ArtifactError(f"{path} is damaged ({error}): {remedy(path)}") from None
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(record: object) -> str:

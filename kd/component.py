@@ -18,11 +18,12 @@ params.yaml says which member of the union it wants by ``kind: kd``.
 """
 
 import dataclasses
-import hashlib
 import importlib
 import inspect
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
+
+from kd.disk import sha256
 
 C = TypeVar("C")
 
@@ -64,7 +65,7 @@ def source_of(thing: object) -> str:
     What that file imports is not looked at.
     """
     try:
-        return hashlib.sha256(Path(inspect.getfile(thing)).read_bytes()).hexdigest()  # type: ignore[arg-type]
+        return sha256(Path(inspect.getfile(thing)))  # type: ignore[arg-type]
     except (TypeError, OSError):  # built in, or typed at a prompt
         return ""
 

@@ -21,6 +21,7 @@ from kd.component import ConfigError, require
 from kd.data.pictures import to_square
 from kd.data.raw import UNLABELLED, Raw
 from kd.data.splits import NAMES, Splits
+from kd.disk import sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +106,7 @@ def _write_raw(raw: Raw, folder: Path) -> None:
         table.writerow(["path", "bytes", "sha256"])
         for path in raw.files:
             relative = path.relative_to(raw.root).as_posix()
-            table.writerow([relative, path.stat().st_size, _sha256(path)])
+            table.writerow([relative, path.stat().st_size, sha256(path)])
 
 
 def _write_split(
@@ -162,7 +163,7 @@ def _describe(folder: Path, num_classes: int) -> dict[str, Any]:
     import numpy as np
 
     labels_N = np.load(folder / "labels.npy")
-    files = [_sha256(folder / f"{name}.npy") for name in ("images", "labels", "indices")]
+    files = [sha256(folder / f"{name}.npy") for name in ("images", "labels", "indices")]
     return {
         "count": len(labels_N),
         "per_class": np.bincount(labels_N[labels_N >= 0], minlength=num_classes).tolist(),
@@ -195,11 +196,6 @@ def _mean_std(paths: list[Path]) -> tuple[list[float], list[float]]:
             "there is nothing to learn from it"
         )
     return means, [math.sqrt(variance) / (255 * num) for variance in variances]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _move(partial: Path, folder: Path) -> None:

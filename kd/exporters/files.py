@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from kd.component import ConfigError, reason
+from kd.disk import atomic
 
 PYTREE = logging.getLogger("torch.utils._pytree")
 AT_IMPORT = (
@@ -150,12 +151,8 @@ def require_packages(*packages: str) -> None:
 
 def write(path: Path, data: bytes) -> None:
     """Write the whole file or none of it."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_bytes(data)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kd.component import Refused, component, require
+from kd.disk import sha256
 from kd.exporters.files import Runner, torch_threads
 from kd.exporters.int8 import Int8
 from kd.exporters.trained import Trained
@@ -312,7 +313,7 @@ def files_of(path: Path) -> list[Path]:
 def digest(path: Path) -> str:
     """SHA-256 of a file; of a folder, that of what `sha256sum` says of its files."""
     if not path.is_dir():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256(path)
     lines = (f"{digest(each)}  {each.relative_to(path).as_posix()}\n" for each in files_of(path))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -3,7 +3,21 @@
 import logging
 import os
 
-from kd.exporters.files import ignoring, without_lines
+from kd.exporters.files import ignoring, without_lines, write
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "model.onnx", []
+
+    def fsync(descriptor, really=os.fsync):
+        synced.append((os.fstat(descriptor).st_ino, path.exists()))
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(path, b"weights")
+    assert synced == [(path.stat().st_ino, False)]
+    assert path.read_bytes() == b"weights"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_only_the_named_lines_of_native_code_are_dropped(capfd):

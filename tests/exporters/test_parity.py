@@ -1,6 +1,8 @@
 """export_and_check publishes what it has verified, and nothing else."""
 
+import hashlib
 import math
+import tracemalloc
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from kd.component import ConfigError
 from kd.exporters import ExportRefused, Parity, Runner, Tolerance, Trained, export_and_check
+from kd.exporters.parity import digest
 
 PICTURES_NHWC = torch.randint(
     0, 256, (40, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -234,3 +237,17 @@ def test_a_tolerance_out_of_range_is_refused(wrong: dict[str, float]) -> None:
         Tolerance(**wrong)
     with pytest.raises(ConfigError):
         Tolerance(**{name: math.nan for name in wrong})
+
+
+def test_a_files_checksum_does_not_take_the_memory_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with path.open("wb") as file:
+        file.truncate(2**25)  # a hole of 32 MiB
+    tracemalloc.start()
+    try:
+        found = digest(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == hashlib.sha256(bytes(2**25)).hexdigest()
+    assert peak < 2**20
