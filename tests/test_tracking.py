@@ -512,6 +512,26 @@ def test_the_registry_keeps_one_version_a_student_and_notes_who_won_over_whom(in
     assert not told["pickles"]
 
 
+def test_the_served_student_gives_the_logits_that_were_validated_to_the_last_bit(tmp_path):
+    import torch
+
+    from kd import manifest
+    from kd.data import Images
+    from kd.evaluate import predict
+    from kd.tracking.student import Student
+
+    save_student(tmp_path / "student", 1)
+    pixels_NHWC = torch.randint(0, 256, (64, 8, 8, 1), dtype=torch.uint8)
+    model, described = manifest.load(tmp_path / "student")
+    normalised = {"mean": described.mean, "std": described.std}
+    val = Images(pixels_NHWC=pixels_NHWC, labels_N=torch.zeros(64), **normalised)
+    served = Student(tmp_path / "student")
+    np.testing.assert_array_equal(served.predict(pixels_NHWC.numpy()), predict(model, val))
+    for wrong in (pixels_NHWC.float(), pixels_NHWC[0], pixels_NHWC.transpose(1, 3)):
+        with pytest.raises(ValueError, match=r"images are .* must be uint8 \('N', 8, 8, 1\)"):
+            served.predict(wrong.numpy())
+
+
 def test_where_there_is_no_run_to_resume_a_new_one_begins(in_home):
     tags = {"kd.sha256": "never seen"}
     with tracking.run("student", params={}, tags=tags, resume=True) as new:

@@ -26,16 +26,33 @@ class Student:
     def predict(
         self, images: "NDArray[np.uint8]", params: dict[str, Any] | None = None
     ) -> "NDArray[np.float32]":
-        """Logits (N, C) of uint8 images (N, H, W, channels)."""
+        """Logits (N, C) of uint8 images (N, H, W, channels), as its validation computed them.
+
+        Raises:
+            ValueError: the images are of another type or size.
+        """
         import numpy as np
         import torch
 
-        images_NHWc = torch.from_numpy(np.array(images)).float() / 255
-        mean, std = (torch.tensor(v) for v in (self._manifest.mean, self._manifest.std))
-        with torch.inference_mode():
-            logits_NC = self._model(((images_NHWc - mean) / std).permute(0, 3, 1, 2).contiguous())
-        logits: NDArray[np.float32] = logits_NC.numpy()
-        return logits
+        from kd.data import Images
+        from kd.evaluate import predict
+
+        pixels_NHWc = np.array(images)
+        about = self._manifest
+        wanted = (about.image_size, about.image_size, about.channels)
+        if pixels_NHWc.dtype != np.uint8 or pixels_NHWc.shape[1:] != wanted:
+            raise ValueError(
+                f"images are {pixels_NHWc.dtype} {pixels_NHWc.shape}; "
+                f"they must be uint8 ('N', {', '.join(map(str, wanted))})"
+            )
+        given = Images(
+            pixels_NHWC=torch.from_numpy(pixels_NHWc),
+            labels_N=torch.full((len(pixels_NHWc),), -1),
+            mean=about.mean,
+            std=about.std,
+        )
+        logits_NC: NDArray[np.float32] = predict(self._model, given).numpy()
+        return logits_NC
 
 
 def _load_pyfunc(path: str) -> Student:
