@@ -34,6 +34,8 @@ RAW = {
         "kd": {"teachers": "teacher"},
         "again": {"teachers": "teacher"},
         "born_again": {"teachers": "none", "generations": 2},
+        "teacher": {"teachers": "none"},  # called as rows above are
+        "ensemble": {"teachers": "none"},
     },
 }
 
@@ -84,7 +86,7 @@ def test_what_is_done_is_not_done_again(here):
     assert all(here.is_done(unit) for unit in here.units.values())
     said = []
     work.do_all(here, 1, said.append)
-    assert said == ["tiny: 0 of 20 units to do"]
+    assert said == ["tiny: 0 of 24 units to do"]
 
 
 def test_work_that_was_lost_is_done_again_to_the_same_bits(here):
@@ -120,14 +122,27 @@ def test_every_cell_has_the_same_budget_but_for_its_generations(here):
 def test_the_report_is_made_of_the_records(here):
     record = json.loads((here.folder / "report.json").read_text())
     accuracies = {name: row["test_accuracy"] for name, row in record["rows"].items()}
-    assert accuracies["kd"] == accuracies["again"]
-    gaps = [100 * (a - b) for a, b in zip(accuracies["labels"], accuracies["kd"], strict=True)]
+    labels, kd = accuracies["baselines/labels"], accuracies["baselines/kd"]
+    assert kd == accuracies["baselines/again"]
+    gaps = [100 * (a - b) for a, b in zip(labels, kd, strict=True)]
     half = float(t.ppf(0.975, 1)) * statistics.stdev(gaps) / 2**0.5
-    mean, width = report.paired(accuracies["labels"], accuracies["kd"])
+    mean, width = report.paired(labels, kd)
     assert (mean, width) == pytest.approx((statistics.mean(gaps), half), rel=1e-3)
     table = (here.folder / "report.md").read_text()
-    assert f"| labels | {report.spread(accuracies['labels'], 'test_accuracy')}" in table
+    assert f"| labels | {report.spread(labels, 'test_accuracy')}" in table
     assert {"teacher", "ensemble", "assistants/large"} <= record["rows"].keys()
+
+
+def test_a_cell_may_be_called_as_a_row_above_is(here):
+    rows = json.loads((here.folder / "report.json").read_text())["rows"]
+    assert rows["teacher"]["test_agreement"] == [1.0, 1.0]
+    assert rows["baselines/teacher"] != rows["teacher"]
+    table = (here.folder / "report.md").read_text().splitlines()
+    compared = [line.split("|")[1].strip() for line in table if line.endswith(" of 2 |")]
+    expected = ["again", "baselines/ensemble", "baselines/teacher", "born_again", "labels"]
+    assert sorted(compared) == expected
+    for above in ("teacher", "ensemble"):
+        assert sum(line.startswith(f"| {above} |") for line in table) == 1
 
 
 def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatch):
@@ -242,6 +257,6 @@ def test_the_reduced_comparison_works_on_the_real_images_of_cifar10(tmp_path, mo
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     assert main(["compare.yaml", "--processes", "2", "--record", "record"]) == 0
     seen = json.loads((tmp_path / "record" / "report.json").read_text())["samples_seen"]
-    assert seen["labels"] == seen["kd"] == seen["em"] >= 500
+    assert seen["baselines/labels"] == seen["baselines/kd"] == seen["baselines/em"] >= 500
     rows = (tmp_path / "record" / "results.csv").read_text().splitlines()
-    assert sum(row.startswith("kd,") for row in rows) == 2
+    assert sum(row.startswith("baselines/kd,") for row in rows) == 2

@@ -21,7 +21,9 @@ from kd.evaluate import predict
 from kd.examine import figures
 
 ENSEMBLE = "ensemble"
-"""The row of the weighted assistants themselves."""
+"""The row of the weighted assistants themselves; every other row is a run name."""
+CELL = "baselines/"
+"""What the run names of cells, and of nobody else, begin with."""
 T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -78,7 +80,7 @@ def of_seed(
     with inside(comparison.workspace(seed)):
         test = Images.load(artifacts.ROOT / "data", "test")
         assistants = [f"assistants/{name}" for name in params.assistants]
-        cells = [f"baselines/{name}" for name in params.baselines if name not in failed]
+        cells = [f"{CELL}{name}" for name in params.baselines if name not in failed]
         names = ["teacher", *assistants, *cells]
         loaded = {name: manifest.load(artifacts.folder(name)) for name in names}
         logits = {name: predict(module, test) for name, (module, _) in loaded.items()}
@@ -87,7 +89,7 @@ def of_seed(
             stage, _, key = name.partition("/")
             unit = comparison.units[f"seed-{seed}/{stage}" + (f"/{key}" if key else "")]
             metrics = artifacts.read_json(artifacts.folder(name) / "metrics.json")
-            found[name.removeprefix("baselines/")] = {
+            found[name] = {
                 **figures(logits_NC, test.labels_N, logits["teacher"]),
                 "cpu_seconds": artifacts.read_json(comparison.record(unit))["cpu_seconds"],
                 "samples_seen": metrics["samples_seen"],
@@ -107,13 +109,13 @@ def of_seed(
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The report as a table for people, sorted by what the cells gained on the reference."""
-    rows, reference = record["rows"], record["reference"]
-    cells = [name for name in rows if not is_above(name)]
+    rows, reference = record["rows"], f"{CELL}{record['reference']}"
+    cells = [name for name in rows if name.startswith(CELL)]
     base = rows[reference]["test_accuracy"]
     gains = {name: paired(rows[name]["test_accuracy"], base) for name in cells}
-    head = [*MEASURES.values(), f"minus {reference}, points [95 % CI]", "seeds won"]
+    head = [*MEASURES.values(), f"minus {record['reference']}, points [95 % CI]", "seeds won"]
     lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
-    above = [name for name in rows if is_above(name)]
+    above = [name for name in rows if name not in cells]
     for name in (*above, *sorted(cells, key=lambda each: -gains[each][0])):
         figures = [spread(rows[name][measure], measure) for measure in MEASURES]
         gained = ["", ""]
@@ -125,16 +127,17 @@ def markdown(record: Mapping[str, Any]) -> str:
                 f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]",
                 f"{won} of {record['seeds']}",
             ]
-        lines.append(f"| {name} | {' | '.join([*figures, *gained])} |")
+        lines.append(f"| {shown(name, rows)} | {' | '.join([*figures, *gained])} |")
     said = f"{record['seeds']} seeds, {record['epochs']} epochs for every cell; mean ± deviation."
     diverged = ", ".join(f"{name} in {num}" for name, num in record["failed"].items())
     note = [f"Diverged, and so without a row: {diverged} seeds.", ""] if diverged else []
     return "\n".join([said, "", *lines, "", *note])
 
 
-def is_above(name: str) -> bool:
-    """Whether a row is a teacher or an ensemble, and so no student."""
-    return name in ("teacher", ENSEMBLE) or name.startswith("assistants/")
+def shown(name: str, rows: Collection[str]) -> str:
+    """A row's name for people: a cell's own, unless it is called as a row above is."""
+    short = name.removeprefix(CELL)
+    return name if short in rows else short
 
 
 def paired(ours_S: Sequence[float], theirs_S: Sequence[float]) -> tuple[float, float]:
