@@ -21,7 +21,7 @@ def examine(params: Params) -> Test:
     logits = {
         name: predict(manifest.load(artifacts.folder(name))[0], test) for name in run_names(params)
     }
-    logits |= ensembles(params, logits)
+    logits |= ensembles(logits)
     labels_N = test.labels_N
     right = {name: correct(logits_NC, labels_N) for name, logits_NC in logits.items()}
     log_probs_NC = logits["student"].log_softmax(1)
@@ -45,7 +45,7 @@ def run_names(params: Params) -> list[str]:
     return ["teacher", *assistants, "student", *(f"baselines/{b}" for b in params.baselines)]
 
 
-def ensembles(params: Params, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+def ensembles(logits: dict[str, Tensor]) -> dict[str, Tensor]:
     """Log-probs (N, C) of the uniform and of the weighted ensemble of assistants."""
     record = artifacts.read_json(artifacts.ROOT / "weights/weights.json")
     logits_KNC = torch.stack([logits[f"assistants/{name}"] for name in record["members"]])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from scipy.stats import t
@@ -16,7 +17,10 @@ from kd.compare import report, work
 from kd.compare.__main__ import main
 from kd.compare.plan import Comparison
 from kd.component import ConfigError
+from kd.data import Images
+from kd.evaluate import predict
 from kd.train import NonFiniteLoss
+from kd.weightings.objectives import mixed_log_probs, sample_scores
 from tests.data.toys import make_pictures
 
 PROJECT = Path(__file__).parents[1]
@@ -143,6 +147,28 @@ def test_a_cell_may_be_called_as_a_row_above_is(here):
     assert sorted(compared) == expected
     for above in ("teacher", "ensemble"):
         assert sum(line.startswith(f"| {above} |") for line in table) == 1
+
+
+def test_the_ensemble_is_mixed_as_its_weights_were_found_for(here):
+    """Another way than kd.examine's, in float64."""
+    path = here.workspace(0) / "artifacts/weights/weights.json"
+    whole, record = path.read_text(), artifacts.read_json(path)
+    record["weighting"]["mixing"] = "logits"
+    record["sets"]["chosen"]["temperature"] = 0.125  # members hardly trained differ little at 1
+    try:
+        path.write_text(json.dumps(record))
+        found = report.of_seed(here, 0, ())["ensemble"]
+    finally:
+        path.write_text(whole)
+    with work.inside(here.workspace(0)):
+        test = Images.load(artifacts.ROOT / "data", "test")
+        folders = [artifacts.folder(f"assistants/{name}") for name in record["weights"]]
+        members = [manifest.load(folder)[0] for folder in folders]
+    logits_KNC = np.stack([predict(member, test).double().numpy() for member in members])
+    weights_K = np.array(list(record["weights"].values()))
+    mixed_NC = mixed_log_probs(weights_K, logits_KNC, "logits", temperature=0.125)
+    nll_N, _ = sample_scores(mixed_NC, test.labels_N.numpy())
+    assert found["test_nll"] == pytest.approx(nll_N.mean(), rel=1e-5)
 
 
 def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatch):

@@ -16,9 +16,9 @@ from kd.compare.plan import Comparison
 from kd.compare.work import inside
 from kd.component import Refused
 from kd.data import Images
-from kd.ensemble import Ensemble
 from kd.evaluate import predict
-from kd.examine import figures
+from kd.examine import ensembles, figures
+from kd.report import WEIGHTED
 
 ENSEMBLE = "ensemble"
 """The row of the weighted assistants themselves; every other row is a run name."""
@@ -82,8 +82,7 @@ def of_seed(
         assistants = [f"assistants/{name}" for name in params.assistants]
         cells = [f"{CELL}{name}" for name in params.baselines if name not in failed]
         names = ["teacher", *assistants, *cells]
-        loaded = {name: manifest.load(artifacts.folder(name)) for name in names}
-        logits = {name: predict(module, test) for name, (module, _) in loaded.items()}
+        logits = {name: predict(manifest.load(artifacts.folder(name))[0], test) for name in names}
         found = {}
         for name, logits_NC in logits.items():
             stage, _, key = name.partition("/")
@@ -94,13 +93,8 @@ def of_seed(
                 "cpu_seconds": artifacts.read_json(comparison.record(unit))["cpu_seconds"],
                 "samples_seen": metrics["samples_seen"],
             }
-        weights = artifacts.read_json(artifacts.ROOT / "weights/weights.json")["weights"]
-        logits_KNC = torch.stack([logits[f"assistants/{name}"] for name in weights])
-        members = tuple(loaded[f"assistants/{name}"][0] for name in weights)
-        reduction = Ensemble(members, tuple(weights.values())).soft_targets(1.0)
-        mixed_NC = reduction(logits_KNC, test.labels_N)
         found[ENSEMBLE] = {
-            **figures(mixed_NC, test.labels_N, logits["teacher"]),
+            **figures(ensembles(logits)[WEIGHTED], test.labels_N, logits["teacher"]),
             "cpu_seconds": 0.0,
             "samples_seen": 0.0,
         }
