@@ -193,8 +193,8 @@ def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatc
 
 
 def test_quantiles_are_students():
-    for freedom, quantile in enumerate(report.T975, start=1):
-        assert quantile == pytest.approx(t.ppf(0.975, freedom), abs=5e-4)
+    for freedom in range(1, 100):
+        assert report.quantile(freedom) == pytest.approx(t.ppf(0.975, freedom), abs=5e-4)
 
 
 def test_a_table_goes_into_a_page_between_its_marks(tmp_path):
@@ -240,6 +240,23 @@ def test_a_folder_of_pictures_is_named_from_where_the_comparison_is_started(tmp_
 def test_a_wrong_comparison_is_refused_before_any_work(tmp_path, changes, said):
     with pytest.raises(ConfigError, match=said):
         Comparison(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("seeds", ["0", "1"])
+def test_too_few_seeds_are_refused_before_any_work(tmp_path, monkeypatch, capsys, seeds):
+    monkeypatch.chdir(written(tmp_path).parent)
+    assert main(["params.compare.yaml", "--seeds", seeds]) == 1
+    assert f"seeds is {seeds}; it must be at least 2" in capsys.readouterr().err
+    assert not (tmp_path / ".kd").exists()
+
+
+def test_an_error_is_told_with_the_unit_that_it_arose_in(tmp_path, monkeypatch, capsys):
+    splits = {"val": 0.2, "test": 0.2, "labels_per_class": 1000}
+    monkeypatch.chdir(written(tmp_path, data={"splits": splits}).parent)
+    assert main(["params.compare.yaml", "--unit", "seed-0/data"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("error: ")
+    assert said[-1] == "in seed-0/data"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.into:
             report.into(given.into, comparison.about.name, table)
     except (ConfigError, Refused) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     print(table)
     return 0

@@ -63,18 +63,21 @@ class Comparison:
             seeds: Repetitions, where not as many as the file says.
 
         Raises:
-            ConfigError: a key, type or value is wrong, or no cell has the reference's name.
+            ConfigError: a key, type or value is wrong, no cell has the reference's name, or
+                there are too few seeds.
         """
         raw = read_yaml(path)
         try:
             self.about: About = build(About, raw.pop("compare", {}), "compare")
+            if seeds is not None:
+                self.about = dataclasses.replace(self.about, seeds=seeds)
+            self.num_seeds = self.about.seeds
             cells = raw.pop("cells", {})
             under = read_yaml(path.parent / self.about.base) if self.about.base else {}
             self.raw: dict[str, Any] = {**overlay(under, raw), "baselines": cells}
             reference = self.about.reference
             wanted = f"one of the cells ({', '.join(cells)})"
             require(reference in cells, "compare.reference", reference, wanted)
-            self.num_seeds = seeds or self.about.seeds
             self.params = [parse({**self.raw, "seed": seed}) for seed in range(self.num_seeds)]
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None

@@ -27,7 +27,7 @@ def do(comparison: Comparison, unit: Unit) -> None:
     workspace = comparison.workspace(unit.seed)
     workspace.mkdir(parents=True, exist_ok=True)
     params, here = comparison.params[unit.seed], Path.cwd()
-    with inside(workspace), (workspace / "log.txt").open("a") as log:
+    with naming(unit), inside(workspace), (workspace / "log.txt").open("a") as log:
         started, used, failed = time.time(), time.process_time(), dict[str, str]()
         tags = {"kd.comparison": comparison.about.name, "kd.seed": str(unit.seed)}
         with (
@@ -53,6 +53,16 @@ def do(comparison: Comparison, unit: Unit) -> None:
         seconds = {"seconds": time.time() - started, "cpu_seconds": time.process_time() - used}
     comparison.record(unit).parent.mkdir(exist_ok=True)
     artifacts.write_json(comparison.record(unit), {"digest": unit.digest, **seconds, **failed})
+
+
+@contextlib.contextmanager
+def naming(unit: Unit) -> Iterator[None]:
+    """Have errors say in which unit they arose."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {unit.id}")
+        raise
 
 
 def reading_from(folder: Path, params: Params) -> Params:
