@@ -20,6 +20,7 @@ params.yaml says which member of the union it wants by ``kind: kd``.
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -68,6 +69,15 @@ def source_of(thing: object) -> str:
         return sha256(Path(inspect.getfile(thing)))  # type: ignore[arg-type]
     except (TypeError, OSError):  # built in, or typed at a prompt
         return ""
+
+
+def own_sources(settings: object) -> list[str]:
+    """SHA-256 of the files of the user's own code that plain settings name, at any depth."""
+    if not isinstance(settings, Mapping):
+        return []
+    if settings.get("kind") == "custom":
+        return [source_of(load_object(settings["path"]))]
+    return [sha256 for each in settings.values() for sha256 in own_sources(each)]
 
 
 def load_object(path: str) -> Any:

@@ -8,10 +8,10 @@ original.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from kd import artifacts
-from kd.component import ConfigError
+from kd.component import ConfigError, own_sources
 from kd.ensemble import Ensemble, digest_of_tensors
 from kd.exporters import Int8, Parity, Trained
 from kd.exporters.files import for_export
@@ -25,7 +25,6 @@ from kd.roles import (
     describe,
     ensemble_of,
     load_teachers,
-    own_sources,
     taught,
 )
 from kd.train.device import prepare
@@ -82,7 +81,7 @@ def fine_tuned(int8: Int8, trained: Trained, role: Role, run_name: str) -> Train
     described = replace(
         describe(role, record, origins, device),
         sha256=digest_of_tensors(trained.module.state_dict()),
-        code=artifacts.code_digest(SOURCES, own_sources(role)),
+        code=artifacts.code_digest(SOURCES, own_sources(asdict(role))),
     )
     checkpoint = checkpoint_of(described, role.generations)
     student = simulated(trained.module, trained.image_shape)

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from kd import artifacts, launch, manifest
-from kd.component import ConfigError, load_object, require, source_of
+from kd.component import ConfigError, own_sources, require
 from kd.data import Images, key
 from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
-from kd.methods import CustomMethod, Labels, Learner, Learning, Members, Method
+from kd.methods import Labels, Learner, Learning, Members, Method
 from kd.methods.mixing import standardized
-from kd.models import CustomModel, Model, build_model, count
+from kd.models import Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe
 from kd.tracking import Run
@@ -325,16 +325,9 @@ def describe(
         generations=role.generations,
         recipe=asdict(role.recipe),
         seed=role.seed,
-        code=artifacts.code_digest(own=own_sources(role)),
+        code=artifacts.code_digest(own=own_sources(asdict(role))),
         device=device,
     )
-
-
-def own_sources(role: Role) -> list[str]:
-    """SHA-256 of the files of the user's own models and method, which `code` covers, too."""
-    parts = [role.model, role.method, *role.peers.values()]
-    customs = [part for part in parts if isinstance(part, CustomModel | CustomMethod)]
-    return [source_of(load_object(part.path)) for part in customs]
 
 
 def training_images(role: Role, device: str, learns_from_pool: bool) -> tuple[Images, int]:

@@ -228,6 +228,37 @@ def test_a_folder_of_pictures_is_named_from_where_the_comparison_is_started(tmp_
     assert json.loads(record.read_text())["class_names"] == ["cat", "dog"]
 
 
+def test_edited_code_and_pictures_of_the_users_own_make_their_units_stale(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = tmp_path / "kd_tests_compared_code.py"
+    code.write_text("from kd.methods import KD\n\n\nclass Mine(KD):\n    pass\n")
+    make_pictures(tmp_path / "mine", {"cat": 2})
+    make_pictures(tmp_path / "elsewhere", {"dog": 2})
+    (tmp_path / "mine/dog").symlink_to(tmp_path / "elsewhere/dog")
+    method = {"kind": "custom", "path": "kd_tests_compared_code:Mine"}
+    dataset = {"kind": "image_folder", "root": "mine"}
+    path = written(
+        tmp_path,
+        data={"source": "mine", "dataset": dataset},
+        cells=RAW["cells"] | {"mine": {"teachers": "teacher", "method": method}},
+    )
+
+    def digests():
+        return {id: unit.digest for id, unit in Comparison(path).units.items()}
+
+    before = digests()
+    assert digests() == before
+    code.write_text(code.read_text() + "# edited\n")
+    edited = digests()
+    stale = {id for id in before if before[id] != edited[id]}
+    assert stale == {"seed-0/baselines/mine", "seed-1/baselines/mine"}
+    for folder in ("mine/cat", "mine/dog"):
+        before = digests()
+        next((tmp_path / folder).iterdir()).touch()
+        assert set(before.values()).isdisjoint(digests().values())
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -1,15 +1,17 @@
 """What a comparison consists of: units of work, each waiting for others, each with a digest."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import glob
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kd import artifacts
-from kd.component import ConfigError, component, require
-from kd.params import NAME, Params, build, of_stage, overlay, parse, read_yaml
+from kd.component import ConfigError, component, own_sources, require
+from kd.data import CustomDataset, ImageFolder
+from kd.params import NAME, DataParams, Params, build, of_stage, overlay, parse, read_yaml
 
 FOLDER = Path(".kd/compare")
 """Where comparisons work; each seed is a workspace of its own there."""
@@ -44,7 +46,7 @@ class Unit:
     needs: tuple[str, ...]
     """Ids of the units whose results it reads."""
     digest: str
-    """Of all that decides its result: its settings, the code, the units it needs."""
+    """Of all that decides its result: settings, code, the user's own files, the units it needs."""
 
     @property
     def id(self) -> str:
@@ -105,17 +107,26 @@ class Comparison:
     def units(self) -> dict[str, Unit]:
         """All units by id, each after those it needs."""
         code = artifacts.code_digest((*artifacts.LEARNING, "weightings", "stages.py", "cast.py"))
-        return {unit.id: unit for p in self.params for unit in units_of(p, code)}
+        files = own_files(self.params[0].data)
+        return {unit.id: unit for p in self.params for unit in units_of(p, code, files)}
 
 
-def units_of(params: Params, code: str) -> Iterator[Unit]:
-    """The units of one seed, each after those it needs."""
+def units_of(params: Params, code: str, files: Sequence[Any]) -> Iterator[Unit]:
+    """The units of one seed, each after those it needs.
+
+    Args:
+        params: The seed's.
+        code: Digest of all code of ours that takes part.
+        files: What tells whether the user's own data were edited.
+    """
     made: dict[str, Unit] = {}
 
     def unit(stage: str, name: str, needs: tuple[str, ...]) -> Unit:
         ids = tuple(f"seed-{params.seed}/{each}" for each in needs)
         plain = plain_of(params, stage, name)
-        digest = artifacts.digest([code, stage, name, plain, [made[each].digest for each in ids]])
+        own = [*own_sources(plain), *(files if stage == "data" else [])]
+        needed = [made[each].digest for each in ids]
+        digest = artifacts.digest([code, stage, name, plain, own, needed])
         new = Unit(params.seed, stage, name, ids, digest)
         made[new.id] = new
         return new
@@ -128,6 +139,20 @@ def units_of(params: Params, code: str) -> Iterator[Unit]:
     yield unit("weights", "", ("data", *assistants))
     for name in params.baselines:
         yield unit("baselines", name, ("data", "teacher", *assistants, "weights"))
+
+
+def own_files(data: DataParams) -> list[tuple[str, int, int]]:
+    """Name, size and time of each of the user's own files of data: whether any was edited.
+
+    Public data never change.
+    """
+    if not isinstance(data.dataset, ImageFolder | CustomDataset):
+        return []
+    source = Path(data.source).expanduser()
+    below = glob.iglob("**", root_dir=source, recursive=True)  # follows links, as rglob does not
+    found = [each for each in (source, *map(source.joinpath, below)) if each.is_file()]
+    stats = [(each.as_posix(), each.stat()) for each in found if each.suffix != ".pyc"]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def plain_of(params: Params, stage: str, name: str) -> Mapping[str, Any]:

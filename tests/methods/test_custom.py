@@ -4,15 +4,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from kd import artifacts, params
-from kd.component import ConfigError, load_object
+from kd.component import ConfigError, load_object, own_sources
 from kd.methods import CustomMethod
 from kd.models import CustomModel
-from kd.roles import Role, own_sources
+from kd.roles import Role
 from kd.train.targets import table_record
 from tests.learners import pictures, recipe
 from tests.methods.test_training import taught, weights_of
@@ -93,9 +94,9 @@ def test_what_is_begun_with_a_users_code_is_not_gone_on_with_once_it_is_edited(
         method=CustomMethod(path="kd_tests_own_code:Mine"),
     )
     member = load_object("kd_tests_own_code:Net")()
-    before = own_sources(role), table_record(member, pictures(), recipe(), None)["source"]
+    before = own_sources(asdict(role)), table_record(member, pictures(), recipe(), None)["source"]
     file.write_text(file.read_text() + "# edited\n")
-    after = own_sources(role), table_record(member, pictures(), recipe(), None)["source"]
+    after = own_sources(asdict(role)), table_record(member, pictures(), recipe(), None)["source"]
     assert len(before[0]) == len(after[0]) == 2
     assert set(before[0]).isdisjoint(after[0])
     assert before[1] != after[1]
