@@ -264,6 +264,9 @@ class DiskTables:
     made from and its SHA-256; without a record that fits, it is as good as none.
     """
 
+    cpu_seconds = 0.0
+    """What this process spent on making tables, which whoever comes later finds made."""
+
     def table(
         self, record: Mapping[str, object], shape: tuple[int, ...], fill: Callable[[Tensor], None]
     ) -> Tensor:
@@ -279,7 +282,9 @@ class DiskTables:
                 with atomic(path) as temporary:
                     made = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
                     claim(temporary)
+                    begun = time.process_time()
                     fill(torch.from_numpy(made))
+                    DiskTables.cpu_seconds += time.process_time() - begun
                     made.flush()
                 write_json(path.with_suffix(".json"), {**whole, "sha256": sha256(path)})
         # "c": changes, which nobody makes, would stay private; torch warns of read-only memory.

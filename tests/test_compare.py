@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,44 @@ def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatc
     finally:
         path.write_text(whole)
         report.write(here, here.folder)
+
+
+def test_a_unit_that_was_begun_before_says_that_its_seconds_are_not_all(here, monkeypatch):
+    unit = here.units["seed-1/baselines/labels"]
+    path = here.record(unit)
+    whole = path.read_text()
+    assert json.loads(whole)["resumed"] is False
+
+    def stop(params, name, run):
+        raise RuntimeError("the power is out")
+
+    said = "Begun more than once, so that CPU seconds are those of the last time alone: labels"
+    try:
+        path.unlink()
+        with monkeypatch.context() as patch:
+            patch.setitem(stages.STAGES, "baselines", stop)
+            with pytest.raises(RuntimeError):
+                work.do(here, unit)
+        assert not here.is_done(unit)
+        work.do(here, unit)
+        assert f"{said} in 1 seeds." in report.write(here, here.folder)
+    finally:
+        path.write_text(whole)
+        assert said not in report.write(here, here.folder)
+
+
+def test_making_tables_counts_for_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fill(table):
+        begun = time.process_time()
+        while time.process_time() < begun + 0.5:
+            pass
+        table.zero_()
+
+    before = work.cpu_seconds()
+    artifacts.DiskTables().table({"member": 1}, (1, 1, 1), fill)
+    assert work.cpu_seconds() - before < 0.3
 
 
 def test_quantiles_are_students():

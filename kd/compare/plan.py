@@ -51,7 +51,12 @@ class Unit:
     @property
     def id(self) -> str:
         """seed-3/baselines/dkd."""
-        return "/".join(part for part in (f"seed-{self.seed}", self.stage, self.name) if part)
+        return f"seed-{self.seed}/{self.run_name}"
+
+    @property
+    def run_name(self) -> str:
+        """baselines/dkd."""
+        return f"{self.stage}/{self.name}" if self.name else self.stage
 
 
 class Comparison:

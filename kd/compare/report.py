@@ -5,6 +5,7 @@ S seeds, N samples, C classes.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ MEASURES = {
     "test_agreement": "agreement with teacher, %",
     "cpu_seconds": "training, CPU s",
 }
+NOTE = (
+    "Intervals are of Student's t over the paired differences of seeds. A seed draws first "
+    "weights and orders, and splits of the same images unless the test split is official: a "
+    "fixed test split leaves the choice of test images out of the interval, and splits that "
+    "overlap from seed to seed are taken for independent, which makes it too narrow (Nadeau & "
+    "Bengio 2003, Inference for the Generalization Error). Training counts a unit's own "
+    "process, peers included, but not the making of tables of teachers' answers, which others "
+    "find made."
+)
+NOTED = {
+    "failed": "Diverged, and so without a row",
+    "resumed": "Begun more than once, so that CPU seconds are those of the last time alone",
+}
+"""What records say of units, for the table's reader."""
 
 
 def build(comparison: Comparison) -> dict[str, Any]:
@@ -57,19 +72,24 @@ def build(comparison: Comparison) -> dict[str, Any]:
         "code": artifacts.code_digest(),
         "torch": torch.__version__,
         "failed": failed,
+        "resumed": noted(comparison, "resumed"),
         "rows": rows,
     }
 
 
 def failures(comparison: Comparison) -> dict[str, int]:
     """Cells whose training diverged, and in how many seeds; they have no row."""
-    found: dict[str, int] = {}
-    for unit in comparison.units.values():
-        if "failed" in artifacts.read_json(comparison.record(unit)):
-            found[unit.name] = found.get(unit.name, 0) + 1
-    if comparison.about.reference in found:
+    found = noted(comparison, "failed")
+    if f"{CELL}{comparison.about.reference}" in found:
         raise Refused(f"the reference {comparison.about.reference} diverged: {found}")
     return found
+
+
+def noted(comparison: Comparison, what: str) -> dict[str, int]:
+    """In how many seeds a unit's record says so, by run name."""
+    units = comparison.units.values()
+    said = [unit for unit in units if artifacts.read_json(comparison.record(unit)).get(what)]
+    return dict(Counter(unit.run_name for unit in said))
 
 
 def of_seed(
@@ -80,13 +100,12 @@ def of_seed(
     with inside(comparison.workspace(seed)):
         test = Images.load(artifacts.ROOT / "data", "test")
         assistants = [f"assistants/{name}" for name in params.assistants]
-        cells = [f"{CELL}{name}" for name in params.baselines if name not in failed]
-        names = ["teacher", *assistants, *cells]
+        cells = [f"{CELL}{name}" for name in params.baselines]
+        names = ["teacher", *assistants, *(name for name in cells if name not in failed)]
         logits = {name: predict(manifest.load(artifacts.folder(name))[0], test) for name in names}
         found = {}
         for name, logits_NC in logits.items():
-            stage, _, key = name.partition("/")
-            unit = comparison.units[f"seed-{seed}/{stage}" + (f"/{key}" if key else "")]
+            unit = comparison.units[f"seed-{seed}/{name}"]
             metrics = artifacts.read_json(artifacts.folder(name) / "metrics.json")
             found[name] = {
                 **figures(logits_NC, test.labels_N, logits["teacher"]),
@@ -123,9 +142,12 @@ def markdown(record: Mapping[str, Any]) -> str:
             ]
         lines.append(f"| {shown(name, rows)} | {' | '.join([*figures, *gained])} |")
     said = f"{record['seeds']} seeds, {record['epochs']} epochs for every cell; mean ± deviation."
-    diverged = ", ".join(f"{name} in {num}" for name, num in record["failed"].items())
-    note = [f"Diverged, and so without a row: {diverged} seeds.", ""] if diverged else []
-    return "\n".join([said, "", *lines, "", *note])
+    notes = [NOTE]
+    for key, sentence in NOTED.items():
+        said_of = [f"{shown(name, rows)} in {num}" for name, num in record[key].items()]
+        if names := ", ".join(said_of):
+            notes.append(f"{sentence}: {names} seeds.")
+    return "\n\n".join([said, "\n".join(lines), *notes]) + "\n"
 
 
 def shown(name: str, rows: Collection[str]) -> str:

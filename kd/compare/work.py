@@ -27,8 +27,9 @@ def do(comparison: Comparison, unit: Unit) -> None:
     workspace = comparison.workspace(unit.seed)
     workspace.mkdir(parents=True, exist_ok=True)
     params, here = comparison.params[unit.seed], Path.cwd()
+    resumed = begin(comparison, unit)
     with naming(unit), inside(workspace), (workspace / "log.txt").open("a") as log:
-        started, used, failed = time.time(), time.process_time(), dict[str, str]()
+        started, used, failed = time.time(), cpu_seconds(), dict[str, str]()
         tags = {"kd.comparison": comparison.about.name, "kd.seed": str(unit.seed)}
         with (
             contextlib.redirect_stdout(log),
@@ -50,9 +51,23 @@ def do(comparison: Comparison, unit: Unit) -> None:
                 if unit.stage != "baselines":
                     raise
                 failed = {"failed": str(error)}
-        seconds = {"seconds": time.time() - started, "cpu_seconds": time.process_time() - used}
-    comparison.record(unit).parent.mkdir(exist_ok=True)
-    artifacts.write_json(comparison.record(unit), {"digest": unit.digest, **seconds, **failed})
+        seconds = {"seconds": time.time() - started, "cpu_seconds": cpu_seconds() - used}
+    record = {"digest": unit.digest, "resumed": resumed, **seconds, **failed}
+    artifacts.write_json(comparison.record(unit), record)
+
+
+def begin(comparison: Comparison, unit: Unit) -> bool:
+    """Note that a unit was begun; whether it already was, so that its seconds will not be all."""
+    path = comparison.record(unit)
+    path.parent.mkdir(exist_ok=True)
+    before = artifacts.read_json(path) if path.exists() else {}
+    artifacts.write_json(path, {"begun": unit.digest})
+    return before.get("begun") == unit.digest
+
+
+def cpu_seconds() -> float:
+    """Of this process, but for the tables that it made for all who ask the same members."""
+    return time.process_time() - artifacts.DiskTables.cpu_seconds
 
 
 @contextlib.contextmanager
