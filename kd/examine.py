@@ -9,7 +9,15 @@ from torch import Tensor
 from kd import artifacts, manifest, report
 from kd.data import Images
 from kd.ensemble import mix
-from kd.evaluate import agreement, correct, paired_difference, predict, scores
+from kd.evaluate import (
+    agreement,
+    confusion,
+    correct,
+    paired_difference,
+    predict,
+    reliability,
+    scores,
+)
 from kd.exporters import latency
 from kd.params import Params
 from kd.report import UNIFORM, WEIGHTED, Paired, Test
@@ -24,7 +32,6 @@ def examine(params: Params) -> Test:
     logits |= ensembles(logits)
     labels_N = test.labels_N
     right = {name: correct(logits_NC, labels_N) for name, logits_NC in logits.items()}
-    log_probs_NC = logits["student"].log_softmax(1)
     return Test(
         scores={name: figures(each, labels_N, logits["teacher"]) for name, each in logits.items()},
         student_minus={
@@ -34,8 +41,9 @@ def examine(params: Params) -> Test:
         },
         ensemble_minus_teacher=paired(right[WEIGHTED], right["teacher"]),
         labels_N=labels_N.tolist(),
-        predicted_N=log_probs_NC.argmax(1).tolist(),
-        confidence_N=log_probs_NC.amax(1).exp().tolist(),
+        predicted_N=logits["student"].argmax(1).tolist(),
+        confusion_CC=confusion(logits["student"], labels_N).tolist(),
+        bins=reliability(logits["student"], labels_N),
     )
 
 

@@ -128,14 +128,11 @@ def learning(curves_by_name: Mapping[str, Sequence[Row]]) -> "Figure":
 
 
 @_styled
-def confusion(
-    labels_N: Sequence[int], predicted_N: Sequence[int], class_names: Sequence[str]
-) -> "Figure":
-    """How often each class was taken for each: counts, shaded by their share of the row."""
+def confusion(confusion_CC: Sequence[Sequence[int]], class_names: Sequence[str]) -> "Figure":
+    """How often each class (row) was taken for each: counts, shaded by their share of the row."""
     import numpy as np
 
-    counts_CC = np.zeros((len(class_names), len(class_names)), int)
-    np.add.at(counts_CC, (np.asarray(labels_N), np.asarray(predicted_N)), 1)
+    counts_CC = np.asarray(confusion_CC)
     shares_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
     side = min(12.0, max(4.5, 0.45 * len(class_names) + 1.5))
     figure, axes = _axes(size=(side + 0.8, side))
@@ -159,18 +156,17 @@ def reliability(rows: Sequence[Row]) -> "Figure":
     """Accuracy against confidence: on the diagonal a network knows what it knows.
 
     Args:
-        rows: One a bin: confidence and accuracy (means in it, shares), count.
+        rows: One a bin that has images: confidence and accuracy (means in it, shares), count.
     """
     figure, (above, below) = _axes(
         2, 1, size=(4.8, 5.4), sharex=True, gridspec_kw={"height_ratios": [3, 1]}
     )
-    filled = [row for row in rows if row["count"]]
-    confidence = [row["confidence"] for row in filled]
+    confidence = [row["confidence"] for row in rows]
     above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfect")
-    above.plot(confidence, [row["accuracy"] for row in filled], "o-", color=BLUE, label="measured")
+    above.plot(confidence, [row["accuracy"] for row in rows], "o-", color=BLUE, label="measured")
     above.set(title="Reliability", ylabel="accuracy", ylim=(-0.02, 1.02))
     above.legend()
-    below.bar(confidence, [row["count"] for row in filled], width=0.03, color=SKY)
+    below.bar(confidence, [row["count"] for row in rows], width=0.03, color=SKY)
     below.set(xlabel="confidence", ylabel="images", xlim=(-0.02, 1.02), yscale="log")
     return figure
 
@@ -256,8 +252,10 @@ def simplex_map(
     """
     import numpy as np
 
+    from kd.weightings.objectives import MixtureNLL
+
     grid_PK = _triangle(60)
-    nll_P = mixture_nll(logits_KNC, labels_N, grid_PK)
+    nll_P = MixtureNLL(logits_KNC, labels_N)(grid_PK)
     figure, axes = _axes(size=(6.2, 5))
     x_P, y_P = _flat_triangle(grid_PK)
     levels = np.quantile(nll_P, np.linspace(0, 1, 24))
@@ -280,23 +278,6 @@ def simplex_map(
     axes.set_title("Every mixture of three members", pad=18)
     axes.legend(loc="upper left", labelcolor="black", facecolor="#BBBBBB", frameon=True)
     return figure
-
-
-def mixture_nll(
-    logits_KNC: "NDArray[np.floating[Any]]",
-    labels_N: "NDArray[np.integer[Any]]",
-    weights_PK: "NDArray[np.floating[Any]]",
-) -> "NDArray[np.floating[Any]]":
-    """-mean_n log sum_k w_k softmax(z_kn)[label_n] for every row of weights, in float64."""
-    import numpy as np
-
-    z_KNC = np.asarray(logits_KNC, np.float64)
-    z_KNC = z_KNC - z_KNC.max(-1, keepdims=True)
-    log_probs_KNC = z_KNC - np.log(np.exp(z_KNC).sum(-1, keepdims=True))
-    probs_KN = np.exp(log_probs_KNC[:, np.arange(len(labels_N)), labels_N])
-    tiny = np.finfo(np.float64).tiny
-    nll: NDArray[np.floating[Any]] = -np.log(np.maximum(weights_PK @ probs_KN, tiny)).mean(1)
-    return nll
 
 
 @_styled

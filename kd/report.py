@@ -12,13 +12,12 @@ from typing import Any
 
 from kd import artifacts, figures
 from kd.component import ConfigError
+from kd.evaluate import Bin
 
 # N samples, C classes
 
 CLEAR = 2.0
 """Standard errors that a difference must exceed before the report calls it one."""
-BINS = 15
-"""Of the reliability diagram."""
 VERDICTS = {1: "is better than", -1: "is worse than", 0: "cannot be told apart from"}
 """By the sign of a clear difference."""
 WEIGHTED, UNIFORM = "ensemble/weighted", "ensemble/uniform"
@@ -52,8 +51,10 @@ class Test:
     """Class indices of the test images."""
     predicted_N: Sequence[int]
     """The student's."""
-    confidence_N: Sequence[float]
-    """The student's probability for its prediction, in [0, 1]."""
+    confusion_CC: Sequence[Sequence[int]]
+    """How many images of each class (row) the student takes for each class (column)."""
+    bins: Sequence[Bin]
+    """Of the student's confidence: those that its test_ece is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,38 +212,18 @@ def write(
         {"actual": names.class_names[actual], "predicted": names.class_names[predicted]}
         for actual, predicted in zip(test.labels_N, test.predicted_N, strict=True)
     ]
-    bins = reliability_bins(test.confidence_N, test.labels_N, test.predicted_N)
+    bins = [asdict(each) for each in test.bins]
     artifacts.write_csv(folder / "confusion.csv", named)
     artifacts.write_csv(folder / "reliability.csv", bins)
     artifacts.write_csv(folder / "results.csv", report["rows"])
     for name, figure in {
         "curves": figures.learning(_curves(root, report)),
-        "confusion": figures.confusion(test.labels_N, test.predicted_N, names.class_names),
+        "confusion": figures.confusion(test.confusion_CC, names.class_names),
         "reliability": figures.reliability(bins),
         "sizes": figures.sizes(report["rows"]),
         "weights": figures.weights(report["weights"]),
     }.items():
         figures.save(figure, pictures / f"{name}.png")
-
-
-def reliability_bins(
-    confidence_N: Sequence[float], labels_N: Sequence[int], predicted_N: Sequence[int]
-) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and number of images in each of 15 equal bins of confidence.
-
-    An empty bin stands at its middle with accuracy 0 and count 0.
-    """
-    inside: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
-    for confidence, label, predicted in zip(confidence_N, labels_N, predicted_N, strict=True):
-        inside[min(int(confidence * BINS), BINS - 1)].append((confidence, label == predicted))
-    return [
-        {
-            "confidence": _mean((c for c, _ in pairs), (i + 0.5) / BINS),
-            "accuracy": _mean((float(right) for _, right in pairs), 0.0),
-            "count": len(pairs),
-        }
-        for i, pairs in enumerate(inside)
-    ]
 
 
 def _curves(root: Path, report: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
@@ -428,11 +409,6 @@ def _size(num_bytes: int) -> str:
 
 def _milliseconds(median: float | None) -> str:
     return "" if median is None else f"{median:.2f} ms"
-
-
-def _mean(values: Iterable[float], otherwise: float) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else otherwise
 
 
 def _get(record: Mapping[str, Any], key: str, path: Path) -> Any:

@@ -19,6 +19,7 @@ from kd import artifacts, lineage, params, stages
 from kd.bundle import checksums
 from kd.component import ConfigError
 from kd.exporters import ExecuTorch, Int8, Onnx
+from kd.figures import read_rows
 from kd.qat import gentle
 from kd.recipe import Recipe
 from kd.tracking import NullRun
@@ -105,6 +106,15 @@ def test_every_network_of_the_experiment_is_in_the_report(finished):
     assert rows["teacher"]["parameters"] > 100 * rows["student"]["parameters"]
     markdown = (finished / "artifacts/report/report.md").read_text()
     assert all(name in markdown for name in rows)
+
+
+def test_the_reliability_diagram_is_what_the_calibration_error_is_made_of(finished):
+    folder = finished / "artifacts/report"
+    record = json.loads((folder / "report.json").read_text())
+    bins = read_rows(folder / "reliability.csv")
+    gaps = [each["count"] * abs(each["accuracy"] - each["confidence"]) for each in bins]
+    (student,) = [row for row in record["rows"] if row["name"] == "student"]
+    assert sum(gaps) / record["num_test"] == pytest.approx(student["test_ece"], rel=1e-12)
 
 
 def test_latency_is_measured_for_every_network_and_file(finished):

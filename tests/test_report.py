@@ -9,6 +9,7 @@ import pytest
 
 from kd import report
 from kd.component import ConfigError
+from kd.evaluate import Bin
 from kd.report import Names, Paired
 
 NAMES = Names(
@@ -96,7 +97,11 @@ def measured():
         ensemble_minus_teacher=Paired(difference=-0.03, standard_error=0.01),
         labels_N=[0, 1, 1, 0],
         predicted_N=[0, 1, 0, 0],
-        confidence_N=[1.0, 0.95, 0.6, 0.58],
+        confusion_CC=[[2, 0], [1, 1]],
+        bins=[
+            Bin(lower=8 / 15, upper=0.6, count=2, confidence=0.59, accuracy=0.5),
+            Bin(lower=14 / 15, upper=1.0, count=2, confidence=0.975, accuracy=1.0),
+        ],
     )
 
 
@@ -144,20 +149,11 @@ def test_the_csv_files_are_what_dvc_plots_reads(artifacts, measured, tmp_path):
 
     assert rows("confusion.csv")[2] == {"actual": "dog", "predicted": "cat"}
     assert [row["name"] for row in rows("results.csv")] == ROWS
-    assert sum(int(row["count"]) for row in rows("reliability.csv")) == 4
+    bins = [{key: float(cell) for key, cell in row.items()} for row in rows("reliability.csv")]
+    assert [Bin(**row) for row in bins] == measured.bins, "those that test_ece is made of"
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert metrics["student"]["test_accuracy"] == 0.75
     assert list(metrics) == ROWS
-
-
-def test_reliability_bins_hold_means_of_what_fell_into_them():
-    bins = report.reliability_bins([1.0, 0.95, 0.6, 0.61], [0, 1, 1, 0], [0, 0, 1, 0])
-    filled = {i: row for i, row in enumerate(bins) if row["count"]}
-    assert len(bins) == 15
-    assert filled == {
-        9: {"confidence": pytest.approx(0.605), "accuracy": 1.0, "count": 2},
-        14: {"confidence": pytest.approx(0.975), "accuracy": 0.5, "count": 2},
-    }
 
 
 def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
