@@ -40,7 +40,7 @@ from kd.weightings.objectives import (
 from kd.weightings.shrinkage import shrinkage_by_cross_validation
 from kd.weightings.simplex import toward_uniform
 
-TEMPERATURE = "temperature"
+TEMPERATURE = "(temperature)"  # a column beside the members', none of whom can have this name
 GENERATIONS_PER_MEMBER = 50
 
 

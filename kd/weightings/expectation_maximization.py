@@ -77,7 +77,7 @@ class ExpectationMaximization:
         likelihoods_KN = nll.likelihoods_KN
         weights_K = np.full(len(likelihoods_KN), 1 / len(likelihoods_KN))
         value, gains_K = _gains(likelihoods_KN, weights_K)
-        path = {1: weights_K}
+        path, step = {1: weights_K}, 1
         for step in range(2, self.iterations + 1):
             if gains_K.max() - 1 <= self.tolerance:
                 break

@@ -78,6 +78,16 @@ def test_a_temperature_is_found_where_members_are_too_sure():
     assert found.objective == pytest.approx(plain.objective, abs=1e-4)
 
 
+@pytest.mark.parametrize("study", [False, True])
+def test_a_member_may_be_named_temperature(study):
+    logits_KNC, labels_N = random_logits(2, 100, 4)
+    joint = DifferentialEvolution(fit_temperature=True, shrink=False, study=study, generations=3)
+    found = joint.find(logits_KNC, labels_N, ("a", "temperature"), 0)
+    same = joint.find(logits_KNC, labels_N, ("a", "b"), 0)
+    assert list(found.weights.values()) == list(same.weights.values())
+    assert found.temperature == same.temperature
+
+
 def test_shrinkage_is_the_share_that_held_out_samples_prefer():
     logits_KNC, labels_N = random_logits(3, 100, 4)
     found = DifferentialEvolution(study=False).find(logits_KNC, labels_N, names(3), 0)

@@ -67,11 +67,14 @@ def test_twins_share_and_the_nll_never_rises_on_the_way():
     assert (np.diff(found.history.best_G) <= 1e-12).all()
 
 
-def test_stopping_early_is_said():
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_stopping_early_is_said(iterations):
     logits_KNC, labels_N = random_logits(3, 400, 4)
-    found = ExpectationMaximization(iterations=2).find(logits_KNC, labels_N, names(3), 0)
-    assert "after 2 steps" in found.warnings[0]
+    weighting = ExpectationMaximization(iterations=iterations)
+    found = weighting.find(logits_KNC, labels_N, names(3), 0)
+    assert f"after {iterations} steps" in found.warnings[0]
     assert found.gap > 1e-9
+    assert found.evaluations == iterations
 
 
 @pytest.mark.parametrize("wrong", [{"tolerance": 0.0}, {"iterations": 0}])
