@@ -5,6 +5,7 @@ B batch, K members, C classes.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,7 +132,7 @@ def test_unlabelled_images_count_as_much_as_was_asked_for(share):
 def test_min_norm_equals_the_best_on_a_grid(seed, cap):
     vectors = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)).double()
     vectors += torch.tensor([[1.0], [0.0], [-0.5]])
-    ours = min_norm((vectors @ vectors.T).tolist(), cap)
+    ours = min_norm(vectors @ vectors.T, cap).tolist()
     slow = reference.shortest(vectors.tolist(), cap)
     assert sum(ours) == pytest.approx(1)
     assert max(ours) <= cap + 1e-9
@@ -142,9 +143,27 @@ def test_min_norm_equals_the_best_on_a_grid(seed, cap):
 
 
 def test_min_norm_is_defined_for_a_lone_member_and_for_equal_ones():
-    assert min_norm([[2.0]], 0.6) == [1.0]
-    assert min_norm([[1.0, 1.0], [1.0, 1.0]], 0.6) == [0.5, 0.5]
-    assert min_norm([[0.0, 0.0], [0.0, 0.0]], 0.3) == [0.5, 0.5]
+    assert min_norm(torch.tensor([[2.0]]).double(), 0.6).tolist() == [1.0]
+    assert min_norm(torch.ones(2, 2).double(), 0.6).tolist() == [0.5, 0.5]
+    assert min_norm(torch.zeros(2, 2).double(), 0.3).tolist() == [0.5, 0.5]
+
+
+def test_min_norm_ends_at_the_optimum_however_unequal_the_members():
+    """The problem is convex: best are those weights of which no pair gains by an exchange."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        members, dimensions = rng.integers(2, 11), rng.integers(1, 12)
+        lengths = 10 ** rng.uniform(-2, 1, size=(members, 1))
+        vectors = rng.normal(size=(members, dimensions)) * lengths
+        vectors[-1] = vectors[rng.integers(members)]  # a twin, at times
+        gram, cap = vectors @ vectors.T, max(rng.choice([0.05, 0.4, 0.6, 1.0]), 1 / members)
+        weights = min_norm(torch.from_numpy(gram), cap).numpy()
+        assert sum(weights) == pytest.approx(1, abs=1e-12)
+        assert all(0 <= weight <= cap for weight in weights)
+        slopes = gram @ weights
+        takers = [slope for slope, weight in zip(slopes, weights, strict=True) if weight < cap]
+        givers = [slope for slope, weight in zip(slopes, weights, strict=True) if weight > 0]
+        assert not takers or max(givers) - min(takers) <= 1e-11 * gram.max()
 
 
 def test_min_norm_asks_for_the_gradient_at_the_students_logits():

@@ -5,14 +5,19 @@ B batch, K members, C classes.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kd.component import component, require
 from kd.methods.shown import Members
 from kd.methods.trust.base import ByStudent
 
-SWEEPS = 100
-"""Pairs of weights that are improved at most; a handful of members needs far fewer."""
+ROUNDS = 100
+"""A guard against rounding; a handful of members needs two or three."""
+NEGLIGIBLE = 1e-12
+"""Of the longest vector's square: what moving weight between two members need not gain."""
+RIDGE = 1e-13
+"""Of the same: members whose vectors depend on one another have no single best mixture."""
 
 
 @component
@@ -33,30 +38,53 @@ class MinNorm(ByStudent):
 
     def factors(self, gradients_KBC: Tensor, members: Members) -> Tensor:
         """The same weights for every image (B, K); the host waits for the device once."""
-        mean_KC = gradients_KBC.mean(dim=1)
-        weights_K = min_norm((mean_KC @ mean_KC.T).double().tolist(), self.cap)
-        return gradients_KBC.new_tensor(weights_K).expand(gradients_KBC.shape[1], -1)
+        mean_KC = gradients_KBC.mean(dim=1).cpu().double()
+        weights_K = min_norm(mean_KC @ mean_KC.T, self.cap)
+        on_device_K = weights_K.to(gradients_KBC, non_blocking=True)  # so few bytes go at once
+        return on_device_K.expand(gradients_KBC.shape[1], -1)
 
 
-def min_norm(gram_KK: list[list[float]], cap: float) -> list[float]:
+def min_norm(gram_KK: Tensor, cap: float) -> Tensor:
     """The weights whose combination of vectors is shortest, from the vectors' inner products.
 
-    Moves weight between the pair of members where that helps most, as far as helps, until none
-    does (sequential minimal optimisation, Platt 1998; the problem is convex).
+    In turns, the pair of members between whom moving weight helps most finds its optimum, as in
+    sequential minimal optimisation (Platt, 1998), then all members off their bounds do.  It ends
+    when no pair would gain: since the problem is convex, nothing else would.
+
+    Args:
+        gram_KK: In float64, on the CPU.
+        cap: Largest weight, raised to 1 / K where it is less.
     """
-    members = range(len(gram_KK))
-    cap = max(cap, 1 / len(gram_KK))
-    weights = [1 / len(gram_KK)] * len(gram_KK)
-    scale = max(gram_KK[k][k] for k in members)
-    for _ in range(SWEEPS):
-        slopes = [sum(w * g for w, g in zip(weights, row, strict=True)) for row in gram_KK]
-        up = min((k for k in members if weights[k] < cap), key=slopes.__getitem__, default=0)
-        down = max((k for k in members if weights[k] > 0), key=slopes.__getitem__)
-        if slopes[down] - slopes[up] <= 1e-12 * scale:
+    members = len(gram_KK)
+    cap = max(cap, 1 / members)
+    weights_K = gram_KK.new_full((members,), 1 / members)
+    scaled_KK = gram_KK / gram_KK.diagonal().max().clamp(min=torch.finfo(gram_KK.dtype).tiny)
+    for _ in range(ROUNDS):
+        slopes_K = scaled_KK @ weights_K
+        least, taker = slopes_K.masked_fill(weights_K == cap, torch.inf).min(dim=0)
+        most, giver = slopes_K.masked_fill(weights_K == 0, -torch.inf).max(dim=0)
+        if most - least <= NEGLIGIBLE:
             break
-        curvature = gram_KK[up][up] + gram_KK[down][down] - 2 * gram_KK[up][down]
-        most = min(cap - weights[up], weights[down])
-        step = min((slopes[down] - slopes[up]) / curvature, most) if curvature > 0 else most
-        weights[up] += step
-        weights[down] -= step
-    return weights
+        weights_K = improved(weights_K, torch.stack([taker, giver]), scaled_KK, cap)
+        free = ((weights_K > 0) & (weights_K < cap)).nonzero()[:, 0]
+        if len(free) > 2:
+            weights_K = improved(weights_K, free, scaled_KK, cap)
+    return weights_K
+
+
+def improved(weights_K: Tensor, some: Tensor, gram_KK: Tensor, cap: float) -> Tensor:
+    """The weights moved towards the optimum of `some` of them, as far as their bounds allow."""
+    size = len(some)
+    system = gram_KK.new_ones(size + 1, size + 1)  # the last row and column keep the sum
+    system[:size, :size] = gram_KK[some][:, some]
+    system.diagonal().add_(RIDGE)[size] = 0
+    slopes = gram_KK[some] @ weights_K
+    steps_K = torch.zeros_like(weights_K)
+    steps_K[some] = torch.linalg.solve(system, torch.cat([-slopes, slopes.new_zeros(1)]))[:size]
+    ends_K = cap * (steps_K > 0).to(weights_K)
+    rooms_K = ((ends_K - weights_K) / steps_K).masked_fill(steps_K == 0, torch.inf)
+    room, first = rooms_K.min(dim=0)
+    moved_K = (weights_K + room.clamp(max=1) * steps_K).clamp(0, cap)
+    if room <= 1:
+        moved_K[first] = ends_K[first]  # exactly: rounding would leave it free
+    return moved_K
