@@ -254,8 +254,11 @@ class Params:
             check_trust(method, recipe, section.generations, path)
         trust = getattr(method, "trust", None)
         if isinstance(trust, Unbiased):
+            key = f"{path}.method.trust.biased"
             wanted = f"one of {sorted(teachers)}, who teach here"
-            require(trust.biased in teachers, f"{path}.method.trust.biased", trust.biased, wanted)
+            require(trust.biased in teachers, key, trust.biased, wanted)
+            wanted = "one of several teachers: who is biased does not teach"
+            require(len(teachers) > 1, key, trust.biased, wanted)
         models = {"teacher": self.teacher.model} | {n: a.model for n, a in self.assistants.items()}
         alike = all(models[each] == models[teachers[0]] for each in teachers)
         wanted = f"online or cached: {', '.join(teachers)} are not of one architecture"

@@ -156,6 +156,16 @@ def test_later_generations_know_no_biased_teacher(raw):
         params.parse(raw)
 
 
+def test_a_biased_teacher_is_not_the_only_one(raw):
+    method = {"kind": "kd", "trust": {"kind": "unbiased", "biased": "large"}}
+    raw["baselines"]["other"] = {"teachers": ["large", "small"], "method": method}
+    params.parse(raw)
+    raw["baselines"]["other"]["teachers"] = ["large"]
+    said = r"^baselines\.other\.method\.trust\.biased is 'large'; it must be one of several"
+    with pytest.raises(ConfigError, match=said):
+        params.parse(raw)
+
+
 def test_a_missing_section_is_named(raw):
     del raw["weights"]
     with pytest.raises(ConfigError, match=r"^weights is missing"):

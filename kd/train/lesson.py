@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kd.component import ConfigError
 from kd.data import Images, key, sent
 from kd.ensemble import Ensemble
-from kd.methods import Labels, Learning, Shown, label_probs
+from kd.methods import Labels, Learning, Members, Shown, label_probs
+from kd.methods.trust import Unbiased
 from kd.recipe import Recipe
 from kd.train.device import FORMATS
 from kd.train.plan import Batch, batch_of
@@ -50,6 +51,7 @@ class Lesson:
         check_labels(self.method, recipe)
         if ensemble is not None:
             self.members = ensemble.described()
+            check_teachers(self.method, self.members)
             if reduction := self.method.reduction(self.members):
                 given = (images, recipe, num_classes, tables, stop)
                 self.targets = targets_of(ensemble, reduction, *given)
@@ -142,6 +144,17 @@ def check_labels(method: Learning, recipe: Recipe) -> None:
             f"recipe.mixup is {recipe.mixup}; it must be 0 with this method.trust: "
             "a mixed image has no label of its own"
         )
+
+
+def check_teachers(method: Learning, members: Members) -> None:
+    """Refuse to learn from nobody but the member whose direction is avoided.
+
+    Raises:
+        ConfigError: the others have no weight, or there is no such member.
+    """
+    trust = getattr(method, "trust", None)
+    if isinstance(trust, Unbiased):
+        trust.check(members)
 
 
 def mixed(

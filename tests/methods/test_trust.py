@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from kd.component import ConfigError
+from kd.ensemble import Ensemble
 from kd.methods import DKD, KD, MLKD, Members, SoftTargets, mix
 from kd.methods.losses import log_probs, soft_losses
 from kd.methods.mixing import combined
 from kd.methods.taught import evened
 from kd.methods.trust import Confidence, Correctness, Drop, Entropy, MinNorm, Unbiased
 from kd.methods.trust.min_norm import min_norm
+from kd.train import fit
 from tests import reference
-from tests.checks_methods import B, K, batch, loss_of, unlabelled
+from tests.checks_methods import B, C, K, batch, loss_of, unlabelled
+from tests.learners import CLASSES, network, pictures, recipe
 
 UNIFORM = (1 / K,) * K
 MEMBERS = Members(("0", "1", "2"), UNIFORM)
@@ -204,9 +207,29 @@ def test_unbiased_equals_the_oracle_and_silences_the_biased_member():
         assert row == pytest.approx(wanted, abs=1e-6)
 
 
-def test_an_unknown_biased_member_is_named():
-    with pytest.raises(ConfigError, match="biased is 'large'"):
-        Unbiased(biased="large").factors(torch.zeros(3, 2, 4), MEMBERS)
+def test_the_biased_member_does_not_teach_where_all_others_have_its_direction():
+    """There it says nothing for any of them, and they keep their own weights."""
+    members = Members(("0", "1", "2"), (0.3, 0.6, 0.1))
+    gradients = torch.randn(1, B, C, generator=torch.Generator().manual_seed(0)).double()
+    factors = Unbiased(biased="1").factors(
+        gradients * torch.tensor([[[2]], [[1]], [[3]]]), members
+    )
+    weights = combined(factors, members.weights_K)
+    torch.testing.assert_close(weights, torch.tensor([[0.75, 0, 0.25]]).double().expand(B, -1))
+
+
+@pytest.mark.parametrize(
+    ("biased", "weights", "said"),
+    [
+        ("large", (1.0, 0.0, 0.0), "biased is 'large'; it must be one of"),
+        ("1", (0.0, 1.0, 0.0), "above 0 for another teacher than the biased '1'"),
+    ],
+)
+def test_nobody_is_taught_by_an_unknown_biased_member_or_by_it_alone(biased, weights, said):
+    ensemble = Ensemble(tuple(network(k) for k in range(3)), weights)
+    taught = {"method": KD(trust=Unbiased(biased=biased)), "ensemble": ensemble}
+    with pytest.raises(ConfigError, match=said):
+        fit(network(), pictures(), recipe(), seed=0, num_classes=CLASSES, **taught)
 
 
 def test_dropped_members_sit_out_a_whole_batch_and_never_all_of_them():
