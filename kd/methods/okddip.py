@@ -32,9 +32,11 @@ class AttentiveCohort(Cohort):
         held = [features_BD.detach() for _, features_BD in answers]
         queries_BPA = torch.stack([q(h) for q, h in zip(self.queries, held, strict=True)], 1)
         keys_BPA = torch.stack([k(h) for k, h in zip(self.keys, held, strict=True)], 1)
-        scores_BPP = queries_BPA.float() @ keys_BPA.float().transpose(1, 2)
-        logits_MBC = torch.stack([student_BC.float(), *(logits for logits, _ in answers)])
-        return student_BC, {"logits_MBC": logits_MBC, "attention_BPP": scores_BPP.softmax(dim=2)}
+        with torch.autocast(images.device.type, enabled=False):  # rows would not sum to 1
+            scores_BPP = wide(queries_BPA) @ wide(keys_BPA).transpose(1, 2)
+            attention_BPP = scores_BPP.softmax(dim=2)
+        logits_MBC = torch.stack([wide(student_BC), *(logits for logits, _ in answers)])
+        return student_BC, {"logits_MBC": logits_MBC, "attention_BPP": attention_BPP}
 
 
 @component

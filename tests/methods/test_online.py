@@ -237,6 +237,14 @@ def test_attention_learns_though_its_targets_are_held_fast():
     assert all(q.weight.grad.abs().sum() > 0 for q in learner.queries)
 
 
+def test_attention_sums_to_1_in_half_precision_too():
+    learner = OKDDip().learner(network(0), [network(1), network(2), network(3)]).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, also = learner(pictures().batch(torch.arange(8)))
+    sums = also["attention_BPP"].sum(dim=2)
+    torch.testing.assert_close(sums, torch.ones(8, 3), rtol=0, atol=1e-6)
+
+
 def test_critics_and_networks_learn_apart():
     """Adversaries: the critics' loss moves no network, the networks' moves no critic."""
     learner = AFD().learner(network(0), [network(1)]).train()
