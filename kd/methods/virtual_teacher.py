@@ -48,5 +48,6 @@ class VirtualTeacher(Learning):
         filled_BC = torch.where(labelled_B[:, None], virtual_BC, torch.ones_like(virtual_BC))
         soft_BC = log_probs(filled_BC.log(), self.temperature)
         soft_B = soft_losses(shown.logits_BC, soft_BC, self.temperature) * labelled_B
+        soft = soft_B.mean() / shown.labelled  # as the hard loss: both come from labels
         hard = hard_loss(shown.logits_BC, shown.label_probs_BC, shown.labelled)
-        return self.alpha * soft_B.mean() + (1 - self.alpha) * hard
+        return self.alpha * soft + (1 - self.alpha) * hard

@@ -12,6 +12,7 @@ from kd.methods import (
     AnnealedKD,
     ContinuationKD,
     Labels,
+    Shown,
     VirtualTeacher,
     hard_loss,
     label_probs,
@@ -163,6 +164,14 @@ def test_the_virtual_teacher_equals_the_oracle():
     pairs = zip(logits, labels, strict=True)
     wanted = sum(reference.virtual_teacher_image(*p, 5.0, 0.3, 0.9) for p in pairs) / B
     assert float(loss_of(method, *batch(seed=3))) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [VirtualTeacher(), Labels()], ids=lambda method: method.kind)
+def test_images_without_labels_weaken_no_loss_that_comes_from_labels(method):
+    logits, _, labels = batch(seed=3)
+    half = label_probs(torch.where(torch.arange(B) < B // 2, labels, -1), C)
+    ours = method.loss(Shown(logits, half, labelled=0.5))
+    torch.testing.assert_close(ours, method.loss(Shown(logits[: B // 2], half[: B // 2])))
 
 
 def test_label_smoothing_equals_the_oracle():
