@@ -15,6 +15,8 @@ from kd.params import NAME, DataParams, Params, build, of_stage, overlay, parse,
 
 FOLDER = Path(".kd/compare")
 """Where comparisons work; each seed is a workspace of its own there."""
+BESIDE = ("weightings", "stages.py", "cast.py", "params.py")
+"""What decides a unit's result beside what decides what is learned."""
 
 
 @component
@@ -111,7 +113,7 @@ class Comparison:
     @cached_property
     def units(self) -> dict[str, Unit]:
         """All units by id, each after those it needs."""
-        code = artifacts.code_digest((*artifacts.LEARNING, "weightings", "stages.py", "cast.py"))
+        code = artifacts.code_digest((*artifacts.LEARNING, *BESIDE))
         files = own_files(self.params[0].data)
         return {unit.id: unit for p in self.params for unit in units_of(p, code, files)}
 
