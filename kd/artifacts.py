@@ -192,6 +192,17 @@ def remedy(path: Path) -> str:
     return f"run `dvc repro {stage}{name}`"
 
 
+def state_path(run_name: str, inputs: object, suffix: str) -> Path:
+    """Where a stage keeps, until its result is written, what it goes on from should it be killed.
+
+    Args:
+        run_name: Whose state it is.
+        inputs: All that decides the result, as plain data.
+        suffix: Of the file.
+    """
+    return CHECKPOINTS / run_name / f"{digest(inputs)[:32]}{suffix}"
+
+
 class DiskCheckpoint:
     """fit()'s state on disk, valid for one set of inputs.
 
@@ -202,7 +213,7 @@ class DiskCheckpoint:
 
     def __init__(self, run_name: str, inputs: object) -> None:
         """Args: whose state it is, and all that decides the result, as plain data."""
-        self.path = CHECKPOINTS / run_name / f"{digest(inputs)[:32]}.safetensors"
+        self.path = state_path(run_name, inputs, ".safetensors")
         self.before = self.path.with_suffix(".before")
 
     def load(self) -> tuple[dict[str, Tensor], list[Epoch]] | None:

@@ -9,6 +9,8 @@ only `report` opens the test split.
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,7 @@ from kd.roles import Role, learn, seed_of, try_learners
 from kd.tracking import Run, TrackingError
 from kd.tracking.weights import log_weight_sets
 from kd.weightings import (
+    Weighting,
     convergence_rows,
     path_rows,
     tried_rows,
@@ -108,12 +111,11 @@ def weights(params: Params, name: str, run: Run) -> None:
         {"logits_KNC": logits_KNC, "labels_N": val.labels_N},
         {"members": json.dumps(sha256)},
     )
-    study = artifacts.folder("runs") / "weights.study.log"
-    if not getattr(params.weights, "study", False):
-        study.write_bytes(b"")  # another weighting's may still lie there
     given = (logits_KNC.numpy(), val.labels_N.numpy())
-    found = params.weights.find(*given, names, seed_of(params.seed, "weights"), study)
-    record = weight_record(params.weights, found, *given, seed_of(params.seed, "weights"))
+    seed = seed_of(params.seed, "weights")
+    begun = study_begun(params.weights, folder, seed)
+    found = params.weights.find(*given, names, seed, begun)
+    record = weight_record(params.weights, found, *given, seed)
     record |= {"sha256": sha256, "searched": found.searched, "shrinkage": found.shrinkage}
     record |= {"warnings": list(found.warnings)}
     artifacts.write_json(folder / "weights.json", record)
@@ -124,8 +126,20 @@ def weights(params: Params, name: str, run: Run) -> None:
     print("  ".join(f"{each} {weight:.3f}" for each, weight in found.weights.items()))
     for warning in found.warnings:
         print(f"warning: {warning}")
-    study.touch()  # DVC misses an output that is not there, also where nothing was searched
+    study = artifacts.folder("runs") / "weights.study.log"
+    with artifacts.atomic(study) as temporary:  # empty where nothing was searched: DVC expects it
+        temporary.write_bytes(begun.read_bytes() if begun.exists() else b"")
+    begun.unlink(missing_ok=True)
     log_weight_sets(run, folder, tags={}, study=study if study.stat().st_size else None)
+
+
+def study_begun(weighting: Weighting, folder: Path, seed: int) -> Path:
+    """The search's study while it runs: where DVC leaves it be, and a killed search goes on."""
+    logits = artifacts.sha256(folder / "val_logits.safetensors")
+    inputs = [logits, asdict(weighting), seed, artifacts.code_digest(("weightings",))]
+    path = artifacts.state_path("weights", inputs, ".log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def student(params: Params, name: str, run: Run) -> None:

@@ -288,7 +288,7 @@ def killed_after(saves: int, folder: Path, *stage: str) -> None:
         training.send_signal(signal.SIGCONT)  # in short steps, so that it cannot end meanwhile
         time.sleep(0.01)
         training.send_signal(signal.SIGSTOP)
-        seen |= {path.stat().st_mtime_ns for path in checkpoints.glob("*.safetensors")}
+        seen |= {path.stat().st_mtime_ns for path in checkpoints.glob("[!.]*")}
     training.send_signal(signal.SIGKILL)
     assert training.wait() == -signal.SIGKILL
     assert training.stdout is not None
@@ -313,6 +313,31 @@ def test_a_stage_killed_in_mid_training_goes_on_to_the_same_bytes(
     assert done.returncode == 0, done.stderr
     assert same_files(target, finished / "artifacts" / Path(*stage)) == []
     assert list(checkpoints.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_weight_search_killed_and_cleared_by_dvc_goes_on_to_the_same_bytes(finished, tmp_path):
+    long = {"kind": "differential_evolution", "generations": 400, "tolerance": 0.0}
+    for folder in ("whole", "killed"):
+        for made in ("data", "assistants"):
+            shutil.copytree(finished / "artifacts" / made, tmp_path / folder / "artifacts" / made)
+        experiment(tmp_path / folder, weights=long)
+    whole, killed = tmp_path / "whole/artifacts", tmp_path / "killed/artifacts"
+    assert kd(whole.parent, "weights").returncode == 0
+    killed_after(20, killed.parent, "weights")
+    [study] = (killed.parent / ".kd/checkpoints/weights").iterdir()
+    begun = study.read_bytes()
+    assert not (killed / "weights/weights.json").exists()
+    assert not (killed / "runs/weights.study.log").exists()
+    shutil.rmtree(killed / "weights")  # as DVC does before it runs a stage
+    done = kd(killed.parent, "weights")
+    assert done.returncode == 0, done.stderr
+    assert same_files(killed / "weights", whole / "weights") == []
+    studies = [(each / "runs/weights.study.log").read_bytes() for each in (killed, whole)]
+    generations = [each.count(b"\n") // 20 for each in (begun, *studies)]
+    assert 10 < generations[0] < generations[1]
+    assert studies[0].startswith(begun[: begun.rindex(b"\n") + 1])
+    assert not study.exists()
 
 
 def test_a_stage_that_is_told_to_end_saves_its_step_and_goes_on_from_it(finished, tmp_path):
