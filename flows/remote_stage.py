@@ -77,22 +77,19 @@ def stage(order: Order) -> None:
         run = _runner(root, stop, [workspace])
         _check_out(order, root, run)
         slots = locks.slots()
-        carried = Checkpoints(root, order.stage.name, log.warning).carried()
-        with (
-            slots.take(threads=order.stage.threads, gpu=order.stage.gpu, stop=stop) as slot,
-            carried,
-        ):
-            log.info("starts on %s of %s:%s", slot.name, platform.node(), root.name)
-            reproduce(
-                order.stage,
-                root,
-                env={**order.env, **settings(), **slot.env},  # the worker's own come first
-                hear=log.info,
-                stop=stop,
-                hold=[*slot.descriptors, workspace],
-                pull=True,
-            )
-        run("push", "--quiet", "--run-cache", order.stage.name)
+        with Checkpoints(root, order.stage.name, log.warning).carried():
+            with slots.take(threads=order.stage.threads, gpu=order.stage.gpu, stop=stop) as slot:
+                log.info("starts on %s of %s:%s", slot.name, platform.node(), root.name)
+                reproduce(
+                    order.stage,
+                    root,
+                    env={**order.env, **settings(), **slot.env},  # the worker's own come first
+                    hear=log.info,
+                    stop=stop,
+                    hold=[*slot.descriptors, workspace],
+                    pull=True,
+                )
+            run("push", "--quiet", "--run-cache", order.stage.name)
 
 
 def _check_out(order: Order, root: Path, run: Callable[..., None]) -> None:

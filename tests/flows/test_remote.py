@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import logging
+import os
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import yaml
 
 from flows import needs
-from flows.checkpoints import Checkpoints
+from flows.checkpoints import OLD, Checkpoints
 from flows.child import Stopped
 from tests.flows import servers, workers
 from tests.flows.toys import FOREIGN_WARNINGS, SOURCES, Toy, lives, timed, wait_until
@@ -203,7 +205,7 @@ def test_workers_in_clones_end_as_one_machine_does_though_one_is_killed(
     ):
 
         def saved(folder: Path, name: str) -> bool:
-            return any((folder / "checkpoints" / "assistants" / name).glob("*.safetensors"))
+            return any((folder / "checkpoints" / "assistants" / name).rglob("*.safetensors"))
 
         def at_work(name: str) -> list[workers.Worker]:
             return [each for each in pool if saved(each.clone / ".kd", name)]
@@ -290,17 +292,83 @@ def test_checkpoints_go_to_the_remote_and_with_their_training_they_are_gone(proj
 
 def check_checkpoints(project: Toy) -> None:
     complaints: list[str] = []
-    here = project.path(".kd/checkpoints/each/large")
-    here.mkdir(parents=True)
-    for name in ("one", "other"):
-        (here / f"{name}.safetensors").write_text(name)
-    Checkpoints(project.root, "each@large", complaints.append)._send()
-    shutil.rmtree(here)
-    last = Checkpoints(project.root, "each@large", complaints.append)
-    with last.carried():
-        assert (here / "one.safetensors").read_text() == "one"
-        (here / "one.safetensors").unlink()  # as a training does that has come to its end
-    shutil.rmtree(here)
-    last._bring()
-    assert [each.name for each in here.iterdir()] == ["other.safetensors"]
+    here = project.path(".kd/checkpoints/one")
+
+    def carried() -> contextlib.AbstractContextManager[None]:
+        return Checkpoints(project.root, "one", complaints.append).carried()
+
+    def stopped(*names: str) -> None:
+        """A training that is stopped, and saves its state before it ends."""
+        with contextlib.suppress(Stopped), carried():
+            here.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (here / f"{name}.safetensors").write_text(name)
+            raise Stopped
+
+    def brought() -> list[str]:
+        """What another clone is brought, and loses as it is stopped."""
+        shutil.rmtree(here, ignore_errors=True)
+        with contextlib.suppress(Stopped), carried():
+            found = sorted(each.stem for each in here.glob("*.safetensors"))
+            shutil.rmtree(here, ignore_errors=True)
+            raise Stopped
+        return found
+
+    stopped("first", "second")
+    assert brought() == ["first", "second"]
+    params = project.path("params.yaml").read_text()
+    project.path("params.yaml").write_text(params.replace("0", "1"))  # which `one` does not read
+    assert brought() == ["first", "second"]
+    pipeline = project.path("dvc.yaml").read_text()
+    project.path("dvc.yaml").write_text(pipeline.replace('"outs"', '"params": ["unused"], "outs"'))
+    assert brought() == []
+    stopped("other")
+    with carried():  # as a training does that has come to its end
+        shutil.rmtree(here)
+    assert brought() == []
+    project.path("dvc.yaml").write_text(pipeline)
+    project.path("params.yaml").write_text(params)
+    assert brought() == ["first", "second"]
+    (here / "elsewhere.safetensors").parent.mkdir(parents=True)
+    (here / "elsewhere.safetensors").write_text("another experiment's, of this clone")
+    stopped("third")
+    assert brought() == ["first", "second", "third"]
     assert complaints == []
+
+
+def test_what_others_left_on_the_remote_long_ago_goes(project: Toy, tmp_path: Path) -> None:
+    complaints: list[str] = []
+    left = [tmp_path / f"remote/checkpoints/one/{name}/a.safetensors" for name in ("old", "new")]
+    for path in left:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    os.utime(left[0], (time.time() - OLD - 60,) * 2)
+    with Checkpoints(project.root, "one", complaints.append).carried():
+        pass
+    assert [path.exists() for path in left] == [False, True]
+    assert complaints == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_push_its_result_leaves_the_checkpoints(
+    project: Toy, prefect: str, tmp_path: Path
+) -> None:
+    remote, saved = tmp_path / "remote", ".kd/checkpoints/one/a.safetensors"
+    train = [
+        f"mkdir -p $(dirname {saved}) && echo state > {saved}",
+        f"until ls {remote}/checkpoints/one/*/a.safetensors; do sleep 0.1; done",
+        f"rm {saved}",
+        f"mv {remote}/files {remote}/away; touch {remote}/files",
+        "echo result > one.txt",
+    ]
+    project.write({"one": {"cmd": train, "outs": ["one.txt"]}}, tracking=False)
+    project.path("sent").write_text("so that the remote has files")
+    project.dvc("add", "sent")
+    project.dvc("push")
+    workers.commit(project)
+    env = {"PREFECT_API_URL": prefect}
+    with workers.workers(project.root, {"a": "cpu"}, **env), workers.flow(project, **env) as flow:
+        said, _ = flow.communicate(timeout=300)
+    assert flow.returncode == 1, said
+    assert "`dvc push" in said
+    assert [path.read_text() for path in remote.glob("checkpoints/one/*/*")] == ["state\n"]
