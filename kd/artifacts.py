@@ -298,6 +298,8 @@ class DiskTables:
                     DiskTables.cpu_seconds += time.process_time() - begun
                     made.flush()
                 write_json(path.with_suffix(".json"), {**whole, "sha256": sha256(path)})
+            for used in (path, path.with_suffix(".json")):
+                os.utime(used)  # where reading leaves no trace, housekeeping would take it for old
         # "c": changes, which nobody makes, would stay private; torch warns of read-only memory.
         return torch.from_numpy(np.load(path, mmap_mode="c"))
 

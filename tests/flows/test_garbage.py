@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows import garbage
-from kd import tracking
+from kd import artifacts, tracking
 from kd.component import ConfigError
 from tests.flows.test_upstream import commit
 from tests.flows.toys import Toy
@@ -62,6 +62,21 @@ def test_checkpoints_that_were_used_lately_stay(tmp_path: Path) -> None:
     prefix = ".kd/compare/digits/seed-0/.kd"
     assert found == {f"{parent}/{name}" for parent in (".kd", prefix) for name in names}
     assert garbage.old_checkpoints(tmp_path, 11) == []
+
+
+def test_a_table_that_is_read_stays_where_reading_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    artifacts.DiskTables().table({}, (2, 3, 4), lambda table: None)
+    files = [path for path in artifacts.TARGETS.iterdir() if path.suffix != ".lock"]
+    for path in files:
+        os.utime(path, (time.time() - 10 * 86400,) * 2)
+    artifacts.DiskTables().table({}, (2, 3, 4), lambda table: pytest.fail("made again"))
+    for path in files:  # as with the mount option noatime
+        os.utime(path, (0, path.stat().st_mtime))
+    assert len(files) == 2
+    assert garbage.old_checkpoints(tmp_path, 9) == []
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
