@@ -14,6 +14,7 @@ Shapes: P population, D dimensions of the search space.
 """
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -160,11 +161,13 @@ class DESampler(optuna.samplers.BaseSampler):
     def generation(self, study: optuna.Study) -> Generation:
         """The generation that the study's next trial belongs to.
 
+        While trials before it are unfinished, as it would be drawn now.
+
         Raises:
             ValueError: the search space is not known yet.
         """
-        upcoming = study._storage.get_n_trials(study._study_id)
-        return self._known(self._generation_of(study, upcoming))
+        with self._lock:
+            return self._known(self._search_of(study).as_read().latest())
 
     def generation_of(self, study: optuna.Study, trial_number: int) -> Generation:
         """The generation that a running trial belongs to.
@@ -183,9 +186,9 @@ class DESampler(optuna.samplers.BaseSampler):
             ValueError: the search space is not known yet.
         """
         with self._lock:
-            self.generation(study)
-            assert self._search is not None
-            return self._search.population()
+            search = self._search_of(study).as_read()
+            self._known(search.latest())
+            return search.population()
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -307,10 +310,31 @@ class _Search:
     def generation(self, number: int) -> Generation | None:
         """Generation `number`; None where it has no search space or is forgotten."""
         if number >= self._next:
-            trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
-            while self._next <= number:
-                self._advance(trials)
+            self._advance(number, self.storage.get_all_trials(self.study_id, deepcopy=False))
         return self._recent.get(number)
+
+    def latest(self) -> Generation | None:
+        """The generation drawn last; None where it has no search space."""
+        return self._recent.get(self._next - 1)
+
+    def as_read(self) -> "_Search":
+        """The search where the generation of the study's next trial is drawn.
+
+        A copy if trials before that generation may yet finish: drawn for good it would miss them,
+        and the search would depend on having been read.
+        """
+        size = self.rules.population_size
+        if self.storage.get_n_trials(self.study_id) // size < self._next:
+            return self
+        trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
+        upcoming = len(trials)
+        while upcoming > 0 and trials[upcoming - 1].state == TrialState.WAITING:
+            upcoming -= 1
+        number = upcoming // size
+        before = (*self._unfinished, *range(self._seen, number * size))
+        search = self if all(trials[n].state.is_finished() for n in before) else self._copied()
+        search._advance(number, trials)
+        return search
 
     def population(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows as parameter values, and values with the study's own sign."""
@@ -319,7 +343,18 @@ class _Search:
         values_P = self._sign * self._evolution.values_P
         return self._space.decoded(self._evolution.rows_PD), values_P
 
-    def _advance(self, trials: list[FrozenTrial]) -> None:
+    def _copied(self) -> "_Search":
+        """One that goes on by itself, from the same state."""
+        twin = copy.copy(self)
+        twin._recent = dict(self._recent)
+        twin._evolution = None if self._evolution is None else self._evolution.copied()
+        return twin
+
+    def _advance(self, number: int, trials: list[FrozenTrial]) -> None:
+        while self._next <= number:
+            self._draw(trials)
+
+    def _draw(self, trials: list[FrozenTrial]) -> None:
         """Absorb what may enter the next generation, and draw it."""
         number, size = self._next, self.rules.population_size
         self._absorb(self._finished(trials, number * size))
@@ -433,7 +468,7 @@ class _Space:
     def decoded(self, rows_PD: np.ndarray) -> np.ndarray:
         """Points of the unit cube -> parameter values."""
         if all(axis.is_unit for axis in self._axes):
-            return rows_PD
+            return rows_PD.copy()  # it is given away, and the search's own must stay as they are
         columns = [axis.decoded(rows_PD[:, d]) for d, axis in enumerate(self._axes)]
         return np.stack(columns, axis=1)
 
@@ -574,15 +609,16 @@ class PrefetchObjective:
     def __call__(self, trial: Trial) -> float:
         """The trial's value; nan, which fails the trial, where the objective says nan."""
         sampler = _de_sampler(trial.study)
-        generation = sampler.generation_of(trial.study, trial.number)
+        generation = sampler._generation_of(trial.study, trial.number)
+        # A trial that is generations old has no row, but it has parameters.
+        space = (generation or sampler.generation(trial.study)).distributions
         # As Study.ask does; suggest_float and its like make, and check, the distribution anew.
-        row = [trial._suggest(name, d) for name, d in generation.distributions.items()]
-        slot = trial.number - generation.first_trial
-        if row == generation.rows[slot]:
+        row = [trial._suggest(name, d) for name, d in space.items()]
+        slot = trial.number % sampler.population_size
+        if generation is not None and row == generation.rows[slot]:
             return self._values(generation)[slot]
         indices = [
-            float(d.to_internal_repr(value))
-            for d, value in zip(generation.distributions.values(), row, strict=True)
+            float(d.to_internal_repr(value)) for d, value in zip(space.values(), row, strict=True)
         ]
         return float(self._batch_objective(np.array([indices]))[0])
 

@@ -16,6 +16,7 @@ infeasible).
 Shapes: P population, D dimensions.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -188,6 +189,12 @@ class Evolution:
         credited_P = defeated_P & ~np.isnan(F_P)
         if self.rules.strategy in ADAPTIVE and credited_P.any():
             self._learn(F_P[credited_P], CR_P[credited_P], gains_P[credited_P])
+
+    def copied(self) -> "Evolution":
+        """One that goes on by itself, from the same state."""
+        twin = copy.copy(self)
+        vars(twin).update({name: copy.copy(value) for name, value in vars(self).items()})
+        return twin
 
     def keep_columns(self, kept_D: np.ndarray) -> None:
         """Go on in fewer dimensions: `kept_D` is a bool for every present column."""

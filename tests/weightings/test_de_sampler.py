@@ -401,6 +401,73 @@ def test_the_generation_tells_its_trials_in_advance():
     np.testing.assert_array_equal(generation.params, generation.rows)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_reading_a_search_whose_trials_are_running_does_not_change_it(given):
+    space = {name: FloatDistribution(0, 1) for name in SIMPLEX}
+
+    def searched(look: bool) -> optuna.Study:
+        storage = optuna.storages.InMemoryStorage()
+        study = new_study(storage, simplex=None, search_space=space if given else None)
+        study.optimize(single, n_trials=20)
+        for generation in range(6):
+            trials = [study.ask(space) for _ in range(10)]
+            if look:
+                study.sampler.population(study)
+                study.sampler.generation(study)
+                assert not DEConvergedCallback().holds(study)
+            for trial in trials:
+                study.tell(trial, batch(np.array([list(trial.params.values())]))[0])
+            if look and generation == 2:
+                study = new_study(storage, simplex=None, search_space=space if given else None)
+        return study
+
+    assert params(searched(look=True)) == params(searched(look=False))
+
+
+def test_a_look_sees_what_has_finished_before_the_generation_of_the_next_trial():
+    study = new_study()
+    trials = [study.ask() for _ in range(10)]
+    for finished, trial in enumerate(trials):
+        _, values = study.sampler.population(study)
+        assert np.isfinite(values).sum() == finished
+        study.tell(trial, single(trial))
+
+
+@pytest.mark.parametrize("objective", [PrefetchObjective(batch), single])
+def test_a_convergence_check_does_not_change_a_search_whose_trials_wait(objective):
+    studies = new_study(), new_study()
+    for study, callbacks in zip(studies, ([], [DEConvergedCallback(0, 1e-12)]), strict=True):
+        for step in range(100):  # better and better
+            study.enqueue_trial(
+                dict(zip(SIMPLEX, [1 - step / 200, step / 200, 0, 0], strict=True))
+            )
+        study.optimize(objective, n_trials=140, callbacks=callbacks)
+    assert params(studies[0]) == params(studies[1])
+
+
+def test_what_a_search_gives_away_is_not_its_own():
+    def spoils(rows: np.ndarray) -> np.ndarray:
+        values = batch(rows)
+        rows[:] = 0
+        return values
+
+    study, expected = new_study(), new_study()
+    study.optimize(PrefetchObjective(spoils), n_trials=50)
+    study.sampler.population(study)[0][:] = 0
+    study.optimize(PrefetchObjective(spoils), n_trials=50)
+    expected.optimize(single, n_trials=100)
+    assert params(study) == params(expected)
+
+
+def test_a_trial_that_is_generations_old_is_evaluated_on_its_own():
+    study = new_study()
+    trials = [study.ask() for _ in range(60)]
+    objective = PrefetchObjective(batch)
+    for trial in reversed(trials):
+        value = objective(trial)
+        assert value == batch(np.array([[trial.params[name] for name in SIMPLEX]]))[0]
+
+
 def test_a_population_that_has_converged_stops_the_study():
     study = new_study(population_size=20)
     study.optimize(
