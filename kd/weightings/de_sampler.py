@@ -646,7 +646,7 @@ def optimize_population(
 ) -> None:
     """Evaluate whole generations at once, and store every candidate as a trial.
 
-    A generation that is under way (a resumed study) is finished first, and counts.
+    A generation under way (a resumed study, trials that wait) is finished first, and counts.
 
     Args:
         study: its sampler is a DESampler that knows its search space.
@@ -656,21 +656,21 @@ def optimize_population(
             which asks and tells, and so runs enqueued trials, heartbeats and callbacks of the
             storage.  "add_trials" needs to be the study's only writer.
     """
+    persisted = _ask_and_tell if persist == "trials" else _add_trials
     for _ in range(n_generations):
-        generation = _de_sampler(study).generation(study)
-        upcoming = study._storage.get_n_trials(study._study_id)
-        slots = range(upcoming - generation.first_trial, len(generation.rows))
-        if persist == "trials":
-            _ask_and_tell(study, batch_objective, generation, len(slots))
-        else:
-            _add_trials(study, batch_objective, generation, slots)
+        persisted(study, batch_objective, _de_sampler(study))
 
 
 def _ask_and_tell(
-    study: optuna.Study, batch_objective: BatchObjective, generation: Generation, count: int
+    study: optuna.Study, batch_objective: BatchObjective, sampler: DESampler
 ) -> None:
-    space = generation.distributions
-    trials = [study.ask(space) for _ in range(count)]
+    space, size = sampler.generation(study).distributions, sampler.population_size
+    trials = [study.ask(space)]
+    # What waits is asked for first, so the trial that came tells which generation is under way.
+    first = trials[0].number // size * size
+    fellows = study.get_trials(deepcopy=False)[first : first + size]
+    started = sum(fellow.state != TrialState.WAITING for fellow in fellows)
+    trials += [study.ask(space) for _ in range(size - started)]
     rows = [
         [float(d.to_internal_repr(params[name])) for name, d in space.items()]
         for params in (trial.params for trial in trials)
@@ -682,18 +682,16 @@ def _ask_and_tell(
             study.tell(trial, float(value))
 
 
-def _add_trials(
-    study: optuna.Study,
-    batch_objective: BatchObjective,
-    generation: Generation,
-    slots: Sequence[int],
-) -> None:
-    space = generation.distributions
-    for slot, value in zip(slots, batch_objective(generation.params[slots[0] :]), strict=True):
+def _add_trials(study: optuna.Study, batch_objective: BatchObjective, sampler: DESampler) -> None:
+    upcoming = study._storage.get_n_trials(study._study_id)
+    generation = sampler.generation_of(study, upcoming)
+    space, first = generation.distributions, upcoming - generation.first_trial
+    values = batch_objective(generation.params[first:])
+    for row, value in zip(generation.rows[first:], values, strict=True):
         failed = math.isnan(value)
         study.add_trial(
             optuna.create_trial(
-                params=dict(zip(space, generation.rows[slot], strict=True)),
+                params=dict(zip(space, row, strict=True)),
                 distributions=space,
                 state=TrialState.FAIL if failed else TrialState.COMPLETE,
                 value=None if failed else float(value),

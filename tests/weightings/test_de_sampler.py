@@ -489,6 +489,26 @@ def test_a_batch_objective_that_says_nan_fails_that_trial_alone():
         assert failed == [2, 12, 22]
 
 
+@pytest.mark.parametrize("waiting", [0, 3, 7, 10, 23])
+def test_whole_generations_are_finished_where_trials_wait(waiting):
+    study = new_study()
+    for _ in range(waiting):
+        study.enqueue_trial({"w0": 0.5, "w1": 0.5, "w2": 0.0, "w3": 0.0})
+    optimize_population(study, batch, 2, persist="trials")
+    states = [trial.state for trial in study.trials]
+    assert states[:20] == [TrialState.COMPLETE] * 20
+    assert states[20:] == [TrialState.WAITING] * max(0, waiting - 20)
+
+
+def test_trials_that_were_left_waiting_in_an_old_generation_are_finished_first():
+    study = new_study()
+    for _ in range(3):
+        study.enqueue_trial({"w0": 0.5, "w1": 0.5, "w2": 0.0, "w3": 0.0})
+    optimize_population(study, batch, 6, persist="add_trials")
+    optimize_population(study, batch, 1, persist="trials")
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 60
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
