@@ -57,6 +57,7 @@ BatchObjective = Callable[[np.ndarray], np.ndarray]
 """Rows (P, D) of parameter values -> P objective values; a category is its index."""
 
 SEED_ATTRIBUTE = "de_sampler:seed"
+SUM_TOLERANCE = 1e-6  # by how much the sum of enqueued weights may differ from 1
 REMEMBERED = 3  # generations whose rows are kept, for trials that finish late
 UNKNOWN_SPACE_POPULATION = 20
 
@@ -108,7 +109,8 @@ class DESampler(optuna.samplers.BaseSampler):
         init: "lhs" or "random" initial population.
         bounds: "midpoint" (half-way from parent to bound), "clip" or "reflect".
         simplex: names of float parameters in [0, 1] that stay non-negative with sum 1: their
-            population members are the weight vectors themselves.
+            population members are the weight vectors themselves.  Enqueued and added trials whose
+            sum is not 1 stay in the study, but do not compete.
         consider_pruned_trials: let pruned trials compete with their last reported value.
         seed: of everything random.  None draws one, and stores it with the study.
         independent_sampler: draws the parameters outside the search space instead.
@@ -486,8 +488,12 @@ class _Space:
             return None
 
     def contains(self, row: list[Any]) -> bool:
-        """Whether every value of a row is in its parameter's range."""
-        return all(axis.contains(value) for axis, value in zip(self._axes, row, strict=True))
+        """Whether every value of a row is in its parameter's range, and weights sum to 1."""
+        if not all(axis.contains(value) for axis, value in zip(self._axes, row, strict=True)):
+            return False
+        # Brought onto the simplex, another point would carry this one's value.
+        weights = [*itertools.compress(row, self._simplex_D)]
+        return not weights or abs(sum(weights) - 1) <= SUM_TOLERANCE
 
     def encoded(self, row: list[Any]) -> np.ndarray:
         """A row as Optuna has it -> a point of the unit cube."""

@@ -269,6 +269,24 @@ def test_enqueued_and_added_trials_join_the_population_and_are_improved_on():
     assert min(t.value for t in warm.trials[11:]) < values.min()
 
 
+def test_enqueued_weights_off_the_simplex_lend_their_value_to_no_other_point():
+    def cheats(rows: np.ndarray) -> np.ndarray:
+        return batch(rows) + np.minimum(rows.sum(axis=1) - 1, 0).round(5)
+
+    study = new_study()
+    study.enqueue_trial(dict.fromkeys(SIMPLEX, 0.0))
+    study.enqueue_trial(dict.fromkeys(SIMPLEX, 0.2))
+    thirds = {**dict.fromkeys(SIMPLEX, 0.3333333), "w3": 0.0}
+    study.enqueue_trial(thirds)
+    study.optimize(PrefetchObjective(cheats), n_trials=10)
+    rows, values = study.sampler.population(study)
+    assert np.isinf(values[:2]).all()
+    np.testing.assert_allclose(rows[2], list(thirds.values()), atol=1e-6)
+    study.optimize(PrefetchObjective(cheats), n_trials=190)
+    rows, values = study.sampler.population(study)
+    np.testing.assert_allclose(values, batch(rows), atol=1e-6)
+
+
 def test_partly_enqueued_trials_take_the_rest_from_their_row():
     plain, enqueued = new_study(), new_study()
     enqueued.enqueue_trial({"w1": 0.25})
