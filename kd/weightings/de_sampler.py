@@ -743,7 +743,8 @@ class GenerationJournalBackend(BaseJournalBackend):
     Its file is a plain Optuna journal: `JournalFileBackend` and optuna-dashboard read it.  What a
     killed process had not written yet is lost, and evaluated again on resuming, bit for bit.  The
     disk is waited for while the next generation is made, so a power failure may cost two.
-    One process may write at a time; a second one is refused.
+    One process may write at a time; a second one is refused.  A trial that it left open at the
+    end of the file is dropped when the file is opened again.
 
         with GenerationJournalBackend("study.log") as backend:
             study = optuna.create_study(storage=optuna.storages.JournalStorage(backend), ...)
@@ -765,7 +766,7 @@ class GenerationJournalBackend(BaseJournalBackend):
         except RuntimeError:
             os.close(descriptor)
             raise
-        _cut_torn_line(descriptor)
+        _cut_open_trial(descriptor)
         self._reader = JournalFileBackend(os.fspath(path))
         self._trials_per_commit = trials_per_commit
         self._finished = 0
@@ -819,20 +820,24 @@ class GenerationJournalBackend(BaseJournalBackend):
         self.close()
 
 
-def _cut_torn_line(descriptor: int) -> None:
-    """Drop what a process killed while writing left at the end: half a line, half a trial."""
+def _cut_open_trial(descriptor: int) -> None:
+    """Drop what a killed process left at the end: half a line, half a trial.
+
+    With one writer at a time, nobody is left to finish it, wherever the file was cut.
+    """
     with open(descriptor, "rb", closefd=False) as file:
         lines = file.readlines()
-    if not lines or lines[-1].endswith(b"\n"):
-        return
-    lines.pop()
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
     while lines and _leaves_trial_open(json.loads(lines[-1])):
         lines.pop()
     os.ftruncate(descriptor, sum(map(len, lines)))
 
 
 def _leaves_trial_open(log: dict[str, Any]) -> bool:
-    """Whether a journal line begins or fills a trial, without finishing it."""
+    """Whether a journal line begins or fills a trial, without finishing it or letting it wait."""
+    if log.get("state") == TrialState.WAITING:
+        return False
     return ("trial_id" in log or "datetime_start" in log) and not _finishes_trial(log)
 
 

@@ -193,6 +193,45 @@ def test_a_torn_last_line_is_cut_and_its_trials_are_evaluated_again(folder):
     assert params(study) == expected(40)
 
 
+def cut(path: Path, lines: int) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-lines]))
+
+
+@pytest.mark.parametrize("lines", range(1, 12))
+def test_a_journal_cut_at_the_end_of_any_line_goes_on_to_the_same_end(lines, folder):
+    path = folder / "study"
+    with GenerationJournalBackend(path, 10) as backend:
+        study = optuna.create_study(
+            study_name="s",
+            storage=JournalStorage(backend),
+            sampler=DESampler(simplex=SIMPLEX, population_size=10, seed=5),
+        )
+        study.optimize(single, n_trials=25)
+    cut(path, lines)
+    study = open_study("group", path)
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    study.optimize(single, n_trials=40 - len(study.trials))
+    assert params(study) == expected(40)
+
+
+def test_enqueued_trials_still_wait_when_the_journal_is_opened_again(folder):
+    path = folder / "study"
+    enqueued = [{"a": 0.5, "b": 0.5 - third, "c": third} for third in (0.0, 0.1, 0.2)]
+    with GenerationJournalBackend(path) as backend:
+        study = optuna.create_study(study_name="s", storage=JournalStorage(backend))
+        for point in enqueued:
+            study.enqueue_trial(point)
+    with GenerationJournalBackend(path) as backend:
+        study = optuna.load_study(study_name="s", storage=JournalStorage(backend))
+        assert [trial.state for trial in study.trials] == [TrialState.WAITING] * 3
+        study.optimize(single, n_trials=1)
+    cut(path, 1)
+    study = open_study("group", path)
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING] * 3
+    study.optimize(single, n_trials=3)
+    assert [trial.params for trial in study.trials] == enqueued
+
+
 def test_a_full_disk_costs_what_was_not_written_and_no_more(folder, monkeypatch):
     path = folder / "study"
     backend = GenerationJournalBackend(path, 10)
