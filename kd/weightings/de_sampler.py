@@ -458,6 +458,13 @@ class _Space:
         self.distributions = {n: d for n, d in distributions.items() if not d.single()}
         self._axes = [_Axis.of(distribution) for distribution in self.distributions.values()]
         self._simplex_D = np.array([name in simplex for name in self.distributions], dtype=bool)
+        # Storages read nan as another object, and nan equals nothing but, in a list, itself.
+        self._nans = [
+            (column, choice)
+            for column, axis in enumerate(self._axes)
+            for choice in axis.choices or ()
+            if isinstance(choice, float) and math.isnan(choice)
+        ]
 
     def __len__(self) -> int:
         return len(self._axes)
@@ -483,9 +490,13 @@ class _Space:
         """The trial's parameters in the order of the columns; None if it lacks one."""
         params = trial.params
         try:
-            return [params[name] for name in self.distributions]
+            row = [params[name] for name in self.distributions]
         except KeyError:
             return None
+        for column, nan in self._nans:
+            if row[column] != row[column]:
+                row[column] = nan
+        return row
 
     def contains(self, row: list[Any]) -> bool:
         """Whether every value of a row is in its parameter's range, and weights sum to 1."""

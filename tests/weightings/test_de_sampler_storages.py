@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -123,6 +124,24 @@ def test_durable_storages_give_the_search_of_the_one_in_memory(kind, folder):
     in_memory = open_study("memory", "")
     in_memory.optimize(single, n_trials=40)
     assert params(study) == params(in_memory)
+
+
+def test_nan_is_a_category_like_others_on_a_durable_storage(folder):
+    nan = float("nan")
+    space = {"kind": CategoricalDistribution([nan, 1.0]), "x": FloatDistribution(0, 1)}
+    rows = []
+    for storage in (None, f"sqlite:///{folder / 'study'}"):
+        sampler = DESampler(space, seed=0, population_size=5)
+        study = optuna.create_study(storage=storage, sampler=sampler)
+        study.optimize(
+            lambda trial: (
+                (trial.suggest_categorical("kind", [nan, 1.0]) == 1)
+                + trial.suggest_float("x", 0, 1)
+            ),
+            n_trials=40,
+        )
+        rows.append(params(study))
+    np.testing.assert_array_equal(*rows)
 
 
 @pytest.mark.parametrize("kind", ["journal", "group"])
