@@ -126,7 +126,7 @@ class DESampler(optuna.samplers.BaseSampler):
         *,
         population_size: int | Literal["auto"] = "auto",
         strategy: Strategy = "shade",
-        F: float | tuple[float, float] = (0.5, 1.0),
+        F: float | Sequence[float] = (0.5, 1.0),
         CR: float = 0.9,
         p: float = 0.05,
         memory_size: int = 6,
@@ -139,6 +139,7 @@ class DESampler(optuna.samplers.BaseSampler):
         independent_sampler: optuna.samplers.BaseSampler | None = None,
     ) -> None:
         self._simplex = tuple(simplex or ())
+        F = tuple(F) if isinstance(F, Sequence) else F
         if search_space is None and self._simplex:
             search_space = {name: FloatDistribution(0.0, 1.0) for name in self._simplex}
         self._space = None if search_space is None else _Space(search_space, self._simplex)

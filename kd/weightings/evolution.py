@@ -61,7 +61,7 @@ class Rules:
 
     population_size: int
     strategy: Strategy = "shade"
-    F: float | tuple[float, float] = (0.5, 1.0)
+    F: float | tuple[float, ...] = (0.5, 1.0)
     CR: float = 0.9
     p: float = 0.05
     memory_size: int = 6
@@ -72,11 +72,14 @@ class Rules:
 
     def __post_init__(self) -> None:
         """Refuse what cannot evolve."""
-        low, high = self.F if isinstance(self.F, tuple) else (self.F, self.F)
+        scales = self.F if isinstance(self.F, tuple) else (self.F, self.F)
         wanted = {
             "population_size": (self.population_size >= 4, "at least 4"),
             "strategy": (self.strategy in get_args(Strategy), f"one of {get_args(Strategy)}"),
-            "F": (0 < low <= high <= 2, "in (0, 2], or a pair (low, high) of such"),
+            "F": (
+                len(scales) == 2 and 0 < scales[0] <= scales[1] <= 2,
+                "in (0, 2], or a pair (low, high) of such",
+            ),
             "CR": (0 <= self.CR <= 1, "in [0, 1]"),
             "p": (0 < self.p <= 1, "in (0, 1]"),
             "memory_size": (self.memory_size >= 1, "at least 1"),

@@ -534,6 +534,7 @@ def test_trials_that_were_left_waiting_in_an_old_generation_are_finished_first()
         ({"population_size": 3}, "population_size is 3; it must be at least 4"),
         ({"F": 0.0}, "F is 0.0"),
         ({"F": (0.9, 0.5)}, r"F is \(0.9, 0.5\)"),
+        ({"F": [0.5]}, r"F is \(0.5,\); it must be in \(0, 2\], or a pair"),
         ({"CR": 1.5}, "CR is 1.5"),
         ({"p": 0.0}, "p is 0.0"),
         ({"memory_size": 0}, "memory_size is 0"),
@@ -548,6 +549,13 @@ def test_trials_that_were_left_waiting_in_an_old_generation_are_finished_first()
 def test_arguments_out_of_range_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         DESampler(**wrong)
+
+
+def test_scales_may_come_in_any_sequence():
+    listed, paired = (new_study(strategy="rand1", F=F) for F in ([0.4, 0.6], (0.4, 0.6)))
+    for study in (listed, paired):
+        study.optimize(single, n_trials=30)
+    assert params(listed) == params(paired)
 
 
 def test_helpers_say_what_they_need():
