@@ -170,7 +170,7 @@ class DESampler(optuna.samplers.BaseSampler):
             ValueError: the search space is not known yet.
         """
         with self._lock:
-            return self._known(self._search_of(study).as_read().latest())
+            return self._known(self._read(study).latest())
 
     def generation_of(self, study: optuna.Study, trial_number: int) -> Generation:
         """The generation that a running trial belongs to.
@@ -189,7 +189,7 @@ class DESampler(optuna.samplers.BaseSampler):
             ValueError: the search space is not known yet.
         """
         with self._lock:
-            search = self._search_of(study).as_read()
+            search = self._read(study)
             self._known(search.latest())
             return search.population()
 
@@ -249,14 +249,28 @@ class DESampler(optuna.samplers.BaseSampler):
 
     def _generation_of(self, study: optuna.Study, trial_number: int) -> Generation | None:
         with self._lock:
-            return self._search_of(study).generation(trial_number // self.population_size)
+            number = trial_number // self.population_size
+            return self._search_of(study, number).generation(number)
 
-    def _search_of(self, study: optuna.Study) -> "_Search":
-        """The study's search; a new one, to be filled by replay, if it is another study."""
+    def _read(self, study: optuna.Study) -> "_Search":
+        num_trials = study._storage.get_n_trials(study._study_id)
+        return self._search_of(study, num_trials // self.population_size).as_read(num_trials)
+
+    def _search_of(self, study: optuna.Study, number: int = 0) -> "_Search":
+        """The study's search; a new one, to be filled by replay, if it is another study.
+
+        Before generation 1 the seed that the study keeps is read again: of processes that started
+        at once each stored one, and the last one's holds.  Nothing was absorbed yet.
+        """
         with self._lock:
             storage, study_id = study._storage, study._study_id
             search = self._search
-            if search is None or search.storage is not storage or search.study_id != study_id:
+            if (
+                search is None
+                or search.storage is not storage
+                or search.study_id != study_id
+                or (number > 0 and search.drawn == 1 and not self._seeded)
+            ):
                 self._raise_error_if_multi_objective(study)
                 rules = replace(self._rules, seed=self._seed(study))
                 sign = -1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1.0
@@ -307,27 +321,27 @@ class _Search:
             self._states.add(TrialState.PRUNED)
         self._seen = 0  # trials below were absorbed, or are among the unfinished
         self._unfinished: list[int] = []
-        self._next = 0  # the generation to be drawn next
+        self.drawn = 0  # generations, so the number of the next
         self._recent: dict[int, Generation] = {}
 
     def generation(self, number: int) -> Generation | None:
         """Generation `number`; None where it has no search space or is forgotten."""
-        if number >= self._next:
+        if number >= self.drawn:
             self._advance(number, self.storage.get_all_trials(self.study_id, deepcopy=False))
         return self._recent.get(number)
 
     def latest(self) -> Generation | None:
         """The generation drawn last; None where it has no search space."""
-        return self._recent.get(self._next - 1)
+        return self._recent.get(self.drawn - 1)
 
-    def as_read(self) -> "_Search":
+    def as_read(self, num_trials: int) -> "_Search":
         """The search where the generation of the study's next trial is drawn.
 
         A copy if trials before that generation may yet finish: drawn for good it would miss them,
         and the search would depend on having been read.
         """
         size = self.rules.population_size
-        if self.storage.get_n_trials(self.study_id) // size < self._next:
+        if num_trials // size < self.drawn:
             return self
         trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
         upcoming = len(trials)
@@ -354,14 +368,14 @@ class _Search:
         return twin
 
     def _advance(self, number: int, trials: list[FrozenTrial]) -> None:
-        while self._next <= number:
+        while self.drawn <= number:
             self._draw(trials)
 
     def _draw(self, trials: list[FrozenTrial]) -> None:
         """Absorb what may enter the next generation, and draw it."""
-        number, size = self._next, self.rules.population_size
+        number, size = self.drawn, self.rules.population_size
         self._absorb(self._finished(trials, number * size))
-        self._next += 1
+        self.drawn += 1
         self._recent.pop(number - REMEMBERED, None)
         if self._space is None or self._evolution is None:
             return
@@ -422,7 +436,7 @@ class _Search:
                 np.array(violations),
                 np.array(F),
                 np.array(CR),
-                generation=self._next,
+                generation=self.drawn,
             )
 
     def _narrow(self, trials: list[FrozenTrial]) -> None:

@@ -21,6 +21,7 @@ from optuna.testing.pytest_samplers import (
 from optuna.trial import TrialState
 
 from kd.weightings.de_sampler import (
+    SEED_ATTRIBUTE,
     DEConvergedCallback,
     DESampler,
     GenerationJournalBackend,
@@ -348,6 +349,21 @@ def test_without_a_seed_the_study_keeps_the_one_that_was_drawn():
     other = new_study(seed=None)
     other.optimize(single, n_trials=1)
     assert params(other)[0] != params(again)[0]
+
+
+def test_a_seed_that_another_process_stored_at_the_same_time_holds_for_both():
+    storage = optuna.storages.InMemoryStorage()
+    study = new_study(storage, seed=None)
+    study.optimize(single, n_trials=5)
+    storage.set_study_system_attr(study._study_id, SEED_ATTRIBUTE, 7)  # it had seen none either
+    other = new_study(storage, seed=None)
+    other.optimize(single, n_trials=5)
+    seeded = new_study(storage, seed=7)
+    rows = [each.sampler.generation(each).rows for each in (study, other, seeded)]
+    assert rows[0] == rows[1] == rows[2]
+    study.optimize(single, n_trials=15)
+    rows = [each.sampler.generation(each).rows for each in (study, other, seeded)]
+    assert rows[0] == rows[1] == rows[2]
 
 
 def test_no_trial_gets_a_system_attribute_and_each_generation_reads_the_storage_once():
