@@ -18,8 +18,11 @@ params.yaml says which member of the union it wants by ``kind: kd``.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
+import sysconfig
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
@@ -90,11 +93,64 @@ def load_object(path: str) -> Any:
     require(bool(module_name and name), "path", path, 'of the form "package.module:Name"')
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"path {path!r}: cannot import {module_name} ({error}); "
-            "run from the folder that holds it, or install it"
-        ) from error
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        raise ConfigError(f"path {path!r}: {import_failure(module_name, error)}") from error
     if not hasattr(module, name):
         raise ConfigError(f"path {path!r}: module {module_name} has no {name!r}")
     return getattr(module, name)
+
+
+def import_failure(module_name: str, error: Exception) -> str:
+    """What importing a module raised, and at which line of the user's."""
+    if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+        remedy = "run from the folder that holds it, or install it"
+        return f"cannot import {module_name} ({error}); {remedy}"
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename}, line {error.lineno}"
+        return f"cannot import {module_name} ({type(error).__name__} in {place}: {error.msg})"
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ")
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+    theirs = [each for each in frames if not each.filename.startswith(libraries)]
+    place = f" in {theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else ""
+    return f"cannot import {module_name} ({type(error).__name__}{place}: {error})"
+
+
+def bound_object(
+    path: str, args: Mapping[str, Any], offered: Mapping[str, Any]
+) -> functools.partial[Any]:
+    """What `path` names, ready to be called with `args`, and with those of `offered` it names.
+
+    Raises:
+        ConfigError: it cannot be found, or does not take such arguments.
+    """
+    factory = load_object(path)
+    if not callable(factory):
+        raise ConfigError(f"path {path!r} names a {type(factory).__name__}, not a function")
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # some that are built in have none
+        return functools.partial(factory, **args)
+    parameters = signature.parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    taken = {name: value for name, value in offered.items() if takes_any or name in parameters}
+    given = {**taken, **args}
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise ConfigError(f"path {path!r} cannot be called with {args} ({error})") from error
+    return functools.partial(factory, **given)
+
+
+def call_object(path: str, args: Mapping[str, Any], offered: Mapping[str, Any]) -> Any:
+    """What comes of calling what `path` names; see `bound_object`.
+
+    Raises:
+        ConfigError: it cannot be found, or called so.
+    """
+    call = bound_object(path, args, offered)
+    try:
+        return call()
+    except TypeError as error:
+        raise ConfigError(
+            f"path {path!r} cannot be called with {call.keywords} ({error})"
+        ) from error

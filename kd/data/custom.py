@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Any, Literal
 
-from kd.component import ConfigError, component, load_object
+from kd.component import ConfigError, call_object, component
 from kd.data.raw import Raw
 
 
@@ -20,13 +20,7 @@ class CustomDataset:
 
     def read(self) -> Raw:
         """Make the object and ask it to read."""
-        factory = load_object(self.path)
-        try:
-            dataset = factory(**self.args)
-        except TypeError as error:
-            raise ConfigError(
-                f"path {self.path!r} cannot be called with {self.args} ({error})"
-            ) from error
+        dataset = call_object(self.path, self.args, {})
         if not callable(getattr(dataset, "read", None)):
             raise ConfigError(
                 f"path {self.path!r}: the {type(dataset).__name__} has no method read()"

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from kd.component import ConfigError, component, load_object
+from kd.component import ConfigError, call_object, component
 from kd.methods.learning import Learning
 from kd.methods.shown import Shown
 
@@ -29,13 +29,7 @@ class CustomMethod(Learning):
         Raises:
             ConfigError: it cannot be found or called so, or is no method.
         """
-        factory = load_object(self.path)
-        try:
-            method = factory(**self.args)
-        except TypeError as error:
-            raise ConfigError(
-                f"path {self.path!r} cannot be called with {self.args} ({error})"
-            ) from error
+        method = call_object(self.path, self.args, {})
         if not isinstance(method, Learning):
             raise ConfigError(
                 f"path {self.path!r} returned a {type(method).__name__}; "

@@ -1,0 +1,36 @@
+"""The user's own code, named by its import path."""
+
+import pytest
+
+from kd.component import ConfigError, load_object
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("class Net(:\n    pass\n", r"SyntaxError in .*own\.py, line 1: invalid syntax\)$"),
+        ("\nwidth = wide\n", r"NameError in .*own\.py, line 2: name 'wide' is not defined\)$"),
+        (
+            "import kd_tests_nowhere\n",
+            r"ModuleNotFoundError in .*own\.py, line 1: No module named 'kd_tests_nowhere'\)$",
+        ),
+        (
+            "from torch import nn\n\nLINEAR = nn.Linear('8', 8)\n",
+            r"TypeError in .*own\.py, line 3: ",
+        ),
+    ],
+    ids=["syntax", "name", "import", "library"],
+)
+def test_whatever_importing_raises_names_the_path_the_error_and_the_users_line(
+    tmp_path, monkeypatch, code, said
+):
+    (tmp_path / "kd_tests_own.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    refused = r"^path 'kd_tests_own:Net': cannot import kd_tests_own \(" + said
+    with pytest.raises(ConfigError, match=refused):
+        load_object("kd_tests_own:Net")
+
+
+def test_a_module_that_is_nowhere_is_looked_for_in_the_folder_one_runs_from():
+    with pytest.raises(ConfigError, match="run from the folder that holds it, or install it"):
+        load_object("kd_tests_nowhere.models:Net")
