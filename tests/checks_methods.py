@@ -18,7 +18,11 @@ B, C, K = 16, 7, 3
 def check_method(method: Any) -> None:
     """Run the whole battery on one method that learns from teachers or labels."""
     for check in CHECKS:
-        check(method)
+        try:
+            check(method)
+        except AssertionError as error:
+            wanted = check.__name__.removeprefix("check_that_").replace("_", " ")
+            raise AssertionError(f"it must hold that {wanted}, but {error}") from None
 
 
 def batch(
@@ -58,6 +62,10 @@ def gradient_of(method: Any, logits_BC: torch.Tensor, *rest: Any, **more: Any) -
     return leaf.grad
 
 
+def assert_finite(what: str, value: torch.Tensor) -> None:
+    assert value.isfinite().all(), f"the {what} is {value}"
+
+
 def unlabelled(labels_B: torch.Tensor) -> torch.Tensor:
     return torch.full_like(labels_B, -1)
 
@@ -65,11 +73,11 @@ def unlabelled(labels_B: torch.Tensor) -> torch.Tensor:
 def check_that_the_loss_is_a_finite_scalar_with_a_gradient(method: Any) -> None:
     for progress in (0.0, 0.3, 0.99):
         loss = loss_of(method, *batch(), progress=progress)
-        assert loss.shape == ()
-        assert loss.isfinite()
+        assert loss.shape == (), f"the loss of a batch has the shape {tuple(loss.shape)}, not ()"
+        assert_finite("loss", loss)
     gradient = gradient_of(method, *batch())
-    assert gradient.isfinite().all()
-    assert gradient.abs().sum() > 0
+    assert_finite("gradient", gradient)
+    assert gradient.abs().sum() > 0, "the gradient by the student's logits is 0"
 
 
 def check_that_extreme_logits_stay_finite(method: Any) -> None:
@@ -77,9 +85,9 @@ def check_that_extreme_logits_stay_finite(method: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = torch.tensor([[1e3, -1e3, 0.0], [-1e3, 1e3, 1e3]], dtype=dtype)
         for labels in (torch.tensor([1, 0]), torch.tensor([-1, -1])):
-            assert loss_of(method, logits, teachers, labels).isfinite()
-            assert gradient_of(method, logits, teachers, labels).isfinite().all()
-            assert gradient_of(method, logits, teachers[:1], labels).isfinite().all()
+            assert_finite("loss", loss_of(method, logits, teachers, labels))
+            for asked in (teachers, teachers[:1]):
+                assert_finite("gradient", gradient_of(method, logits, asked, labels))
 
 
 def check_that_the_order_of_images_does_not_matter(method: Any) -> None:
@@ -135,8 +143,8 @@ def check_that_small_ensembles_and_batches_are_defined(method: Any) -> None:
     for members in (1, 2):
         for size in (1, 2):
             given = batch(size=size, members=members)
-            assert loss_of(method, *given).isfinite()
-            assert gradient_of(method, *given).isfinite().all()
+            assert_finite("loss", loss_of(method, *given))
+            assert_finite("gradient", gradient_of(method, *given))
 
 
 def check_that_two_classes_are_defined_or_refused(method: Any) -> None:
@@ -144,8 +152,8 @@ def check_that_two_classes_are_defined_or_refused(method: Any) -> None:
         with pytest.raises(ConfigError, match="two classes"):
             loss_of(method, *batch(num_classes=2))
     else:
-        assert loss_of(method, *batch(num_classes=2)).isfinite()
-        assert gradient_of(method, *batch(num_classes=2)).isfinite().all()
+        assert_finite("loss", loss_of(method, *batch(num_classes=2)))
+        assert_finite("gradient", gradient_of(method, *batch(num_classes=2)))
 
 
 def check_that_the_number_of_classes_does_not_set_the_scale_of_the_soft_loss(method: Any) -> None:
@@ -156,7 +164,8 @@ def check_that_the_number_of_classes_does_not_set_the_scale_of_the_soft_loss(met
         return float(loss_of(method, logits, teachers[:1], unlabelled(labels)))
 
     few, many = scale(10), scale(100)
-    assert few == many == 0 or 0.25 < many / few < 4
+    said = f"it is {few} with 10 classes and {many} with 100"
+    assert few == many == 0 or 0.25 < many / few < 4, said
 
 
 def check_that_alpha_is_continuous_at_both_ends(method: Any) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from kd import artifacts, params
-from kd.component import ConfigError, load_object, own_sources
-from kd.methods import CustomMethod
+from kd.component import ConfigError, component, load_object, own_sources
+from kd.methods import KD, CustomMethod
 from kd.models import CustomModel
 from kd.roles import Role
 from kd.train.targets import table_record
+from tests.checks_methods import check_method
 from tests.learners import pictures, recipe
 from tests.methods.test_training import taught, weights_of
 
@@ -47,6 +48,41 @@ def test_the_battery_of_the_page_runs_in_a_users_project(project):
         check=True,
         timeout=120,
     )
+
+
+@component
+class Fragile(KD):
+    """Overflows where a network is very sure."""
+
+    def loss(self, shown):
+        return super().loss(shown) + 0 * shown.logits_BC.float().pow(20).sum()
+
+
+@component
+class Drifting(KD):
+    """Adds its loss up over the classes."""
+
+    def soft(self, logits_BC, soft_log_probs_BC, temperature, shown):
+        soft_B = super().soft(logits_BC, soft_log_probs_BC, temperature, shown)
+        return soft_B * logits_BC.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (
+            Fragile(),
+            "^it must hold that extreme logits stay finite, but the loss is nan$",
+        ),
+        (
+            Drifting(),
+            r"^it must hold that the number of classes does not set the scale .*, but it is",
+        ),
+    ],
+)
+def test_the_battery_says_what_is_required(method, said):
+    with pytest.raises(AssertionError, match=said):
+        check_method(method)
 
 
 def test_params_name_it_and_a_student_learns_by_it(project):
