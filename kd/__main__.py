@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def main() -> int:
     """Run a stage in this process, or in a warm one where the flow keeps one; the exit status."""
     argv = sys.argv[1:]
+    if os.getcwd() not in sys.path:  # the user's own code: `kd`, unlike `python -m kd`, has it not
+        sys.path.insert(0, os.getcwd())
     if "KD_RANKS" in os.environ:
         launch.become_rank()
         return run(argv)

@@ -68,7 +68,7 @@ def promote(run: Run) -> str:
 
     Raises:
         TrackingError: MLflow does not answer.
-        ArtifactError: there is no student.
+        ArtifactError: there is no student, or it cannot be run here.
     """
     described = manifest.read(STUDENT)
     challenger = run.registered(REGISTERED_NAME, described.sha256)
@@ -141,15 +141,18 @@ def judge(
         challenger: Its version in the registry.
         champion: The one to beat; None where there is none.
         fetch: Brings the champion's files; called only where they are needed.
+
+    Raises:
+        ConfigError: the challenger itself cannot be run.
     """
     if champion is None:
         return Verdict("champion: the first of its name", True)
     if champion.number == challenger.number:
         return Verdict("", False)
+    ours, student = manifest.load(STUDENT)  # its own faults are not the champion's
     try:
         folder = fetch(champion)
         theirs, holder = manifest.load(folder)
-        ours, student = manifest.load(STUDENT)
         fits(student, holder)
     except TrackingError:
         raise

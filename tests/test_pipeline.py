@@ -470,6 +470,20 @@ def test_bad_input_ends_with_status_2_and_one_clear_line(tmp_path, changes, argu
     assert "Traceback" not in done.stderr
 
 
+def test_the_installed_program_finds_the_users_code_in_the_folder_it_is_run_in(tmp_path):
+    experiment(tmp_path, **{"student.model": {"kind": "custom", "path": "mine:Net"}})
+    (tmp_path / "mine.py").write_text("")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kd"), "data"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "path 'mine:Net': module mine has no 'Net'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -238,6 +238,21 @@ def test_a_champion_whose_model_this_code_no_longer_has_stays(place, model):
     assert place.aliases() == {"challenger": "2", "champion": "1"}
 
 
+def test_a_challenger_that_cannot_be_run_is_not_taken_for_the_champions_fault(place):
+    place.workspace.student(2)
+    promote()
+    place.workspace.student(1)
+    promote()
+    place.workspace.student(1, model={"kind": "gone"})
+    before = place.everything()
+    with (
+        tracking.run("student", **GIVEN, resume=True) as run,
+        pytest.raises(ConfigError, match="student has the model"),
+    ):
+        promotion.promote(run)
+    assert place.everything() == before, "its decision, too"
+
+
 def test_exports_that_were_lost_are_logged_by_the_next_promotion_and_published(place):
     public = place.workspace.root / "public"
     url = str(public)
