@@ -164,6 +164,7 @@ def run_stage(stage: str, name: str) -> None:
     known = getattr(params, stage) if stage in FAMILIES else [""]
     if name not in known:
         raise ConfigError(f"{stage} has no {name!r} in params.yaml; it has {', '.join(known)}")
+    experiment.check_own(params, stage)
     spread(stage, name, devices_of(params, stage, name))
     tracked = params.tracking and launch.is_first()
     if tracked:

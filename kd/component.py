@@ -115,6 +115,14 @@ def import_failure(module_name: str, error: Exception) -> str:
     return f"cannot import {module_name} ({type(error).__name__}{place}: {error})"
 
 
+def own_file(path: str) -> Path | None:
+    """The file in this folder that a path's module stands in; None for what is installed."""
+    module = importlib.import_module(path.partition(":")[0])
+    file = Path(getattr(module, "__file__", None) or "/").resolve()
+    installed = file.is_relative_to(Path(sysconfig.get_path("purelib")).resolve())
+    return file if file.is_relative_to(Path.cwd().resolve()) and not installed else None
+
+
 def bound_object(
     path: str, args: Mapping[str, Any], offered: Mapping[str, Any]
 ) -> functools.partial[Any]:

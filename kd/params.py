@@ -2,8 +2,8 @@
 
 What the file alone shows to be wrong is found here, before data is read, and named by its path in
 the file ("student.method.temperature"), with the nearest valid key where a key is unknown.  What
-takes the images' size and classes, or one's own code, to be seen, the data stage finds before it
-writes anything (`read_data` in kd/stages.py).
+takes one's own code to be seen, every stage finds before it begins (`check_own`); what takes the
+images' size and classes, the data stage before it writes anything (`read_data` in kd/stages.py).
 """
 
 import difflib
@@ -17,12 +17,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pydantic
 import yaml
 
-from kd.component import ConfigError, component, require
+from kd.component import ConfigError, component, own_file, require
 from kd.data import CustomDataset, Dataset, ImageFolder, Splits
 from kd.exporters import Exporter
-from kd.methods import Method
+from kd.methods import CustomMethod, Method
 from kd.methods.trust import Unbiased
-from kd.models import Model
+from kd.models import CustomModel, Model
 from kd.recipe import Recipe
 from kd.weightings import Fixed, Weighting
 
@@ -184,6 +184,9 @@ class Params:
     """Decides every random choice; another seed is another repetition of the experiment."""
     tracking: bool = True
     """Log to MLflow; off trains without it."""
+    code: str = "kd/data"
+    """The file or folder of the user's own code, which DVC watches for every stage; where there is
+    none, code of ours that every stage watches anyway."""
     data: DataParams
     teacher: TeacherParams
     assistants: dict[str, AssistantParams]
@@ -344,6 +347,39 @@ def parse(raw: Mapping[str, Any]) -> Params:
         }
     params: Params = build(Params, raw, "")
     return params
+
+
+def check_own(params: Params, stage: str) -> None:
+    """Find the user's own models and methods, and for the stage `data` the data set.
+
+    All of them, whatever the stage needs, so that nothing is trained before another stage finds a
+    typing error.  The data set may be out of reach where networks are trained.
+
+    Raises:
+        ConfigError: names the key of what cannot be found, or called so, or is not watched.
+    """
+    found: dict[str, Dataset | Model | Method | None] = {}
+    for path, (model, method, peers) in params.learners().items():
+        found |= {f"{path}.model": model, f"{path}.method": method}
+        found |= {f"{path}.peers.{name}": peer for name, peer in peers.items()}
+    if stage == "data":
+        found["data.dataset"] = params.data.dataset
+    for key, part in found.items():
+        if isinstance(part, CustomDataset | CustomModel | CustomMethod):
+            try:
+                part.check()
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
+            source = params.data.source if key == "data.dataset" else params.code
+            check_watched(key, part.path, params.code, source)
+
+
+def check_watched(key: str, path: str, code: str, source: str) -> None:
+    """Refuse a file of the user's own, at the section's `key`, that neither path covers."""
+    file = own_file(path)
+    if file and not any(file.is_relative_to(Path(each).resolve()) for each in (code, source)):
+        where = f"{file.relative_to(Path.cwd().resolve())}, or a folder that holds it"
+        require(False, "code", code, f"{where}: {key} is there, and DVC is to watch it")
 
 
 BARE = {"weights": "weighting", "exports": "export"}

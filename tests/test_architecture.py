@@ -198,6 +198,10 @@ def test_a_stage_watches_the_code_that_decides_its_result(dag, imports, name):
     assert all((PROJECT / path).exists() for path in watched if path.startswith("kd/"))
 
 
+def test_every_stage_watches_the_users_own_code(dag):
+    assert all("${code}" in body(stage)["deps"] for stage in dag.values())
+
+
 def test_a_manifests_code_version_covers_the_code_that_dvc_watches(dag):
     watched = {path for path in dag["teacher"]["deps"] if path.startswith("kd/")}
     assert watched == {f"kd/{name}" for name in artifacts.LEARNING}

@@ -116,6 +116,27 @@ def test_a_changed_cell_concerns_itself_alone_and_a_changed_teacher_all_below(he
     assert stale() == set()
 
 
+def test_the_users_own_code_is_found_before_any_work_and_its_edit_concerns_all(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = tmp_path / "kd_tests_compared.py"
+    own.write_text("from kd.methods import KD\n")
+
+    def digests(name):
+        method = {"kind": "custom", "path": f"kd_tests_compared:{name}"}
+        cells = RAW["cells"] | {"mine": {"teachers": "teacher", "method": method}}
+        file = written(tmp_path, code="kd_tests_compared.py", cells=cells)
+        return {unit.digest for unit in Comparison(file).units.values()}
+
+    with pytest.raises(ConfigError, match=r"yaml: baselines\.mine\.method: .* has no 'KDD'"):
+        digests("KDD")
+    before = digests("KD")
+    own.write_text("from kd.methods import KD  # edited\n")
+    assert before.isdisjoint(digests("KD"))
+
+
 def test_every_cell_has_the_same_budget_but_for_its_generations(here):
     seen = {
         name: artifacts.read_json(of_cell(here, 0, name) / "metrics.json")["samples_seen"]

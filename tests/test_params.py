@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,70 @@ def set_at(raw, path, value):
     for key in parents:
         raw = raw[key]
     raw[last] = value
+
+
+OWN = {"kind": "custom", "path": "kd_tests_mine.nets:tiny"}
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A user's folder, with a model of his own."""
+    (tmp_path / "kd_tests_mine").mkdir()
+    (tmp_path / "kd_tests_mine/nets.py").write_text("def tiny(num_classes, hidden=8): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("kd_tests_mine", "kd_tests_mine.nets"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("code", ["kd_tests_mine/nets.py", "kd_tests_mine"])
+def test_own_code_that_dvc_watches_is_found(mine, raw, code):
+    raw["student"]["model"] = {**OWN, "args": {"hidden": 16}}
+    raw["code"] = code
+    params.check_own(params.parse(raw), "report")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"code": "kd/data", "student.model": OWN},
+            "^code is 'kd/data'; it must be kd_tests_mine/nets.py, or a folder that holds it: "
+            "student.model is there",
+        ),
+        (
+            {"student.model": {**OWN, "path": "kd_tests_mine.nets:tinny"}},
+            r"^student\.model: path 'kd_tests_mine.nets:tinny': .* has no 'tinny'",
+        ),
+        (
+            {"assistants.small.model": {**OWN, "args": {"hiden": 16}}},
+            r"^assistants\.small\.model: path .* cannot be called with {'hiden': 16}",
+        ),
+        (
+            {"baselines.labels.method": {**OWN, "path": "kd.methods:KD", "args": {"alpha": 2}}},
+            r"^baselines\.labels\.method: .*alpha is 2",
+        ),
+        (
+            {"student.method": {"kind": "dml"}, "student.peers": {"one": {**OWN, "path": "no:x"}}},
+            r"^student\.peers\.one: .*cannot import no ",
+        ),
+        (
+            {"data.dataset": {**OWN, "path": "no:x"}, "data.source": "images"},
+            r"^data\.dataset: .*cannot import no ",
+        ),
+    ],
+)
+def test_own_code_that_cannot_be_used_is_named_by_its_key(mine, raw, changes, said):
+    for path, value in ({"code": "kd_tests_mine"} | changes).items():
+        set_at(raw, path, value)
+    with pytest.raises(ConfigError, match=said):
+        params.check_own(params.parse(raw), "data")
+
+
+def test_where_networks_are_trained_the_data_set_may_be_out_of_reach(mine, raw):
+    raw["data"] |= {"dataset": {**OWN, "path": "no:x"}, "source": "images"}
+    params.check_own(params.parse(raw), "teacher")
 
 
 @pytest.mark.parametrize(

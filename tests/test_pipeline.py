@@ -452,7 +452,12 @@ def test_truncated_images_are_named_before_training(finished, tmp_path):
         (
             {"student.method": {"kind": "custom", "path": "nowhere:Method"}},
             ["data"],
-            "student: path 'nowhere:Method': cannot import nowhere",
+            r"student\.method: path 'nowhere:Method': cannot import nowhere",
+        ),
+        (
+            {"student.model": {"kind": "custom", "path": "tests.models.toys:Tinny"}},
+            ["teacher"],
+            r"student\.model: path 'tests\.models\.toys:Tinny': module .* has no 'Tinny'",
         ),
         (
             {"recipe.precision": "tf32", "recipe.device": "cpu"},
@@ -460,7 +465,7 @@ def test_truncated_images_are_named_before_training(finished, tmp_path):
             r"recipe\.precision is 'tf32'; it must be fp32 or bf16 where device is cpu",
         ),
     ],
-    ids=["value", "order", "name", "folder", "model", "method", "precision"],
+    ids=["value", "order", "name", "folder", "model", "method", "own", "precision"],
 )
 def test_bad_input_ends_with_status_2_and_one_clear_line(tmp_path, changes, arguments, said):
     experiment(tmp_path, **changes)

@@ -240,6 +240,19 @@ def test_one_more_assistant_is_one_more_key(by_flow, tmp_path):
     assert {"data", "teacher", "assistants@large", "assistants@small"}.isdisjoint(ran)
 
 
+def test_an_edit_of_own_code_makes_stale_what_may_use_it(by_flow, tmp_path):
+    folder = shutil.copytree(by_flow[0], tmp_path / "copy", symlinks=True)
+    (folder / "mine.py").write_text("# first\n")
+    experiment(folder, tracking=True, **EACH_STEP, code="mine.py")
+    run(folder, "dvc", "commit", "--force")
+    assert clean(folder) == {}
+    (folder / "mine.py").write_text("# edited\n")
+    stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+    assert set(clean(folder)) == set(stages)
+    run(folder, "dvc", "commit", "--force", "teacher")
+    assert set(clean(folder)) == set(stages) - {"teacher"}
+
+
 def test_experiments_and_differences_work(by_flow, tmp_path):
     folder = shutil.copytree(by_flow[0], tmp_path / "copy", symlinks=True)
     commit(folder, "first run")

@@ -11,7 +11,17 @@ from typing import Any
 from kd import artifacts
 from kd.component import ConfigError, component, own_sources, require
 from kd.data import CustomDataset, ImageFolder
-from kd.params import NAME, DataParams, Params, build, of_stage, overlay, parse, read_yaml
+from kd.params import (
+    NAME,
+    DataParams,
+    Params,
+    build,
+    check_own,
+    of_stage,
+    overlay,
+    parse,
+    read_yaml,
+)
 
 FOLDER = Path(".kd/compare")
 """Where comparisons work; each seed is a workspace of its own there."""
@@ -88,6 +98,8 @@ class Comparison:
             wanted = f"one of the cells ({', '.join(cells)})"
             require(reference in cells, "compare.reference", reference, wanted)
             self.params = [parse({**self.raw, "seed": seed}) for seed in range(self.num_seeds)]
+            check_own(self.params[0], "data")
+            self.own = sources(Path(self.params[0].code))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         self.folder: Path = FOLDER.resolve() / self.about.name
@@ -113,9 +125,15 @@ class Comparison:
     @cached_property
     def units(self) -> dict[str, Unit]:
         """All units by id, each after those it needs."""
-        code = artifacts.code_digest((*artifacts.LEARNING, *BESIDE))
+        code = artifacts.code_digest((*artifacts.LEARNING, *BESIDE), self.own)
         files = own_files(self.params[0].data)
         return {unit.id: unit for p in self.params for unit in units_of(p, code, files)}
+
+
+def sources(code: Path) -> list[str]:
+    """SHA-256 of each file of the user's own code."""
+    files = sorted(code.rglob("*.py")) if code.is_dir() else [code]
+    return [artifacts.sha256(each) for each in files if each.exists()]
 
 
 def units_of(params: Params, code: str, files: Sequence[Any]) -> Iterator[Unit]:
@@ -123,7 +141,7 @@ def units_of(params: Params, code: str, files: Sequence[Any]) -> Iterator[Unit]:
 
     Args:
         params: The seed's.
-        code: Digest of all code of ours that takes part.
+        code: Digest of all code that takes part, ours and the user's.
         files: What tells whether the user's own data were edited.
     """
     made: dict[str, Unit] = {}

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Any, Literal
 
-from kd.component import ConfigError, call_object, component
+from kd.component import ConfigError, bound_object, call_object, component
 from kd.data.raw import Raw
 
 
@@ -17,6 +17,14 @@ class CustomDataset:
     kind: Literal["custom"] = "custom"
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the call."""
+
+    def check(self) -> None:
+        """Find it, without reading anything.
+
+        Raises:
+            ConfigError: it cannot be found, or does not take `args`.
+        """
+        bound_object(self.path, self.args, {})
 
     def read(self) -> Raw:
         """Make the object and ask it to read."""

@@ -23,6 +23,10 @@ class CustomMethod(Learning):
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the call."""
 
+    def check(self) -> None:
+        """Find it; see `resolved`."""
+        self.resolved()
+
     def resolved(self) -> Learning:
         """The method itself.
 

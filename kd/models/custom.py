@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from kd.component import ConfigError, call_object, component
+from kd.component import ConfigError, bound_object, call_object, component
 
 
 @component
@@ -18,6 +18,15 @@ class CustomModel:
     kind: Literal["custom"] = "custom"
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the call."""
+
+    def check(self) -> None:
+        """Find it, without building anything.
+
+        Raises:
+            ConfigError: it cannot be found, or does not take `args`.
+        """
+        offered = dict.fromkeys(("channels", "image_size", "num_classes"), 1)
+        bound_object(self.path, self.args, offered)
 
     def build(self, *, channels: int, image_size: int, num_classes: int) -> nn.Module:
         """Call it with `args`, and with those of channels, image_size and num_classes it names.

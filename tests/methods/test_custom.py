@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from dvc.utils.serialize import modify_yaml
 
 from kd import artifacts, params
 from kd.component import ConfigError, component, load_object, own_sources
@@ -32,10 +33,12 @@ def block(words):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A folder of a user's that holds the page's method."""
-    (tmp_path / "mine_method.py").write_text(block("# mine_method.py"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/methods.py").write_text(block("# mine/methods.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    sys.modules.pop("mine_method", None)
+    for name in ("mine", "mine.methods"):
+        sys.modules.pop(name, None)
 
 
 def test_the_battery_of_the_page_runs_in_a_users_project(project):
@@ -48,6 +51,21 @@ def test_the_battery_of_the_page_runs_in_a_users_project(project):
         check=True,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize("page", ["extending", "data"])
+def test_what_the_pages_put_into_params_survives_an_experiment_of_dvcs(tmp_path, page):
+    """`dvc exp run -S` writes the file anew, as `modify_yaml` does."""
+    text = (PROJECT / f"docs/{page}.md").read_text()
+    blocks = [each for each in re.findall(r"```yaml\n(.*?)```", text, re.S) if "custom" in each]
+    assert blocks
+    for number, each in enumerate(blocks):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(each)
+        before = params.read_yaml(file)
+        with modify_yaml(str(file)) as raw:
+            raw["seed"] = 1
+        assert params.read_yaml(file) == {**before, "seed": 1}
 
 
 @component
@@ -88,11 +106,11 @@ def test_the_battery_says_what_is_required(method, said):
 def test_params_name_it_and_a_student_learns_by_it(project):
     method = params.build(
         params.Method,
-        {"kind": "custom", "path": "mine_method:Reverse", "args": {"alpha": 1.0}},
+        {"kind": "custom", "path": "mine.methods:Reverse", "args": {"alpha": 1.0}},
         "",
     )
     by_name, _ = taught(method)
-    from mine_method import Reverse
+    from mine.methods import Reverse
 
     itself, _ = taught(Reverse(alpha=1.0))
     assert weights_of(by_name) == weights_of(itself)
@@ -101,8 +119,8 @@ def test_params_name_it_and_a_student_learns_by_it(project):
 @pytest.mark.parametrize(
     ("path", "args", "said"),
     [
-        ("mine_method:Revers", {}, "has no 'Revers'"),
-        ("mine_method:Reverse", {"alfa": 1}, "cannot be called with"),
+        ("mine.methods:Revers", {}, "has no 'Revers'"),
+        ("mine.methods:Reverse", {"alfa": 1}, "cannot be called with"),
         ("builtins:dict", {}, "returned a dict; it must be a kd.methods.Learning"),
     ],
 )
