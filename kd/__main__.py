@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
         elif arguments.command == "lineage":
             trace_file(arguments.file)
         elif arguments.command == "promote":
-            promote_student(arguments.publish)
+            promote_student(arguments.publish, arguments.replace)
         else:
             run_stage(arguments.command, getattr(arguments, "name", ""))
     except ConfigError as error:
@@ -95,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
     promote = commands.add_parser(
         "promote", help="register the student, and make it champion if it beats the present one"
     )
+    promote.add_argument(
+        "--replace", action="store_true", help="make it champion without a comparison"
+    )
     promote.add_argument("--publish", metavar="URL", help="copy the champion's exports there")
     return made
 
@@ -124,7 +127,7 @@ def trace_file(file: Path) -> None:
     print(lineage.tell(file))
 
 
-def promote_student(url: str | None) -> None:
+def promote_student(url: str | None, replace: bool) -> None:
     """Register the student of artifacts/, decide who is champion, and publish its exports."""
     from kd import params as experiment
     from kd import tracking
@@ -147,7 +150,7 @@ def promote_student(url: str | None) -> None:
         tags={**stages.tags("student"), "kd.sha256": sha256},
         resume=True,  # the run that trained it, where there is one
     ) as run:
-        print(promotion.promote(run))
+        print(promotion.promote(run, compare=not replace))
         if url:
             print(publish.champion(run, promotion.REGISTERED_NAME, url))
     if run.error:

@@ -10,7 +10,8 @@ what a crash left half done is done by the next time.
 Both networks predict the present validation images, here and now, and are compared in pairs by
 McNemar's exact test.  Where the images are others than those that the champion was chosen on, it
 may have learned from some of them; it is registered with a hash of each image that it has seen,
-and those are left out.
+and those are left out.  Where the two cannot be compared, the champion stays until
+`kd promote --replace`.
 
 N samples, H W image, channels last.
 """
@@ -44,6 +45,7 @@ SEEN = "seen.npy"
 """Beside a registered student: a hash of each image that it learned from."""
 BOTH_WAYS = ("ptq_val_accuracy", "qat_val_accuracy")
 """In parity.json where int8 was reached by calibration alone and by fine-tuning."""
+REMEDY = "to replace it, run `kd promote --replace`"
 TRIES = 10
 """How often to decide again because another student became champion meanwhile."""
 
@@ -57,11 +59,12 @@ class Verdict:
     wins: bool
 
 
-def promote(run: Run) -> str:
+def promote(run: Run, *, compare: bool = True) -> str:
     """Register the student in artifacts/student with its exports, and decide who is champion.
 
     Args:
         run: The student's own.
+        compare: False makes it champion whatever the present one can do.
 
     Returns:
         The decision.
@@ -79,7 +82,9 @@ def promote(run: Run) -> str:
     complete(run, challenger)
     for _ in range(TRIES):
         champion = run.champion(REGISTERED_NAME)
-        found = judge(challenger, champion, lambda it: run.fetch(it.uri, run.scratch()))
+        found = judge(
+            challenger, champion, lambda it: run.fetch(it.uri, run.scratch()), compare=compare
+        )
         if run.promote(REGISTERED_NAME, challenger, champion, found.decision, found.wins):
             return f"version {challenger.number}: {found.decision or 'champion already'}"
     raise TrackingError("the registry", f"the champion changed {TRIES} times while it was asked")
@@ -133,7 +138,11 @@ def log_export(run: Run, folder: Path) -> dict[str, float]:
 
 
 def judge(
-    challenger: Version, champion: Version | None, fetch: Callable[[Version], Path]
+    challenger: Version,
+    champion: Version | None,
+    fetch: Callable[[Version], Path],
+    *,
+    compare: bool = True,
 ) -> Verdict:
     """Whether the student in artifacts/student is to replace the champion.
 
@@ -141,6 +150,7 @@ def judge(
         challenger: Its version in the registry.
         champion: The one to beat; None where there is none.
         fetch: Brings the champion's files; called only where they are needed.
+        compare: False has it replace the champion in any case.
 
     Raises:
         ConfigError: the challenger itself cannot be run.
@@ -149,6 +159,9 @@ def judge(
         return Verdict("champion: the first of its name", True)
     if champion.number == challenger.number:
         return Verdict("", False)
+    if not compare:
+        decision = f"champion: replaces version {champion.number} without a comparison, as told"
+        return Verdict(decision, True)
     ours, student = manifest.load(STUDENT)  # its own faults are not the champion's
     try:
         folder = fetch(champion)
@@ -159,7 +172,7 @@ def judge(
     except (ConfigError, ValueError) as error:
         return Verdict(
             f"not compared: version {champion.number} cannot be run on these images ({error}); "
-            "to replace it, give this version the alias champion",
+            f"{REMEDY}",
             False,
         )
     val = Images.load(DATA, "val")
@@ -180,8 +193,7 @@ def compared(new_N: Tensor, old_N: Tensor, champion: str, num_val: int) -> Verdi
     """
     if not len(new_N):
         return Verdict(
-            f"not compared: version {champion} has learned from every validation image; "
-            "to replace it, give this version the alias champion",
+            f"not compared: version {champion} has learned from every validation image; {REMEDY}",
             False,
         )
     gained, lost, p = mcnemar(new_N, old_N)

@@ -157,9 +157,9 @@ def place(home, monkeypatch, request):
     return SimpleNamespace(workspace=workspace, name=name, aliases=aliases, everything=everything)
 
 
-def promote(resume: bool = False) -> str:
+def promote(resume: bool = False, **how) -> str:
     with tracking.run("student", **GIVEN, resume=resume) as run:
-        said = promotion.promote(run)
+        said = promotion.promote(run, **how)
         assert run.id
     assert run.error is None
     return said
@@ -224,8 +224,14 @@ def test_a_champion_that_answers_another_question_stays_and_the_remedy_is_named(
     place.workspace.student(2)
     said = promote()
     assert "not compared: version 1 cannot be run on these images (its class_names" in said
-    assert "give this version the alias champion" in said
+    assert said.endswith("to replace it, run `kd promote --replace`")
     assert place.aliases() == {"challenger": "2", "champion": "1"}
+    replaced = "champion: replaces version 1 without a comparison, as told"
+    assert promote(compare=False) == f"version 2: {replaced}"
+    assert place.aliases() == {"challenger": "2", "champion": "2"}
+    versions = {number: dict(tags) for _, number, tags in place.everything()[2] if _ == place.name}
+    assert versions[2]["kd.decision"] == replaced
+    assert promote(compare=False) == promote() == "version 2: champion already"
 
 
 @pytest.mark.parametrize("model", [{"kind": "gone"}, {"kind": "plain_cnn", "depth": 2, "gone": 1}])
@@ -294,9 +300,9 @@ def test_the_command_promotes_publishes_and_does_no_harm_when_repeated(place):
     given = (Path(SOURCES) / "params.yaml").read_text()
     (root / "params.yaml").write_text(given)
 
-    def kd_promote():
+    def kd_promote(*more):
         done = subprocess.run(
-            [sys.executable, "-m", "kd", "promote", "--publish", "shop"],
+            [sys.executable, "-m", "kd", "promote", "--publish", "shop", *more],
             env={**os.environ, "PYTHONPATH": SOURCES},
             capture_output=True,
             text=True,
@@ -312,6 +318,12 @@ def test_the_command_promotes_publishes_and_does_no_harm_when_repeated(place):
     assert before[0] == {"challenger": "1", "champion": "1"}
     assert kd_promote()[1] == "version 1 is published at shop already"
     assert place.everything("kd-student") == before
+
+    place.workspace.student(1)
+    assert kd_promote("--replace") == [
+        "version 2: champion: replaces version 1 without a comparison, as told",
+        "nothing published at shop: the champion has no exports yet",
+    ]
 
     (root / "params.yaml").write_text(given.replace("tracking: true", "tracking: false"))
     assert "there is no registry to promote in" in kd_promote()[0]
