@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kd.component import ConfigError, component
-from kd.data.pictures import read_picture
+from kd.data.pictures import named, read_picture
 from kd.data.raw import Raw
 
 if TYPE_CHECKING:
@@ -34,17 +34,16 @@ class ImageFolder:
                 f"root {str(root)!r} is not a folder; name one that holds your classes"
             )
         entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-        stray = next((path for path in entries if path.suffix.lower() in _SUFFIXES), None)
-        if stray is not None:
-            raise ConfigError(f"{stray} lies beside the class folders; move it into its class")
         folders = [path for path in entries if path.is_dir()]
         if len(folders) < 2:
             raise ConfigError(
                 f"root {str(root)!r} holds {len(folders)} class folders; "
                 "make one for each class, two at least"
             )
-        files_by_class = [_pictures(folder) for folder in folders]
+        files_by_class = [_files(folder) for folder in folders]
         files = tuple(path for files in files_by_class for path in files)
+        if faults := _faults(entries, files, dict(zip(folders, files_by_class, strict=True))):
+            raise ConfigError(named(faults))
         counts = [len(files) for files in files_by_class]
         return Raw(
             images=_Decoded(files),
@@ -55,24 +54,35 @@ class ImageFolder:
         )
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """The pictures of one class in a fixed order; refuse what is neither picture nor litter."""
-    found = sorted(
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of one class in a fixed order, without litter."""
+    return sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and not path.name.startswith(".") and path.name not in _LITTER
     )
-    for path in found:
-        if path.suffix.lower() not in _SUFFIXES:
-            raise ConfigError(
-                f"{path} is no picture of a known type ({' '.join(_SUFFIXES)}); "
-                "convert or remove it"
-            )
-    if not found:
-        raise ConfigError(
-            f"class {folder.name!r} has no picture in {folder}; add some or remove it"
-        )
-    return found
+
+
+def _faults(
+    entries: list[Path], files: tuple[Path, ...], by_folder: dict[Path, list[Path]]
+) -> list[str]:
+    """What is wrong with the root's entries, the classes' files, and the classes."""
+    lost = [path for path in entries if _is_picture(path)]
+    unknown = [path for path in files if not _is_picture(path)]
+    empty = [folder for folder, found in by_folder.items() if not found]
+    types = " ".join(_SUFFIXES)
+    return [
+        *(f"{path} lies beside the class folders; move it into its class" for path in lost),
+        *(
+            f"{path} is no picture of a known type ({types}); convert or remove it"
+            for path in unknown
+        ),
+        *(f"class {it.name!r} has no picture in {it}; add some or remove it" for it in empty),
+    ]
 
 
 class _Decoded:

@@ -3,6 +3,7 @@
 Shape suffixes: H W image.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,14 @@ from kd.component import ConfigError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+NAMED = 20
+
+
+def named(faults: Sequence[str]) -> str:
+    """The faults, a line each: those that come first, and how many more there are."""
+    more = len(faults) - NAMED
+    return "\n".join([*faults[:NAMED], *([f"and {more} more"] if more > 0 else [])])
 
 
 def read_picture(path: Path) -> "NDArray[np.uint8]":

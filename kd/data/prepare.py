@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.component import ConfigError, require
-from kd.data.pictures import to_square
+from kd.data.pictures import named, to_square
 from kd.data.raw import UNLABELLED, Raw
 from kd.data.splits import NAMES, Splits
 from kd.disk import sha256
@@ -72,10 +72,12 @@ def prepare(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write_raw(raw, partial / "raw")
+        faults: dict[int, str] = {}
         for name, rows_N in rows_by_split.items():
-            _write_split(
-                partial / name, raw, rows_N, image_size, channels, labelled=name != "pool"
-            )
+            labelled = name != "pool"
+            faults |= _write_split(partial / name, raw, rows_N, image_size, channels, labelled)
+        if faults:  # of images in an array each has the same
+            raise ConfigError(named(list(dict.fromkeys(faults[row] for row in sorted(faults)))))
         record = _record(dataset, splits, raw, image_size, channels, seed, partial)
         (partial / "data.json").write_text(
             json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8"
@@ -111,8 +113,8 @@ def _write_raw(raw: Raw, folder: Path) -> None:
 
 def _write_split(
     folder: Path, raw: Raw, rows_N: "NDArray[np.int64]", size: int, channels: int, labelled: bool
-) -> None:
-    """Write one split, a chunk of images in memory at a time."""
+) -> dict[int, str]:
+    """Write one split, a chunk of images in memory at a time; what is wrong with which images."""
     import numpy as np
 
     folder.mkdir()
@@ -120,9 +122,14 @@ def _write_split(
     np.save(folder / "labels.npy", labels_N.astype(np.int64))
     np.save(folder / "indices.npy", rows_N)
     shape = (len(rows_N), size, size, channels)
+    faults: dict[int, str] = {}
 
     def square_of(row: int) -> "NDArray[np.uint8]":
-        return to_square(raw.images[row], size, channels)
+        try:
+            return to_square(raw.images[row], size, channels)
+        except ConfigError as error:  # told when all are known, not one in each run
+            faults[row] = str(error)
+            return np.zeros(shape[1:], np.uint8)
 
     # A plain file, not a writable memory map: on a full disk a map kills the process.
     with (folder / "images.npy").open("wb") as file:
@@ -134,6 +141,7 @@ def _write_split(
             for start in range(0, len(rows_N), _CHUNK):
                 for square in each(square_of, rows_N[start : start + _CHUNK]):
                     file.write(square.tobytes())
+    return faults
 
 
 def _record(

@@ -46,6 +46,19 @@ def test_a_file_of_an_unknown_type_is_named_instead_of_dropped(root: Path) -> No
         ImageFolder(root=str(root)).read()
 
 
+def test_what_is_wrong_is_named_in_one_run(root: Path) -> None:
+    (root / "lost.jpg").touch()
+    (root / "cat").mkdir()
+    for number in range(30):
+        (root / "bee" / f"{number:02}.heic").touch()
+    with pytest.raises(ConfigError) as refused:
+        ImageFolder(root=str(root)).read()
+    lines = str(refused.value).splitlines()
+    assert lines[0] == f"{root}/lost.jpg lies beside the class folders; move it into its class"
+    assert lines[19].startswith(f"{root}/bee/18.heic is no picture of a known type")
+    assert lines[20:] == ["and 12 more"]
+
+
 def test_a_missing_root_or_a_single_class_is_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match="is not a folder"):
         ImageFolder(root=str(root / "nowhere")).read()

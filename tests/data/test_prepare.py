@@ -61,6 +61,25 @@ def test_a_failure_leaves_the_former_data_as_it_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "pictures"]
 
 
+def test_all_pictures_that_cannot_be_read_are_named_in_one_run(tmp_path: Path) -> None:
+    root = make_pictures(tmp_path / "pictures", {"ant": 8, "bee": 30})
+    for number in range(2, 25):
+        (root / "bee" / f"{number}.jpg").write_bytes(b"no picture")
+    with pytest.raises(ConfigError) as refused:
+        _prepare(ImageFolder(root=str(root)), tmp_path / "data")
+    lines = str(refused.value).splitlines()
+    wrong = sorted(f"{root}/bee/{number}.jpg" for number in range(2, 25))
+    assert [line.partition(" cannot be read")[0] for line in lines[:20]] == wrong[:20]
+    assert lines[20:] == ["and 3 more"]
+
+
+def test_what_is_wrong_with_every_image_of_an_array_is_said_once(tmp_path: Path) -> None:
+    images, labels_N = np.zeros((20, 4, 4, 2), np.uint8), np.arange(20) % 2
+    two = _Fixed(images=images, labels_N=labels_N, class_names=("a", "b"))
+    with pytest.raises(ConfigError, match=r"^an image has 2 channels; it must have 1, 3 or 4$"):
+        _prepare(two, tmp_path / "data")
+
+
 def test_a_full_disk_leaves_the_former_data_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
