@@ -32,6 +32,7 @@ def examine(params: Params) -> Test:
     logits |= ensembles(logits)
     labels_N = test.labels_N
     right = {name: correct(logits_NC, labels_N) for name, logits_NC in logits.items()}
+    constant_N = labels_N == labels_N.mode().values
     return Test(
         scores={name: figures(each, labels_N, logits["teacher"]) for name, each in logits.items()},
         student_minus={
@@ -40,6 +41,7 @@ def examine(params: Params) -> Test:
             if name != "student"
         },
         ensemble_minus_teacher=paired(right[WEIGHTED], right["teacher"]),
+        over_constant={name: paired(each, constant_N) for name, each in right.items()},
         labels_N=labels_N.tolist(),
         predicted_N=logits["student"].argmax(1).tolist(),
         confusion_CC=confusion(logits["student"], labels_N).tolist(),

@@ -47,6 +47,8 @@ class Test:
     """By row, for every row but the student: how the student's accuracy differs from it."""
     ensemble_minus_teacher: Paired
     """How the weighted ensemble's accuracy differs from the teacher's."""
+    over_constant: Mapping[str, Paired]
+    """By row: how its accuracy differs from always naming the images' most frequent class."""
     labels_N: Sequence[int]
     """Class indices of the test images."""
     predicted_N: Sequence[int]
@@ -76,8 +78,8 @@ def build(root: Path, names: Names, test: Test) -> dict[str, Any]:
         test: What was measured on the test split.
 
     Returns:
-        num_test, rows (the table), weights, exports, student_minus, ensemble_minus_teacher, and
-        findings (sentences).
+        num_test, rows (the table), weights, exports, student_minus, ensemble_minus_teacher,
+        over_constant, and findings (sentences).
 
     Raises:
         ConfigError: a record or a test score is missing; the message names it.
@@ -105,6 +107,7 @@ def build(root: Path, names: Names, test: Test) -> dict[str, Any]:
         "exports": [_export(root, name) for name in names.exports],
         "student_minus": {name: asdict(paired) for name, paired in test.student_minus.items()},
         "ensemble_minus_teacher": asdict(test.ensemble_minus_teacher),
+        "over_constant": {name: asdict(paired) for name, paired in test.over_constant.items()},
     }
     return {**report, "findings": findings(report)}
 
@@ -123,6 +126,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     student, teacher = rows["student"], rows["teacher"]
     against = report["student_minus"]["teacher"]
     return [
+        *_untrained(report),
         f"The student reaches {_percent(student['test_accuracy'])} on {report['num_test']} test "
         f"images, the teacher {_percent(teacher['test_accuracy'])} with "
         f"{teacher['parameters'] / student['parameters']:.1f} times as many parameters; on these "
@@ -286,6 +290,17 @@ def _export(root: Path, name: str) -> dict[str, Any]:
         "size_bytes",
     )
     return {"format": name, **{key: _get(record, key, path) for key in (*wanted, "num_images")}}
+
+
+def _untrained(report: Mapping[str, Any]) -> list[str]:
+    """Which networks answer no better than one answer for all images would."""
+    named = [name for name, one in report["over_constant"].items() if _clear(one) < 1]
+    if not named:
+        return []
+    return [
+        "On these images the accuracy cannot be told from that of always naming their most "
+        f"frequent class, or is less: {', '.join(named)}. Train longer: what follows says little."
+    ]
 
 
 def _against_baselines(report: Mapping[str, Any]) -> list[str]:

@@ -95,6 +95,7 @@ def measured():
             "baselines/best_single": Paired(difference=0.01, standard_error=0.01),
         },
         ensemble_minus_teacher=Paired(difference=-0.03, standard_error=0.01),
+        over_constant={name: Paired(difference=0.25, standard_error=0.1) for name in ROWS},
         labels_N=[0, 1, 1, 0],
         predicted_N=[0, 1, 0, 0],
         confusion_CC=[[2, 0], [1, 1]],
@@ -193,6 +194,22 @@ def test_findings_call_a_difference_one_only_beyond_two_standard_errors(artifact
     assert "is worse than the teacher (-3.00 +- 1.00 points)" in ensemble
     assert "by -0.0200 +- 0.0050" in gain
     assert gain.endswith("in NLL, a gain.")
+
+
+def test_networks_that_learned_nothing_are_named_first(artifacts, measured):
+    over = {
+        **measured.over_constant,
+        "teacher": Paired(difference=0.0, standard_error=0.0),
+        "assistants/large": Paired(difference=0.05, standard_error=0.03),
+        "assistants/small": Paired(difference=-0.2, standard_error=0.03),
+    }
+    built = report.build(artifacts, NAMES, dataclasses.replace(measured, over_constant=over))
+    assert built["findings"][0] == (
+        "On these images the accuracy cannot be told from that of always naming their most "
+        "frequent class, or is less: teacher, assistants/large, assistants/small. "
+        "Train longer: what follows says little."
+    )
+    assert built["findings"][0] in report.to_markdown(built)
 
 
 @pytest.mark.parametrize(
