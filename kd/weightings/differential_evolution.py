@@ -227,7 +227,7 @@ class DifferentialEvolution:
         """The best candidate (D,), without a study, without a guard."""
         if self._is_convex_nll():  # the same optimum in a millisecond
             nll = MixtureNLL(logits_KNC, labels_N)
-            return ExpectationMaximization(tolerance=1e-7).minimum(nll)[0]
+            return ExpectationMaximization().minimum(nll)[0]
         objective = self._objective(logits_KNC, labels_N)
         tried_MD, values_M = self._search_in_numpy(objective, len(logits_KNC), seed)
         best_D: np.ndarray = tried_MD[np.nanargmin(values_M)]

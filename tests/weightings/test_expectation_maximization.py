@@ -17,7 +17,7 @@ from tests.reference_weightings import random_logits
 def test_no_other_weights_are_better_than_the_certificate_allows(members, seed, spread):
     logits_KNC, labels_N = random_logits(members, 80, 4, seed, spread)
     found = ExpectationMaximization().find(logits_KNC, labels_N, names(members), 0)
-    assert found.gap <= 1e-9
+    assert found.gap <= 1e-12
     nll = MixtureNLL(logits_KNC, labels_N)
     near = 0.99 * found.weights_K + 0.01 * from_cube(
         np.random.default_rng(seed).random((200, members))
@@ -45,7 +45,7 @@ def test_it_agrees_with_scipy_on_the_same_convex_problem():
 def test_the_certificate_bounds_the_gap_of_any_weights():
     logits_KNC, labels_N = random_logits(4, 100, 5)
     nll = MixtureNLL(logits_KNC, labels_N)
-    best = ExpectationMaximization(tolerance=1e-12).minimum(nll)[0]
+    best = ExpectationMaximization().minimum(nll)[0]
     weights_K, gap, _ = ExpectationMaximization(iterations=3).minimum(nll)
     assert 0 < nll(weights_K[None])[0] - nll(best[None])[0] <= gap
 
@@ -75,6 +75,44 @@ def test_stopping_early_is_said(iterations):
     assert f"after {iterations} steps" in found.warnings[0]
     assert found.gap > 1e-9
     assert found.evaluations == iterations
+
+
+def test_a_single_step_is_uniform_with_its_gap():
+    logits_KNC, labels_N = random_logits(3, 400, 4)
+    found = ExpectationMaximization(iterations=1).find(logits_KNC, labels_N, names(3), 0)
+    assert found.weights_K.tolist() == [1 / 3] * 3
+    assert found.evaluations == 1
+    assert found.gap > 1e-9
+
+
+@pytest.mark.parametrize("margin", [8, 12, 16, 20])
+@pytest.mark.parametrize("members", [2, 3, 4])
+def test_members_that_are_almost_perfect_take_no_more_steps_than_others(members, margin):
+    """Of members that are right by wide margins, the surest gets everything."""
+    labels_N = np.arange(75) % 4
+    noise_KNC = np.random.default_rng(members).normal(size=(members, 75, 4))
+    margins_K11 = margin - np.arange(members)[:, None, None]
+    logits_KNC = margins_K11 * np.eye(4)[labels_N] + noise_KNC
+    found = ExpectationMaximization().find(logits_KNC, labels_N, names(members), 0)
+    assert found.weights_K.tolist() == [1.0] + [0.0] * (members - 1)
+    assert found.gap <= 1e-12
+    assert found.evaluations <= 20
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    members=st.integers(2, 12),
+    samples=st.integers(1, 100),
+    magnitude=st.floats(-4, 2.5),
+    seed=st.integers(0, 2**32),
+)
+def test_few_steps_do_for_members_of_any_kind(members, samples, magnitude, seed):
+    rng = np.random.default_rng(seed)
+    logits_KNC = 10**magnitude * rng.normal(size=(members, samples, 3))
+    labels_N = rng.integers(3, size=samples)
+    _, gap, path = ExpectationMaximization().minimum(MixtureNLL(logits_KNC, labels_N))
+    assert gap <= 1e-12
+    assert len(path) <= 30
 
 
 @pytest.mark.parametrize("wrong", [{"tolerance": 0.0}, {"iterations": 0}])
