@@ -7,6 +7,8 @@ LITERT := .venv-litert
 QUIETLY := --quiet --disable-pip-version-check
 # Older ones do not see that sqlalchemy==2.0.58 pins sqlalchemy[asyncio], too.
 PIP := 'pip>=23.3'
+# A plain path: setuptools' finder loses to a folder named kd, such as a clone's, where Python starts.
+EDITABLE := --config-settings editable_mode=compat --editable
 RESOLVE := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 # dvc.yaml says `python`: the environment's own must come first, also where it is not activated.
@@ -28,9 +30,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@echo "installing the locked dependencies into $(VENV): 7 GB, a few minutes the first time"
 	@$(BIN)/python -m pip install $(QUIETLY) $(PIP)
 	@$(BIN)/python -m pip install $(QUIETLY) --require-hashes -r requirements.lock
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(QUIETLY) --no-deps --no-build-isolation --editable .
-	@mkdir -p .kd/prefect && PREFECT_HOME=$(CURDIR)/.kd/prefect \
-	  PREFECT_API_DATABASE_CONNECTION_URL=sqlite+aiosqlite:///$(CURDIR)/.kd/prefect/prefect.db \
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install $(QUIETLY) --no-deps --no-build-isolation $(EDITABLE) .
+	@mkdir -p .kd/prefect && PREFECT_HOME="$$PWD/.kd/prefect" \
+	  PREFECT_API_DATABASE_CONNECTION_URL="sqlite+aiosqlite:///$$PWD/.kd/prefect/prefect.db" \
 	  $(BIN)/prefect server database upgrade --yes > .kd/prefect.log
 	@touch $@
 

@@ -1,0 +1,49 @@
+"""What `make` does before there is an environment, in clones with names that are hard on shells."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_environment_is_made_in_a_folder_whose_name_has_spaces_and_umlauts(tmp_path):
+    folder = tmp_path / "Übung (zwei) $5 'a'"
+    bin_folder = folder / ".venv/bin"
+    bin_folder.mkdir(parents=True)
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("pip", "python"):
+        (bin_folder / name).write_text("#!/bin/sh\n")
+    said = '#!/bin/sh\nprintf "%s\\n" "$PREFECT_HOME" "$PREFECT_API_DATABASE_CONNECTION_URL"\n'
+    (bin_folder / "prefect").write_text(said)
+    for file in bin_folder.iterdir():
+        file.chmod(0o755)
+    done = subprocess.run(["make", "install"], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / ".kd/prefect.log").read_text().splitlines() == [
+        f"{folder}/.kd/prefect",
+        f"sqlite+aiosqlite:///{folder}/.kd/prefect/prefect.db",
+    ]
+
+
+def test_a_clone_named_kd_is_imported_from_the_folder_it_lies_in(tmp_path):
+    clone, prefix = tmp_path / "kd", tmp_path / "prefix"
+    for name in ("kd", "flows"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, clone)
+    (options,) = re.findall(r"^EDITABLE := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip += ["--no-deps", "--no-build-isolation", "--prefix", str(prefix), *options.split(), "."]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    subprocess.run(pip, cwd=clone, env=environment, check=True)
+    (site,) = prefix.glob("lib/python*/site-packages")
+    program = f"import site; site.addsitedir({str(site)!r}); import kd; print(kd.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(clone / "kd/__init__.py"), done.stderr
