@@ -33,6 +33,18 @@ HELD_TO: dict[str, dict[str, float]] = {
 fp32 files of CNNs were seen to differ by 1e-7 to 1.4e-5.  Logits of int8 files differ by units
 while the classes agree, so their largest difference is not judged."""
 
+AT = {
+    "relative": "at most",
+    "top1_agreement": "at least",
+    "accuracy_points": "at most",
+    "sqnr_db": "at least",
+}
+REMEDY = "if that is good enough, say so in the export's `tolerance`"
+REMEDIES = {
+    "int8": "calibrate on more pictures (`int8: {calibration_images: ...}`), have the student learn "
+    f"on in int8 (`int8: {{qat_when_loss_above: 0.5}}`), or, {REMEDY}"
+}
+
 
 class ExportRefused(Refused):
     """The exported file does not compute what the network computes; nothing was published."""
@@ -51,7 +63,8 @@ class Tolerance:
     top1_agreement: float | None = None
     """Smallest share of images with the same predicted class, in [0, 1]."""
     accuracy_points: float | None = None
-    """Largest loss of validation accuracy, in points of 100; at least 0."""
+    """Largest loss of validation accuracy, in points of 100; at least 0.  Above 0 it allows one
+    picture, however few there are."""
     sqnr_db: float | None = None
     """Smallest ratio of the logits' power to that of their differences, in decibels."""
 
@@ -287,10 +300,14 @@ def _refuse_outside(limits: dict[str, float], parity: Parity) -> None:
     held: dict[str, Callable[[float], bool]] = {
         "relative": lambda most: parity.max_abs <= most * max(1.0, parity.eager_max_abs_logit),
         "top1_agreement": lambda least: parity.top1_agreement >= least,
-        "accuracy_points": lambda most: parity.lost_points <= most + 1e-9,
+        "accuracy_points": lambda most: parity.lost_points <= _points(most, parity) + 1e-9,
         "sqnr_db": lambda least: parity.sqnr_db is None or parity.sqnr_db >= least,
     }
-    broken = {name: limit for name, limit in limits.items() if not held[name](limit)}
+    broken = [
+        f"{name} may be {AT[name]} {limit:g}"
+        for name, limit in limits.items()
+        if not held[name](limit)
+    ]
     if broken or not math.isfinite(parity.max_abs):
         sqnr = "no" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"
         raise ExportRefused(
@@ -298,9 +315,15 @@ def _refuse_outside(limits: dict[str, float], parity: Parity) -> None:
             f"on {parity.num_images} validation images: outputs differ by up to "
             f"{parity.max_abs:.3g} (largest {parity.eager_max_abs_logit:.3g}, {sqnr} noise), "
             f"top-1 agreement is {parity.top1_agreement:.4f}, accuracy {parity.val_accuracy:.4f} "
-            f"(eager {parity.eager_val_accuracy:.4f}); outside of tolerance: {broken}; "
-            "nothing was published"
+            f"(eager {parity.eager_val_accuracy:.4f}); outside of tolerance: {', '.join(broken)} "
+            f"(one picture is {100 / parity.num_images:.2f} points); nothing was published; "
+            f"{REMEDIES.get(parity.precision, REMEDY)}"
         )
+
+
+def _points(most: float, parity: Parity) -> float:
+    """The points that may be lost: any at all means one picture, since none is lost in part."""
+    return max(most, 100 / parity.num_images) if most else 0.0
 
 
 def files_of(path: Path) -> list[Path]:

@@ -98,7 +98,9 @@ def test_the_tolerance_is_what_decides(tmp_path: Path) -> None:
 
 
 def test_agreement_alone_can_refuse(tmp_path: Path) -> None:
-    with pytest.raises(ExportRefused, match=r"agreement is 0\.\d+.*'top1_agreement': 0\.999"):
+    with pytest.raises(
+        ExportRefused, match=r"agreement is 0\.\d+.*top1_agreement may be at least 0\.999"
+    ):
         check(Weights(5.0, Tolerance(relative=1e3)), tmp_path)
 
 
@@ -183,12 +185,29 @@ def test_lost_accuracy_alone_can_refuse(tmp_path: Path) -> None:
         top1_N = module.module(module.normalise(PICTURES_NHWC)).argmax(1)
     agreeing = Tolerance(top1_agreement=0.0, sqnr_db=-99.0)
     offset = Weights(0.2, agreeing, "int8")  # one class is named too often
-    with pytest.raises(ExportRefused, match=r"accuracy_points': 1\.0"):
+    with pytest.raises(
+        ExportRefused, match="accuracy_points may be at most 1 .*calibration_images"
+    ):
         check(offset, tmp_path, labels=top1_N)
     allowed = replace(agreeing, accuracy_points=100.0)
     parity = check(replace(offset, tolerance=allowed), tmp_path, labels=top1_N)
     assert parity.lost_points == pytest.approx(100 * (1 - parity.top1_agreement))
     assert parity.lost_points > 1
+
+
+def test_one_picture_of_few_may_be_lost_unless_none_may(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        module = trained(a_module())
+        logits_NC = module.module(module.normalise(PICTURES_NHWC))
+    others_N = logits_NC[:, 1:].amax(1) - logits_NC[:, 0]
+    nearest, second = others_N[others_N > 0].sort().values[:2]
+    anything = Tolerance(top1_agreement=0.0, sqnr_db=-99.0)
+    one = Weights(((nearest + second) / 2).item(), anything, "int8")  # changes one class
+    labels_N = logits_NC.argmax(1)
+    assert check(one, tmp_path, labels=labels_N).lost_points == pytest.approx(2.5)
+    none = replace(one, tolerance=replace(anything, accuracy_points=0.0))
+    with pytest.raises(ExportRefused, match=r"at most 0 \(one picture is 2\.50 points\)"):
+        check(none, tmp_path, labels=labels_N)
 
 
 class Tuner:
