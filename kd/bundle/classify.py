@@ -3,6 +3,8 @@
     from classify import Classifier
     Classifier(".").predict(images)  # uint8 (N, height, width, channels)
 
+    python classify.py picture.jpg ...  # any size and kind; needs Pillow besides
+
 This file goes along with every bundle and is MLflow's loader too, so it imports nothing of `kd`:
 numpy, and the file's runtime (onnxruntime; executorch with torch; ai-edge-litert).  Core ML is on
 Apple's devices alone, and so not here.
@@ -11,6 +13,7 @@ Shapes: N pictures, H W picture, C classes.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -161,6 +164,57 @@ def one_at_a_time(call: Call) -> Call:
 RUNTIMES = {".onnx": onnx, ".pte": executorch, ".tflite": litert}
 
 
+def read(path: str, form: dict[str, Any]) -> "NDArray[np.uint8]":
+    """A file's picture as preprocessing.json has it: (H, W, channels).
+
+    Turned upright, laid over white, its centre square cut out and resized: to the pixel what the
+    network was trained and judged on.
+    """
+    from PIL import Image, ImageOps
+
+    wanted = form["picture"]
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode not in ("1", "L"):
+        image = image.convert("RGB")
+    image = image.convert("L" if wanted["channels"] == 1 else "RGB")
+    size = (wanted["width"], wanted["height"])
+    if image.size != size:
+        image = ImageOps.fit(image, size, method=Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(*size[::-1], wanted["channels"])
+
+
+def main(files: list[str]) -> int:
+    """Print each picture's label and its probability; the exit status."""
+    if not files:
+        print("usage: python classify.py PICTURE ...", file=sys.stderr)
+        return 2
+    try:
+        classifier = Classifier(Path(__file__).parent)
+        for file in files:
+            found = classifier.predict(read(file, classifier.form)[None])
+            print(f"{file}: {found['label'][0]} {found['probabilities'].max():.4f}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "PIL":
+            raise
+        print("error: Pillow reads the pictures: pip install pillow", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _load_pyfunc(folder: str) -> Classifier:
     """What `mlflow.pyfunc.load_model` calls."""
     return Classifier(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,15 +11,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from kd import artifacts, bundle
 from kd.artifacts import ArtifactError
 from kd.bundle import checksums
+from kd.bundle import classify as classify_module
 from kd.bundle.card import card
 from kd.bundle.classify import Classifier
 from kd.bundle.form import preprocessing
 from kd.bundle.loading import SNIPPETS
 from kd.component import Refused
+from kd.data.pictures import read_picture, to_square
 from kd.exporters import ExecuTorch, LiteRT, Onnx
 from tests.bundle.toys import CLASSES, DATA, bundled, outsider
 
@@ -64,6 +67,51 @@ def test_an_outsider_finds_the_accuracy_of_the_card_by_the_cards_own_lines(
     powers_NC = np.exp(one.logits_NC.astype(np.float64))
     probabilities_NC = powers_NC / powers_NC.sum(1, keepdims=True)
     np.testing.assert_allclose(found["probabilities"], probabilities_NC, atol=1e-5)
+
+
+def classify(folder, *files, **environment):
+    """What the bundle's classify.py prints and says, and its exit status."""
+    command = [sys.executable, "-B", folder / "classify.py", *files]
+    whole = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=folder.parent, env=whole, capture_output=True, text=True)
+    return done.stdout.splitlines(), done.stderr.splitlines(), done.returncode
+
+
+def test_pictures_on_the_command_line_are_classified_as_the_project_prepares_them(made, tmp_path):
+    random = np.random.default_rng(0).integers(0, 256, (30, 20, 4), np.uint8)
+    deep = Image.fromarray(random[:, :, 0].astype(np.uint16) * 257)
+    files = []
+    for mode in ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16"):
+        files.append(tmp_path / f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'png'}")
+        picture = deep if mode == "I;16" else Image.fromarray(random).convert(mode)
+        picture.save(files[-1])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files.append(tmp_path / "turned.png")
+    Image.fromarray(random[:, :, :3]).save(files[-1], exif=turned)
+    Image.fromarray(made.images_NHWC[0]).save(tmp_path / "fits.png")
+    files.append(tmp_path / "fits.png")
+    squares = [to_square(read_picture(file), 8, 3) for file in files]
+    form = json.loads((made.folder / "preprocessing.json").read_text())
+    for file, square in zip(files, squares, strict=True):
+        np.testing.assert_array_equal(classify_module.read(str(file), form), square, file.name)
+    found = Classifier(made.folder).predict(np.stack(squares))
+    tops = found["probabilities"].max(1)
+    assert classify(made.folder, *map(str, files), PYTHONUTF8="1") == (
+        [f"{f}: {one} {p:.4f}" for f, one, p in zip(files, found["label"], tops, strict=True)],
+        [],
+        0,
+    )
+
+
+def test_the_command_line_says_what_is_missing(made, tmp_path):
+    assert classify(made.folder) == ([], ["usage: python classify.py PICTURE ..."], 2)
+    said = [f"error: [Errno 2] No such file or directory: '{tmp_path}/none.png'"]
+    assert classify(made.folder, f"{tmp_path}/none.png") == ([], said, 1)
+    (tmp_path / "PIL").mkdir()
+    (tmp_path / "PIL/__init__.py").write_text("raise ModuleNotFoundError(name='PIL')")
+    said = ["error: Pillow reads the pictures: pip install pillow"]
+    assert classify(made.folder, "a.png", PYTHONPATH=str(tmp_path)) == ([], said, 1)
 
 
 def test_sha256sum_agrees(made):
