@@ -1,4 +1,4 @@
-"""What `make` does before there is an environment, in clones with names that are hard on shells."""
+"""What `make` does before there is an environment, in folders with names that shells take apart."""
 
 import os
 import re

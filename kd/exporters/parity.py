@@ -41,8 +41,8 @@ AT = {
 }
 REMEDY = "if that is good enough, say so in the export's `tolerance`"
 REMEDIES = {
-    "int8": "calibrate on more pictures (`int8: {calibration_images: ...}`), have the student learn "
-    f"on in int8 (`int8: {{qat_when_loss_above: 0.5}}`), or, {REMEDY}"
+    "int8": "calibrate on more pictures (`int8: {calibration_images: ...}`), have the student "
+    f"learn on in int8 (`int8: {{qat_when_loss_above: 0.5}}`), or, {REMEDY}"
 }
 
 
