@@ -1,4 +1,4 @@
-"""What `make` does before there is an environment, in folders with names that shells take apart."""
+"""What `make` does before there is an environment, in folders with names hard on shells."""
 
 import os
 import re

@@ -186,7 +186,7 @@ def test_lost_accuracy_alone_can_refuse(tmp_path: Path) -> None:
     agreeing = Tolerance(top1_agreement=0.0, sqnr_db=-99.0)
     offset = Weights(0.2, agreeing, "int8")  # one class is named too often
     with pytest.raises(
-        ExportRefused, match="accuracy_points may be at most 1 .*calibration_images"
+        ExportRefused, match=r"accuracy_points may be at most 1 .*calibration_images"
     ):
         check(offset, tmp_path, labels=top1_N)
     allowed = replace(agreeing, accuracy_points=100.0)
