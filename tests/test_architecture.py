@@ -141,10 +141,13 @@ UNWATCHED = {
     "kd": "the stages' names",
     "artifacts": "how files are kept, not what is in them",
     "component": "checks of settings",
+    "disk": "how files are kept, not what is in them",
+    "launch": "how several processes are started and ended",
     "manifest": "how files are kept, not what is in them",
     "progress": "what is shown meanwhile",
     "promotion": "what the registry is told",
     "tracking": "what MLflow is told",
+    "warm": "in which process a stage runs",
 }
 """Modules that stages run and DVC does not watch, and what they do instead of deciding results.
 
@@ -152,7 +155,7 @@ kd/stages.py is left out, too: it calls what decides, and any line would train e
 """
 LEAVES = ("artifacts", "params", "progress", "promotion", "tracking")
 """What they import is for other stages (every kind of everything), for types or for MLflow."""
-TRIALS = {"try_models", "try_export"}
+TRIALS = {"try_learners", "try_export"}
 """What `data` calls only to refuse early what would fail later."""
 
 
