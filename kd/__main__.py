@@ -8,14 +8,12 @@ import argparse
 import errno
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from kd import FAMILIES, STAGES, launch, warm
+from kd import FAMILIES, STAGES, launch, signals, warm
 
 if TYPE_CHECKING:
     from kd.params import Params
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run a stage in this process, or in a warm one where the flow keeps one; the exit status."""
+    signals.end_quietly()
     argv = sys.argv[1:]
     if os.getcwd() not in sys.path:  # the user's own code: `kd`, unlike `python -m kd`, has it not
         sys.path.insert(0, os.getcwd())
@@ -40,7 +39,7 @@ def run(argv: list[str]) -> int:
     from kd.component import ConfigError, Refused
 
     arguments = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, interrupt)
+    signals.end_quietly()
     try:
         if arguments.command == "bench":
             bench_file(arguments)
@@ -211,11 +210,6 @@ def spread(stage: str, name: str, devices: int) -> None:
         sys.exit(launch.run(command, devices))
     if not launch.is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """Turn SIGTERM into an exception, so that files are closed and the run ends as killed."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -42,7 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, Refused) as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; what was done stays, and the next run goes on from there", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(table)
+    print(
+        f"{comparison.folder}: report.md has this table; the networks of each seed lie beside it"
+    )
     return 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from kd import artifacts, stages, tracking
+from kd import artifacts, signals, stages, tracking
 from kd.compare.plan import Comparison, Unit, plain_of
 from kd.data import CustomDataset, Digits
 from kd.params import Params
@@ -108,12 +108,13 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
     left = {id: unit for id, unit in comparison.units.items() if not comparison.is_done(unit)}
     say(f"{comparison.about.name}: {len(left)} of {len(comparison.units)} units to do")
     started: dict[Future[None], Unit] = {}
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=one_thread) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=begin) as pool:
         try:
             while left:
                 running = {unit.id for unit in started.values()}
                 for id, unit in left.items():
-                    if id not in running and not any(need in left for need in unit.needs):
+                    ready = id not in running and not any(need in left for need in unit.needs)
+                    if ready and len(started) < processes:  # others would run on after Ctrl-C
                         started[pool.submit(do, comparison, unit)] = unit
                 done, _ = wait(started, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -126,9 +127,10 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
             raise
 
 
-def one_thread() -> None:
+def begin() -> None:
     """A process works alone on its core; a recipe may say otherwise for its own training."""
     import torch
 
+    signals.end_quietly()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
