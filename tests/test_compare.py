@@ -193,6 +193,12 @@ def test_the_ensemble_is_mixed_as_its_weights_were_found_for(here):
     assert found["test_nll"] == pytest.approx(nll_N.mean(), rel=1e-5)
 
 
+def test_it_ends_by_saying_where_the_table_and_the_networks_lie(here, capsys):
+    assert main(["params.compare.yaml", "--processes", "1"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{here.folder}: report.md has this table")
+
+
 def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatch):
     unit = here.units["seed-1/baselines/labels"]
     path = here.record(unit)
