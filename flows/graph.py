@@ -218,14 +218,16 @@ def _reason(stage: Any) -> str | None:
         return None
     if not any(each.hash_info for each in (*stage.deps, *stage.outs)):
         return "never run"
+    edited: list[str] = []  # by the user: first, as files often follow from it
     words = ["command changed"] if "changed command" in status else []
     for each in stage.deps:
-        words += (
-            _params_changed(each) if isinstance(each, ParamsDependency) else _file("input", each)
-        )
+        if isinstance(each, ParamsDependency):
+            edited += _params_changed(each)
+        else:
+            words += _file("input", each)
     for each in stage.outs:
         words += _file("output", each)
-    return _listed(words) or "runs always"
+    return _listed(edited + words) or "runs always"
 
 
 _WORDS = {"modified": "changed", "deleted": "missing", "not in cache": "missing from the cache"}

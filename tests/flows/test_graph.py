@@ -58,6 +58,14 @@ def test_a_changed_param_is_named_with_both_values(done: Toy) -> None:
     }
 
 
+def test_a_changed_param_is_named_before_files_that_a_failed_stage_took_away(done: Toy) -> None:
+    done.write(FAMILY, model={"depth": 6, "method": {"temperature": 4.0}})
+    done.path("prep.txt").unlink()
+    done.path("out/small").unlink()
+    reason = graph.read(done.root).reasons["each@small"]
+    assert reason == "params model.depth 4 -> 6 and 2 more"
+
+
 def test_changed_inputs_outputs_and_commands_are_named(done: Toy) -> None:
     done.path("source").write_text("two")
     done.path("last.txt").unlink()
