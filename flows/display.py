@@ -5,7 +5,8 @@ The display is one more reader of the tasks' log, so it needs no door of its own
 
 import logging
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -17,6 +18,7 @@ from rich.text import Text
 from flows import timeline
 from flows.graph import Plan
 
+LAST_LINES = 15
 STYLES = {"running": "cyan", "done": "green", "failed": "bold red", "stopped": "yellow"}
 
 
@@ -69,6 +71,8 @@ class Row:
     started: float = 0.0
     ended: float = 0.0
     line: str = ""
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    """What it said last, which a terminal shows where it fails."""
 
     def seconds(self) -> str:
         """How long it has run."""
@@ -120,10 +124,13 @@ class Progress(logging.Handler):
             if not self.console.is_terminal:
                 self._print(name, message)
             elif state == "failed":
-                self.live.console.print(Text(message, style="red"))
+                self._print(name, "\n".join(self.rows[name].lines), style="red")
 
     def _follow(self, row: Row, message: str, state: str | None) -> None:
+        if state == "running":
+            row.lines.clear()
         row.line = message.partition("\n")[0].strip()
+        row.lines.extend(message.splitlines())
         if state:
             row.state = state
         if state == "running":
@@ -131,10 +138,10 @@ class Progress(logging.Handler):
         elif state:
             row.ended = time.monotonic()
 
-    def _print(self, name: str, message: str) -> None:
+    def _print(self, name: str, message: str, style: str = "") -> None:
         for line in message.splitlines():
-            text = f"{name:{self.width}} | {line}"
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            text = Text(f"{name:{self.width}} | {line}", style=style)
+            self.console.print(text, soft_wrap=True)
 
     def __rich__(self) -> Group:
         """The table as it stands now."""

@@ -183,10 +183,19 @@ def pipeline(
         return ended
     for future in futures.values():
         future.wait()  # it is done, and this is when it takes over its task's last state
-    if failed := [name for name, future in futures.items() if not future.state.is_completed()]:
-        raise PipelineFailedError(f"not completed: {', '.join(failed)}")
+    if not all(future.state.is_completed() for future in futures.values()):
+        raise PipelineFailedError(_first_reason(futures))
     results.publish_report(folder)
     return None
+
+
+def _first_reason(futures: Mapping[str, PrefectFuture[None]]) -> str:
+    """The first stage that failed, and why; the others may only have waited for it."""
+    left = [name for name, future in futures.items() if not future.state.is_completed()]
+    failed = [name for name in left if futures[name].state.is_final()]
+    reason = futures[failed[0]].result(raise_on_failure=False)
+    others = f"; {len(left) - 1} more not completed" if len(left) > 1 else ""
+    return f"{failed[0]}: {reason}{others}"
 
 
 def _run_ids() -> dict[str, str]:

@@ -136,7 +136,8 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
     if len(plan.reasons) > 1:
         display.show_timeline(root, console)
     if not state.is_completed():
-        raise PipelineStoppedError(state.message or state.name)
+        said = str(state.message or state.name)
+        raise PipelineStoppedError(said.partition("PipelineFailedError: ")[2] or said)
     display.show_report(root, console)
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flows import child
-from flows.stage import environment
+from flows.stage import ERROR, environment
 
 
 class PromotionFailedError(Exception):
@@ -40,10 +40,11 @@ def promote(
         PromotionFailedError: see there.
         flows.child.Stopped: `stop` was set.
     """
-    said: list[str] = []
+    errors: list[str] = []
 
     def keep(line: str) -> None:
-        said.append(line)
+        if line.startswith(ERROR):
+            errors.append(line.removeprefix(ERROR))
         hear(line)
 
     command = [sys.executable, "-m", "kd", "promote"]
@@ -51,8 +52,7 @@ def promote(
     whole = {**environment(), **env}
     code = child.run(command, cwd=root, env=whole, hear=keep, stop=stop, hold=[workspace])
     if code:
-        last = "\n".join(said[-15:])
         raise PromotionFailedError(
             f"every stage is up to date, but `kd promote` ended with exit code {code}; "
-            f"run it again:\n{last}"
+            f"run it again: {errors[-1] if errors else 'it did not say why'}"
         )

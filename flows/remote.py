@@ -96,7 +96,8 @@ class Workers:
             lost = {"stage_state": "stopped"}
             log.warning("lost its worker (%s)", state.message, extra=lost)
         if not state.is_completed():
-            raise StageFailedError(state.message or f"{stage.name}: {state.name} on the worker")
+            said = str(state.message or f"{stage.name}: {state.name} on the worker")
+            raise StageFailedError(said.partition("StageFailedError: ")[2] or said)
         return self._take_over(stage, log, stop, hold)
 
     def _order(self, stage: graph.Stage, env: Mapping[str, str]) -> Order:

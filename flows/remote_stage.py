@@ -67,7 +67,7 @@ def stage(order: Order) -> None:
     """Run one stage in this worker's clone, and push what came of it.
 
     Raises:
-        flows.stage.StageFailedError: the message ends with the last lines of what failed.
+        flows.stage.StageFailedError: the message says why.
         flows.locks.WorkspaceBusyError: another flow works in the clone.
     """
     run_id = UUID(str(flow_run.id))

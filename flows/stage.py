@@ -3,13 +3,11 @@
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from flows import child, graph
 
-LAST_LINES = 15
 ADVICE = (
     "Generating lock file",
     "Updating lock file",
@@ -21,6 +19,8 @@ ADVICE = (
     "Data and pipelines are up to date",
 )
 """How lines begin that DVC prints after every stage, for people who call it by hand."""
+ERROR = "error: "
+"""How the line begins in which `kd` says why it ends; DVC's own are in capitals."""
 
 
 class StageFailedError(Exception):
@@ -52,15 +52,16 @@ def reproduce(
         What it read and made.
 
     Raises:
-        StageFailedError: see there; the message ends with the stage's last lines.
+        StageFailedError: see there; the message says why, in the stage's own words if it has any.
         flows.child.Stopped: `stop` was set.
     """
     before = graph.hashes(root, stage.name)
-    last = deque[str](maxlen=LAST_LINES)
+    errors: list[str] = []
 
     def keep(line: str) -> None:
+        if line.startswith(ERROR):
+            errors.append(line.removeprefix(ERROR))
         if not line.startswith(ADVICE):
-            last.append(line)
             hear(line)
 
     # Without --wait-for-lock a stage that ends while another one is being recorded fails after
@@ -87,11 +88,12 @@ def reproduce(
         )
     except child.OutOfTime:
         raise StageFailedError(
-            f"{stage.name} was stopped after its {stage.timeout:g} s (meta.timeout in dvc.yaml)\n"
-            + "\n".join(last)
+            f"{stage.name} was stopped after its {stage.timeout:g} s (meta.timeout in dvc.yaml)"
         ) from None
     if code:
-        raise StageFailedError("\n".join([f"{stage.name} ended with exit code {code}", *last]))
+        raise StageFailedError(
+            errors[-1] if errors else f"{stage.name} ended with exit code {code}"
+        )
     after = graph.hashes(root, stage.name)
     _refuse_edited_inputs(stage, root, before.inputs, after.inputs)
     return after

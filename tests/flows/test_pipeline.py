@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -54,20 +55,26 @@ def test_a_run_against_a_running_server_shows_plan_lines_and_failure(
             "one": {"cmd": "echo epoch 1; echo > one.txt", "outs": ["one.txt"]},
             "two": {"cmd": "echo no space left; exit 3", "deps": ["one.txt"], "outs": ["two.txt"]},
             "three": timed("three", 0, deps=["two.txt"]),
+            "own": {"cmd": "echo error: lr is -1 >&2; exit 2", "outs": ["own.txt"]},
         }
     )
     process = toy.start(PREFECT_API_URL=prefect)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     lines = [" ".join(each.split()) for each in said.splitlines()]
-    assert lines[0] == "3 of 3 stages to run"
+    assert lines[0] == "4 of 4 stages to run"
     assert "two never run" in lines
     assert "one | epoch 1" in lines
     assert lines.index("one | epoch 1") < lines.index("one | done")
     failed = lines.index("two | two ended with exit code 255")
-    assert "two | no space left" in lines[failed:]
+    assert lines.index("two | no space left") < failed
+    assert lines.count("two | no space left") == 1
     assert any(each.startswith("three not run") for each in lines)
-    assert "error: " in lines[-1]
+    assert any(re.fullmatch(r"own failed \S+ s lr is -1", each) for each in lines)
+    assert lines[-1] in {
+        "error: own: lr is -1; 2 more not completed",
+        "error: two: two ended with exit code 255; 2 more not completed",
+    }
     assert "Traceback" not in said
 
 
