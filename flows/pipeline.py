@@ -6,8 +6,10 @@ server cost more than finding out.
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from dvc.utils.serialize import load_yaml
 from rich.console import Console
 
 from flows import child, display, graph, locks, needs, server, timeline
-from flows.stage import environment
+from flows.stage import ERROR, environment
 from kd import SETTINGS, STAGES
 
 
@@ -54,7 +56,7 @@ def main() -> int:
     complaints = Console(stderr=True, style="bold red", highlight=False, soft_wrap=True)
     try:
         with locks.workspace(root):
-            plan = graph.read(root)
+            plan = read(root)
         check_keys(plan, root)
         if not plan.reasons:
             console.print(f"Nothing to do: all {len(plan.stages)} stages are up to date.\n")
@@ -70,9 +72,33 @@ def main() -> int:
     except (DvcException, *OURS) as error:
         complaints.print(f"error: {error}", markup=False)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS):
+            raise
+        complaints.print(
+            f"error: {error}: change its owner or mode, and run it again", markup=False
+        )
+        return 1
     except KeyboardInterrupt:
         complaints.print("stopped; what was finished stays, and the next run goes on from there")
         return INTERRUPTED
+
+
+def read(root: Path) -> graph.Plan:
+    """What is to be done; where DVC cannot say, kd may know better what is wrong.
+
+    Raises:
+        kd.component.ConfigError: names what is wrong in params.yaml.
+        dvc.exceptions.DvcException: something else is.
+    """
+    try:
+        return graph.read(root)
+    except DvcException:
+        if is_ours(root):
+            from kd import params  # 5 s, for a better message than DVC's
+
+            params.load()
+        raise
 
 
 def check_keys(plan: graph.Plan, root: Path) -> None:
@@ -83,11 +109,30 @@ def check_keys(plan: graph.Plan, root: Path) -> None:
     Raises:
         kd.component.ConfigError: names the key and the nearest one.
     """
-    ours = {stage.name.partition("@")[0] for stage in plan.stages} == set(STAGES)
-    if ours and not load_yaml(root / "params.yaml").keys() <= {*STAGES, *SETTINGS}:
+    if is_ours(root) and not load_yaml(root / "params.yaml").keys() <= {*STAGES, *SETTINGS}:
         from kd import params  # 5 s, for a better message than we could give
 
         params.load()
+
+
+def is_ours(root: Path) -> bool:
+    """Whether the pipeline is kd's, and params.yaml in its form."""
+    path = root / "dvc.yaml"
+    return path.exists() and set(load_yaml(path).get("stages", ())) == set(STAGES)
+
+
+def check_params(root: Path) -> None:
+    """Have kd read all of params.yaml, in a fork of the warm process where there is one.
+
+    A stage does so, too; but DVC runs none whose inputs are missing, as those of a name misspelt.
+
+    Raises:
+        PipelineStoppedError: says what is wrong.
+    """
+    command = [sys.executable, "-m", "kd", "check"]
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise PipelineStoppedError(done.stderr.strip().removeprefix(ERROR))
 
 
 def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> int:
@@ -123,6 +168,8 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
 
             if own:
                 own.wait()
+            if is_ours(root):
+                check_params(root)
         (root / timeline.FILE).unlink(missing_ok=True)
         try:
             with display.Progress(plan, console):

@@ -1,4 +1,4 @@
-"""`python -m kd STAGE [NAME]`, `kd bench`, `kd lineage`, `kd promote`: the command line, no logic.
+"""`python -m kd STAGE [NAME]`, `kd check`, `kd bench`, `kd lineage`, `kd promote`: no logic.
 
 dvc.yaml calls it, one process for one stage; nothing heavy is imported before the arguments and
 params.yaml are known to be good.
@@ -41,7 +41,9 @@ def run(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     signals.end_quietly()
     try:
-        if arguments.command == "bench":
+        if arguments.command == "check":
+            check_experiment()
+        elif arguments.command == "bench":
             bench_file(arguments)
         elif arguments.command == "lineage":
             trace_file(arguments.file)
@@ -80,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
         one = commands.add_parser(stage, help="a stage; dvc.yaml says what it reads")
         if stage in FAMILIES:
             one.add_argument("name", help=f"which one of params.yaml's {stage}")
+    commands.add_parser("check", help="whether params.yaml can be used, without running anything")
     bench = commands.add_parser("bench", help="measure an exported file here")
     bench.add_argument("file", type=Path, help="an exported file: .onnx, .pte, ...")
     bench.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="pictures a call")
@@ -107,6 +110,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def check_experiment() -> None:
+    """Say that params.yaml is all right, where it is."""
+    from kd import params as experiment
+
+    experiment.load()
+    print("params.yaml: OK")
 
 
 def bench_file(arguments: argparse.Namespace) -> None:
@@ -158,8 +169,8 @@ def promote_student(url: str | None, replace: bool) -> None:
 
 def run_stage(stage: str, name: str) -> None:
     """Check the experiment, open the tracking run, and do the stage's work."""
+    from kd import artifacts, tracking
     from kd import params as experiment
-    from kd import tracking
     from kd.component import ConfigError
 
     params = experiment.load()
@@ -167,6 +178,8 @@ def run_stage(stage: str, name: str) -> None:
     if name not in known:
         raise ConfigError(f"{stage} has no {name!r} in params.yaml; it has {', '.join(known)}")
     experiment.check_own(params, stage)
+    run_name = f"{stage}/{name}" if name else stage
+    artifacts.check_writable(run_name)
     spread(stage, name, devices_of(params, stage, name))
     tracked = params.tracking and launch.is_first()
     if tracked:
@@ -174,10 +187,9 @@ def run_stage(stage: str, name: str) -> None:
 
     import torch
 
-    from kd import artifacts, stages
+    from kd import stages
 
     torch.set_num_threads(1)  # sums must not depend on the machine; a recipe may set its own
-    run_name = f"{stage}/{name}" if name else stage
     artifacts.check_foreign({family: set(getattr(params, family)) for family in FAMILIES})
     started = time.time()
     with tracking.run(

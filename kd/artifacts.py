@@ -4,6 +4,7 @@ Nothing here is a pickle: tensors are safetensors files, records are JSON, table
 """
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -374,6 +375,21 @@ def check_space(folder: Path, wanted: int) -> None:
             f"{wanted / 2**20 + 64:.0f}: free some space (`dvc gc --workspace` drops unused "
             "artifacts, `make clean` old checkpoints and targets)"
         )
+
+
+def check_writable(run_name: str) -> None:
+    """Find out before any work that what it makes can be kept.
+
+    Args:
+        run_name: The stage's.
+
+    Raises:
+        OSError: names a folder that cannot be made or written to.
+    """
+    CHECKPOINTS.parent.mkdir(exist_ok=True)
+    for path in (folder(run_name), folder("runs"), CHECKPOINTS.parent):
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "cannot be written to", str(path))
 
 
 def check_foreign(known: Mapping[str, set[str]]) -> None:

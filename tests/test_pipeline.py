@@ -68,6 +68,17 @@ def run_stages(names):
         stages.STAGES[stage](read, name, NullRun())
 
 
+def test_an_experiment_is_checked_without_running_anything(tmp_path):
+    experiment(tmp_path)
+    good = kd(tmp_path, "check")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "params.yaml: OK\n", "")
+    experiment(tmp_path, **{"assistants.large.taught_by": "techer"})
+    bad = kd(tmp_path, "check")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: params.yaml: assistants.large.taught_by is 'techer'; ")
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
 TRAINED = ["teacher", "assistants@small", "assistants@medium", "assistants@large"]
 
 

@@ -47,6 +47,28 @@ def test_a_key_that_no_stage_reads_is_refused_before_anything_runs(toy: Toy) -> 
     assert "assistants" in said
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("taught_by: teacher", "taught_by: techer", "assistants.large.taught_by is 'techer'"),
+        ("weights:\n", "wieghts:\n", "wieghts is no known key; did you mean 'weights'?"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_before_dvc_stumbles_over_it(
+    toy: Toy, prefect: str, old: str, new: str, said: str
+) -> None:
+    text = (SOURCES / "params.yaml").read_text()
+    toy.write({stage: timed(stage, 0, params=[stage]) for stage in STAGES})
+    toy.path("params.yaml").write_text(text)
+    toy.dvc("repro")
+    toy.path("params.yaml").write_text(text.replace(old, new, 1))
+    made = toy.path("assistants.txt").read_text()
+    shown, _ = (process := toy.start(PREFECT_API_URL=prefect)).communicate()
+    assert process.returncode == 1
+    assert shown.splitlines()[-1].startswith(f"error: params.yaml: {said}")
+    assert toy.path("assistants.txt").read_text() == made
+
+
 def test_a_run_against_a_running_server_shows_plan_lines_and_failure(
     toy: Toy, prefect: str
 ) -> None:
