@@ -68,6 +68,7 @@ def beside_dvc() -> str:
     path = f".kd/warm-{owner}-{born}"  # relative: a socket's path has room for 100 characters
     if not os.path.exists(path):
         os.makedirs(".kd", exist_ok=True)
+        sweep()
         command = [sys.executable, "-m", "kd.warm", path, str(owner)]
         with open(".kd/warm.log", "w") as log:
             process = subprocess.Popen(
@@ -80,6 +81,18 @@ def beside_dvc() -> str:
         while not os.path.exists(path) and process.poll() is None:
             time.sleep(0.01)
     return path
+
+
+def sweep() -> None:
+    """Remove the sockets of warm processes that were killed before their `dvc` ended."""
+    for left_over in Path(".kd").glob("warm-*-*"):
+        owner, born = map(int, left_over.stem.split("-")[1:])
+        try:
+            lives = process_state(owner)[BORN] == born
+        except OSError:
+            lives = False
+        if not lives:
+            left_over.unlink(missing_ok=True)
 
 
 def running_dvc() -> tuple[int, int]:

@@ -273,7 +273,9 @@ def test_an_exception_ends_the_run_failed_and_says_why(in_home):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_leaves_no_run_running(in_home, sent):
+def test_a_killed_process_leaves_no_run_running(in_home, sent, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     process = spawn("killed", "wait")
     run_id = run_id_of(process)
     assert in_home.client.get_run(run_id).info.status == "RUNNING"
@@ -284,6 +286,7 @@ def test_a_killed_process_leaves_no_run_running(in_home, sent):
     assert run.info.status == "KILLED"
     assert run.data.tags["kd.end_reason"]
     assert run.data.metrics["val_accuracy"] == 0.75
+    assert not list(tmp_path.glob("temporary/kd-tracking-*"))
 
 
 def test_a_file_that_is_not_there_is_said_at_once(in_home):

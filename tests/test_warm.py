@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from kd import warm
 from tests.flows.toys import DVC, SOURCES, Toy, lives, pid_in, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pidfd and prctl")
@@ -305,6 +306,24 @@ def test_a_dvc_killed_by_force_leaves_neither_the_stage_nor_the_warm_process(toy
     wait_until(lambda: not lives(pid), patience=10)
     wait_until(lambda: not lives(pid_in(toy.path("SERVER"))), patience=10)
     running.communicate()
+
+
+def test_a_socket_that_a_killed_warm_process_left_is_swept_by_the_next_dvc(toy: Toy) -> None:
+    server = "open('SERVER', 'w').write(str(__import__('os').getppid())); "
+    toy.write({"train": stage("train", server + ENDLESS)})
+    running = repro(toy)
+    pid_in(toy.path("PID"))
+    os.kill(pid_in(toy.path("SERVER")), signal.SIGKILL)
+    running.communicate()
+    (left_over,) = toy.path(".kd").glob("warm-*")
+    mine = toy.path(f".kd/warm-{os.getpid()}-{warm.process_state(os.getpid())[warm.BORN]}")
+    mine.touch()
+    toy.write({"first": stage("first", FORK_OF.format(file="first.txt"))})
+    running = repro(toy)
+    said, _ = running.communicate()
+    assert running.returncode == 0, said
+    assert not left_over.exists()
+    assert mine.exists()
 
 
 def test_no_warm_process_is_started_where_none_is_wanted_or_no_dvc_runs_the_stage(

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -107,11 +108,15 @@ class Run:
         self._line = line
         self._uri = uri
         self._started: dict[str, Any] | None = None
-        self._scratch = tempfile.TemporaryDirectory(prefix="kd-tracking-")
         self._count = itertools.count()
         self._step = 0
         self.error: str | None = None
         """Why the record is incomplete, where it is; a loss in mid-run stops no training."""
+
+    @cached_property
+    def _scratch(self) -> "tempfile.TemporaryDirectory[str]":
+        """Made when it is needed: a stage that is killed while it trains leaves none."""
+        return tempfile.TemporaryDirectory(prefix="kd-tracking-")
 
     @property
     def id(self) -> str | None:
@@ -347,7 +352,8 @@ class Run:
             self._lost(error)
         finally:
             self._line.close()
-            self._scratch.cleanup()
+            if "_scratch" in vars(self):
+                self._scratch.cleanup()
 
 
 class NullRun(Run):
