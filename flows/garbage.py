@@ -1,4 +1,4 @@
-"""What nothing needs any more: in DVC's cache, in MLflow, and among checkpoints under .kd.
+"""What nothing needs any more: in DVC's cache, in MLflow, among checkpoints, and of recorders.
 
 Each function says what would go; deleting is another call.  Both work under the workspace's lock.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from flows.stage import environment
+from kd.tracking import recorder
 
 Keep = Literal["commits", "branches"]
 KEPT: dict[Keep, tuple[str, ...]] = {
@@ -57,6 +58,21 @@ def old_checkpoints(root: Path, days: float) -> list[Path]:
         path
         for path in _passing(root / ".kd")
         if max(path.stat().st_mtime, path.stat().st_atime) < before
+    ]
+
+
+def old_recorders(days: float) -> list[Path]:
+    """Locks and logs of this user's recorders that no stage asked for so many days.
+
+    They are named by a digest, which a change of the code or the environment changes, too.
+    """
+    before = time.time() - days * 86_400
+    return [
+        path
+        for lock in sorted(recorder.folder().glob("*.lock"))  # each stage opens it to write
+        if lock.stat().st_mtime < before and not lock.with_suffix(".sock").exists()
+        for path in (lock.with_suffix(".log"), lock)
+        if path.exists()
     ]
 
 

@@ -56,6 +56,17 @@ def clean_checkpoints(root: Path, dry_run: bool, days: float) -> list[Item]:
     return items
 
 
+@task(task_run_name="recorders", cache_policy=NO_CACHE, persist_result=False)
+def clean_recorders(dry_run: bool, days: float) -> list[Item]:
+    """Locks and logs of recorders, of clones that are gone, too."""
+    paths = garbage.old_recorders(days)
+    items = [Item(str(path), path.stat().st_size) for path in paths]
+    if not dry_run:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    return items
+
+
 @flow(name="housekeeping", persist_result=False)
 def housekeeping(
     root: str = ".", dry_run: bool = True, keep: Keep = "commits", days: float = 30
@@ -67,7 +78,7 @@ def housekeeping(
         dry_run: Whether to list only.
         keep: What of DVC's cache is needed beside the workspace's: what any commit names, or the
             heads of branches and tags; queued and finished experiments in either case.
-        days: How long ago something was deleted in MLflow, or a checkpoint last used.
+        days: How long ago something was deleted in MLflow, or a checkpoint or recorder last used.
 
     Returns:
         Completed, saying how much went or would go.
@@ -81,6 +92,7 @@ def housekeeping(
             "DVC's cache": clean_dvc(folder, dry_run, keep),
             "MLflow": clean_mlflow(dry_run, days),
             "checkpoints": clean_checkpoints(folder, dry_run, days),
+            "recorders": clean_recorders(dry_run, days),
         }
     verb = "would go" if dry_run else "gone"
     sums = [

@@ -11,6 +11,7 @@ import pytest
 from flows import garbage
 from kd import artifacts, tracking
 from kd.component import ConfigError
+from kd.tracking import recorder
 from tests.flows.test_upstream import commit
 from tests.flows.toys import Toy
 
@@ -77,6 +78,21 @@ def test_a_table_that_is_read_stays_where_reading_leaves_no_trace(
         os.utime(path, (0, path.stat().st_mtime))
     assert len(files) == 2
     assert garbage.old_checkpoints(tmp_path, 9) == []
+
+
+def test_recorders_that_run_or_were_asked_lately_keep_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = recorder.folder()
+    for name in ("gone.lock", "gone.log", "runs.lock", "runs.log", "runs.sock", "new.lock"):
+        (own / name).touch()
+        if "new" not in name:
+            os.utime(own / name, (time.time() - 10 * 86400,) * 2)
+    assert garbage.old_recorders(9) == [own / "gone.log", own / "gone.lock"]
+    assert garbage.old_recorders(11) == []
+    with recorder.locked(own / "gone.lock"):  # as each stage does
+        assert garbage.old_recorders(9) == []
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
