@@ -113,10 +113,10 @@ def positive(text: str) -> int:
 
 
 def check_experiment() -> None:
-    """Say that params.yaml is all right, where it is."""
+    """Say that params.yaml is all right, where it is, and the user's own models and methods."""
     from kd import params as experiment
 
-    experiment.load()
+    experiment.check_own(experiment.load())
     print("params.yaml: OK")
 
 

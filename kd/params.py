@@ -349,7 +349,7 @@ def parse(raw: Mapping[str, Any]) -> Params:
     return params
 
 
-def check_own(params: Params, stage: str) -> None:
+def check_own(params: Params, stage: str = "") -> None:
     """Find the user's own models and methods, and for the stage `data` the data set.
 
     All of them, whatever the stage needs, so that nothing is trained before another stage finds a

@@ -27,7 +27,7 @@ def do(comparison: Comparison, unit: Unit) -> None:
     workspace = comparison.workspace(unit.seed)
     workspace.mkdir(parents=True, exist_ok=True)
     params, here = comparison.params[unit.seed], Path.cwd()
-    resumed = begin(comparison, unit)
+    resumed = note_begun(comparison, unit)
     with naming(unit), inside(workspace), (workspace / "log.txt").open("a") as log:
         started, used, failed = time.time(), cpu_seconds(), dict[str, str]()
         tags = {"kd.comparison": comparison.about.name, "kd.seed": str(unit.seed)}
@@ -56,7 +56,7 @@ def do(comparison: Comparison, unit: Unit) -> None:
     artifacts.write_json(comparison.record(unit), record)
 
 
-def begin(comparison: Comparison, unit: Unit) -> bool:
+def note_begun(comparison: Comparison, unit: Unit) -> bool:
     """Note that a unit was begun; whether it already was, so that its seconds will not be all."""
     path = comparison.record(unit)
     path.parent.mkdir(exist_ok=True)
