@@ -116,25 +116,29 @@ def test_a_changed_cell_concerns_itself_alone_and_a_changed_teacher_all_below(he
     assert stale() == set()
 
 
-def test_the_users_own_code_is_found_before_any_work_and_its_edit_concerns_all(
+def test_the_users_own_code_is_found_before_any_work_and_an_edit_concerns_who_uses_it(
     tmp_path, monkeypatch
 ):
+    """All of `code` counts for a cell that uses a part of it: the part may import the rest."""
+    own = tmp_path / "own"
+    own.mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    own = tmp_path / "kd_tests_compared.py"
-    own.write_text("from kd.methods import KD\n")
+    monkeypatch.syspath_prepend(str(own))
+    (own / "kd_tests_compared.py").write_text("from kd.methods import KD\n")
 
     def digests(name):
         method = {"kind": "custom", "path": f"kd_tests_compared:{name}"}
         cells = RAW["cells"] | {"mine": {"teachers": "teacher", "method": method}}
-        file = written(tmp_path, code="kd_tests_compared.py", cells=cells)
-        return {unit.digest for unit in Comparison(file).units.values()}
+        file = written(tmp_path, code="own", cells=cells)
+        return {id: unit.digest for id, unit in Comparison(file).units.items()}
 
     with pytest.raises(ConfigError, match=r"yaml: baselines\.mine\.method: .* has no 'KDD'"):
         digests("KDD")
     before = digests("KD")
-    own.write_text("from kd.methods import KD  # edited\n")
-    assert before.isdisjoint(digests("KD"))
+    (own / "helper.py").write_text("")
+    after = digests("KD")
+    changed = {id for id in before if before[id] != after[id]}
+    assert changed == {"seed-0/baselines/mine", "seed-1/baselines/mine"}
 
 
 def test_every_cell_has_the_same_budget_but_for_its_generations(here):
@@ -306,6 +310,7 @@ def test_edited_code_and_pictures_of_the_users_own_make_their_units_stale(tmp_pa
     dataset = {"kind": "image_folder", "root": "mine"}
     path = written(
         tmp_path,
+        code=code.name,
         data={"source": "mine", "dataset": dataset},
         cells=RAW["cells"] | {"mine": {"teachers": "teacher", "method": method}},
     )

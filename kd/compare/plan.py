@@ -125,9 +125,10 @@ class Comparison:
     @cached_property
     def units(self) -> dict[str, Unit]:
         """All units by id, each after those it needs."""
-        code = artifacts.code_digest((*artifacts.LEARNING, *BESIDE), self.own)
+        code = artifacts.code_digest((*artifacts.LEARNING, *BESIDE))
         files = own_files(self.params[0].data)
-        return {unit.id: unit for p in self.params for unit in units_of(p, code, files)}
+        given = (code, self.own, files)
+        return {unit.id: unit for p in self.params for unit in units_of(p, *given)}
 
 
 def sources(code: Path) -> list[str]:
@@ -136,12 +137,15 @@ def sources(code: Path) -> list[str]:
     return [artifacts.sha256(each) for each in files if each.exists()]
 
 
-def units_of(params: Params, code: str, files: Sequence[Any]) -> Iterator[Unit]:
+def units_of(
+    params: Params, code: str, theirs: Sequence[str], files: Sequence[Any]
+) -> Iterator[Unit]:
     """The units of one seed, each after those it needs.
 
     Args:
         params: The seed's.
-        code: Digest of all code that takes part, ours and the user's.
+        code: Digest of all code of ours that takes part.
+        theirs: SHA-256 of the user's own code, which counts where a part of it takes part.
         files: What tells whether the user's own data were edited.
     """
     made: dict[str, Unit] = {}
@@ -149,7 +153,8 @@ def units_of(params: Params, code: str, files: Sequence[Any]) -> Iterator[Unit]:
     def unit(stage: str, name: str, needs: tuple[str, ...]) -> Unit:
         ids = tuple(f"seed-{params.seed}/{each}" for each in needs)
         plain = plain_of(params, stage, name)
-        own = [*own_sources(plain), *(files if stage == "data" else [])]
+        own = [*parts, *theirs] if (parts := own_sources(plain)) else []
+        own += files if stage == "data" else []
         needed = [made[each].digest for each in ids]
         digest = artifacts.digest([code, stage, name, plain, own, needed])
         new = Unit(params.seed, stage, name, ids, digest)
