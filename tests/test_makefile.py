@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ def test_a_clone_named_kd_is_imported_from_the_folder_it_lies_in(tmp_path):
     (options,) = re.findall(r"^EDITABLE := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     pip += ["--no-deps", "--no-build-isolation", "--prefix", str(prefix), *options.split(), "."]
+    pip += ["--ignore-installed"]  # or it would uninstall what this environment has
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     subprocess.run(pip, cwd=clone, env=environment, check=True)
     (site,) = prefix.glob("lib/python*/site-packages")
@@ -47,3 +49,4 @@ def test_a_clone_named_kd_is_imported_from_the_folder_it_lies_in(tmp_path):
         [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.strip() == str(clone / "kd/__init__.py"), done.stderr
+    assert version("kd"), "this environment keeps its own"
