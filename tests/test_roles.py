@@ -25,7 +25,7 @@ def prepared(tmp_path_factory):
     experiment(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        stages.prepare_data(params.load(), "", NullRun())
+        stages.data(params.load(), "", NullRun())
     return folder
 
 
