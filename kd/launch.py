@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from kd import warm
+from kd import signals
 
 PATIENCE = 7 * 24 * 3600
 """Seconds that ranks told to stop are given, before torchrun kills them; torch 2.11 knows 30."""
@@ -80,7 +80,7 @@ def is_first() -> bool:
 
 def become_rank() -> None:
     """Live no longer than who started us, and leave it to the first rank that fails to say why."""
-    warm.end_with(int(os.environ["KD_LAUNCHER"]))
+    signals.end_with(int(os.environ["KD_LAUNCHER"]))
     sys.excepthook = tell
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd import artifacts, launch, manifest
+from kd import artifacts, launch, manifest, signals
 from kd.component import ConfigError, own_sources, require
 from kd.data import Images, key
 from kd.ensemble import Ensemble, Mixing
@@ -226,7 +226,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         return
     heard = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     usual = {number: each for number, each in heard.items() if each != signal.SIG_IGN}
-    asked: list[int] = []
+    asked = [*signals.told]
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)

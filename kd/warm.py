@@ -9,7 +9,6 @@ folder, variables that libraries read when they load) the warm process declines,
 is none, or KD_WARM is 0, the stage runs where it is.  Linux only.
 """
 
-import ctypes
 import gc
 import importlib
 import json
@@ -25,11 +24,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kd import signals
+
 PRELOAD = ("torch", "torch._dynamo", "safetensors.torch", "kd.stages", "kd.params", "kd.__main__")
 """Making an optimiser imports torch._dynamo, which takes as long as torch itself."""
 READ_ON_LOAD = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "TORCH_", "PYTHON", "LD_")
 """Beginnings of variables that took effect when the warm process started."""
-PR_SET_PDEATHSIG = 1
 PARENT, BORN = 1, 19
 """Where /proc/PID/stat has them, counted from the process's state, which follows its name."""
 
@@ -205,7 +205,7 @@ class Server:
                 os.close(each)
             self.watch(child, connection)
             return None
-        end_with(parent)
+        signals.end_with(parent)
         for each in (self.selector, self.listener, *self.clients.values(), connection):
             each.close()
         for target, each in enumerate(streams):
@@ -244,14 +244,6 @@ class Server:
             signal.pidfd_send_signal(process, signal.SIGKILL)
             self.selector.unregister(connection)
             connection.close()
-
-
-def end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent, process `parent`, dies; on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was too late for that
-        os._exit(1)
 
 
 def versions() -> dict[str, tuple[int, int]]:

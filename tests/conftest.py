@@ -3,6 +3,8 @@ import signal
 
 import pytest
 
+from kd.signals import told
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: results depend on it
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -19,3 +21,4 @@ def signals_as_before():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    told.clear()

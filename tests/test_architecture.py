@@ -146,6 +146,7 @@ UNWATCHED = {
     "manifest": "how files are kept, not what is in them",
     "progress": "what is shown meanwhile",
     "promotion": "what the registry is told",
+    "signals": "how a process ends that is told to",
     "tracking": "what MLflow is told",
     "warm": "in which process a stage runs",
 }

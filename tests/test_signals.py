@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from kd import roles, signals
+from kd.compare import work
+from kd.compare.plan import Comparison
 from tests.flows.toys import wait_until
 from tests.test_compare import written
 from tests.test_pipeline import PROJECT, experiment, kd
@@ -31,13 +34,35 @@ def start(folder: Path, *command: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def interrupted(process: subprocess.Popen[str], first: str = "") -> tuple[int, str, str]:
-    """What a process ends with and says that gets Ctrl-C when it has said `first`."""
+def ctrl_c(process: subprocess.Popen[str]) -> None:
+    """Tell a whole group to end, as a terminal does."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def interrupted(
+    process: subprocess.Popen[str],
+    first: str,
+    tell: Callable[[subprocess.Popen[str]], None] = ctrl_c,
+) -> tuple[int, str, str]:
+    """What a process ends with and says that is told to end when it has said `first`."""
     assert process.stdout is not None
     wait_until(lambda: first in process.stdout.readline())
-    os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
+    tell(process)
+    try:
+        said, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # it would take the next tests' time
+        raise
     return process.returncode, said, errors
+
+
+def is_alive(group: int) -> bool:
+    """Whether a process of a group still runs."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -57,6 +82,23 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
     )
     process = start(tmp_path, "-c", code)
     assert (*process.communicate(timeout=60), process.returncode) == ("", "", 0)
+
+
+def test_a_signal_stops_the_next_training_where_its_exception_was_swallowed():
+    signals.end_quietly()
+    with suppress(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    with roles.asked_to_stop() as stop:
+        assert stop()
+
+
+def test_a_signal_between_two_units_keeps_the_next_from_beginning(tmp_path):
+    comparison = Comparison(written(tmp_path))
+    signal.signal(signal.SIGTERM, work.note)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        work.do_unless_told(comparison, comparison.units["seed-1/data"])
+    assert signal.getsignal(signal.SIGTERM) is work.note
 
 
 @contextmanager
@@ -88,9 +130,11 @@ def test_a_stage_says_that_it_can_be_run_again_and_nothing_else(way, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_comparison_says_that_it_goes_on(tmp_path):
+@pytest.mark.parametrize(("tell", "status"), [(ctrl_c, 130), (subprocess.Popen.terminate, 143)])
+def test_a_comparison_takes_its_processes_along_and_says_that_it_goes_on(tell, status, tmp_path):
     written(tmp_path, recipe={"epochs": 500, "batch_size": 64})
-    command = ("-m", "kd.compare", "params.compare.yaml", "--processes", "2")
-    status, _, errors = interrupted(start(tmp_path, *command), "seed-1/data")
+    process = start(tmp_path, "-m", "kd.compare", "params.compare.yaml", "--processes", "2")
+    ended, _, errors = interrupted(process, "seed-1/data", tell)
     said = "stopped; what was done stays, and the next run goes on from there\n"
-    assert (status, errors) == (130, said)
+    assert (ended, errors) == (status, said)
+    wait_until(lambda: not is_alive(process.pid))

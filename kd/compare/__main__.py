@@ -3,10 +3,10 @@
 import argparse
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
+from kd import signals
 from kd.compare import report, work
 from kd.compare.plan import Comparison
 from kd.component import ConfigError, Refused
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only print the units, as JSON")
     parser.add_argument("--unit", help="only do this one, whose needs are done")
     given = parser.parse_args(arguments)
+    signals.end_quietly()
     try:
         comparison = Comparison(given.file, given.seeds)
         if given.list:
@@ -43,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, Refused) as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except SystemExit:  # SIGTERM or Ctrl-C
         print("stopped; what was done stays, and the next run goes on from there", file=sys.stderr)
-        return 128 + signal.SIGINT
+        raise
     print(table)
     print(
         f"{comparison.folder}: report.md has this table; the networks of each seed lie beside it"

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from types import FrameType
 
 from kd import artifacts, signals, stages, tracking
 from kd.compare.plan import Comparison, Unit, plain_of
@@ -108,29 +110,64 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
     left = {id: unit for id, unit in comparison.units.items() if not comparison.is_done(unit)}
     say(f"{comparison.about.name}: {len(left)} of {len(comparison.units)} units to do")
     started: dict[Future[None], Unit] = {}
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=begin) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), begin, (os.getpid(),)) as pool:
         try:
             while left:
                 running = {unit.id for unit in started.values()}
                 for id, unit in left.items():
                     ready = id not in running and not any(need in left for need in unit.needs)
-                    if ready and len(started) < processes:  # others would run on after Ctrl-C
-                        started[pool.submit(do, comparison, unit)] = unit
+                    if ready and len(started) < processes:
+                        with deaf_to_ctrl_c():  # and so is the process that this may start
+                            started[pool.submit(do_unless_told, comparison, unit)] = unit
                 done, _ = wait(started, return_when=FIRST_COMPLETED)
                 for future in done:
                     unit = started.pop(future)
                     future.result()
                     del left[unit.id]
                     say(f"{unit.id} ({len(left)} left)")
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # what ends us ends them; a failure does not
+                for process in active_children():
+                    process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def begin() -> None:
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Keep Ctrl-C waiting; what is started meanwhile never hears it, for we tell it to stop.
+
+    A terminal tells all processes at once, some of which would be importing, or handing on a
+    result, in code that prints a traceback for it or takes it for the result.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin(parent: int) -> None:
     """A process works alone on its core; a recipe may say otherwise for its own training."""
     import torch
 
-    signals.end_quietly()
+    signal.signal(signal.SIGTERM, note)
+    signals.end_with(parent)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def note(number: int, frame: FrameType | None) -> None:
+    """Leave it to the next unit to heed a signal: the pool's own code would not survive it."""
+    signals.told.append(number)
+
+
+def do_unless_told(comparison: Comparison, unit: Unit) -> None:
+    """Run a unit, which SIGTERM ends, as it does one that has not begun."""
+    signals.end_quietly()
+    try:
+        if signals.told:
+            raise SystemExit(128 + signals.told[0])
+        do(comparison, unit)
+    finally:
+        signal.signal(signal.SIGTERM, note)
