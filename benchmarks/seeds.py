@@ -28,14 +28,16 @@ def main() -> None:
     """Run the seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="repetitions, at least 2")
+    parser.add_argument("--first", type=int, default=0, help="the first seed; others follow it")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="seeds at a time")
     arguments = parser.parse_args()
     started = time.time()
     context = multiprocessing.get_context("spawn")
     with context.Pool(arguments.processes, maxtasksperchild=1) as pool:
-        reports = pool.map(run_seed, range(arguments.seeds), chunksize=1)
+        seeds = range(arguments.first, arguments.first + arguments.seeds)
+        reports = pool.map(run_seed, seeds, chunksize=1)
     seconds = time.time() - started
-    print(f"{arguments.seeds} seeds, {seconds:.0f} s, {arguments.processes} processes\n")
+    print(f"seeds {seeds[0]} to {seeds[-1]}, {seconds:.0f} s, {arguments.processes} processes\n")
     print("\n".join([*table(reports), "", *differences(reports)]))
 
 
