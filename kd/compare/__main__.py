@@ -25,7 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only print the units, as JSON")
     parser.add_argument("--unit", help="only do this one, whose needs are done")
     given = parser.parse_args(arguments)
-    signals.end_quietly()
     try:
         comparison = Comparison(given.file, given.seeds)
         if given.list:
@@ -55,4 +54,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signals.end_quietly()
     sys.exit(main())
