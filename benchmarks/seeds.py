@@ -9,7 +9,6 @@ Markdown; benchmarks/RECORDS.md keeps it with the command, the commit and the ma
 
 import argparse
 import contextlib
-import math
 import multiprocessing
 import os
 import statistics
@@ -91,26 +90,30 @@ PAIRS = (
     ("student", "baselines/best_single"),
     ("student", "baselines/uniform"),
     ("ensemble/weighted", "ensemble/uniform"),
+    ("ensemble/weighted", "assistants/small"),
     ("ensemble/weighted", "teacher"),
     ("student", "teacher"),
 )
 
 
 def differences(reports: list[dict[str, dict[str, float]]]) -> list[str]:
-    """Paired differences of test accuracy, in points, with their standard error over seeds."""
+    """Paired differences of test accuracy, in points: standard error and 95 % interval (t)."""
+    from kd.compare.report import paired, quantile
+
     lines = [
-        "| test accuracy, points | mean difference ± standard error | seeds won |",
+        "| test accuracy, points | mean difference ± standard error [95 % CI] | seeds won |",
         "|---|---:|---:|",
     ]
-    for first, second in PAIRS:
-        gaps = [
-            100 * (report[first]["test_accuracy"] - report[second]["test_accuracy"])
-            for report in reports
-        ]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-        won = sum(gap > 0 for gap in gaps)
-        mean = statistics.mean(gaps)
-        lines.append(f"| {first} - {second} | {mean:+.2f} ± {error:.2f} | {won} of {len(gaps)} |")
+    for pair in PAIRS:
+        ours, theirs = ([report[name]["test_accuracy"] for report in reports] for name in pair)
+        mean, half = paired(ours, theirs)
+        error = half / quantile(len(reports) - 1)
+        won = sum(a > b for a, b in zip(ours, theirs, strict=True))
+        interval = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
+        name = " - ".join(pair)
+        lines.append(
+            f"| {name} | {mean:+.2f} ± {error:.2f} {interval} | {won} of {len(reports)} |"
+        )
     return lines
 
 
