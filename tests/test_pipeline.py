@@ -47,11 +47,11 @@ def experiment(folder, **changes):
     (folder / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
 
 
-def kd(folder, *arguments, **settings):
+def kd(folder, *arguments, module="kd", **settings):
     """Run one stage as DVC does: a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     return subprocess.run(
-        [sys.executable, "-m", "kd", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -409,6 +409,28 @@ def test_two_devices_train_what_one_trains(finished, tmp_path):
     assert ours["val_nll"] == pytest.approx(theirs["val_nll"], rel=0.1)
     assert ours["val_nll"] != theirs["val_nll"]  # the last bits of sums differ, and grow
     assert (tmp_path / "artifacts/runs/assistants/small.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["online", "cached"])
+def test_every_stage_that_trains_does_so_on_a_gpu(finished, tmp_path, targets):
+    """A pretended one (tests/pretended_gpu.py), which computes as a CPU does."""
+    shutil.copytree(finished / "artifacts/data", tmp_path / "artifacts/data")
+    choices = {"precision": "auto", "memory_format": "auto", "targets": targets}
+    on_gpu = {"recipe.device": "cuda"} | {f"recipe.{key}": each for key, each in choices.items()}
+    experiment(tmp_path, **on_gpu)
+    for stage in (*TRAINED, "weights", "student", "baselines@uniform"):
+        done = kd(tmp_path, *stage.split("@"), module="tests.pretended_gpu")
+        assert done.returncode == 0, done.stderr
+        if stage == "weights":
+            continue
+        folder = Path("artifacts", stage.replace("@", "/"))
+        assert json.loads((tmp_path / folder / "manifest.json").read_text())["device"] == "cuda"
+        ours, theirs = (
+            json.loads((root / folder / "metrics.json").read_text())
+            for root in (tmp_path, finished)
+        )
+        assert ours["val_accuracy"] == pytest.approx(theirs["val_accuracy"], abs=0.1)
 
 
 def test_a_student_is_not_trained_by_assistants_that_were_not_weighed(finished, tmp_path):

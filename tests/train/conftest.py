@@ -9,6 +9,7 @@ from kd.recipe import Recipe
 from kd.train.device import prepare
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+NO_MEMORY = pytest.mark.skipif(not torch.cuda.device_count(), reason="no GPU but a pretended one")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
