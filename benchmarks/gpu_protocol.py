@@ -120,7 +120,8 @@ def busy(device: str) -> Iterator[Callable[[], str]]:
     if device != "cuda" or shutil.which("nvidia-smi") is None:
         yield lambda: ""
         return
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    ours = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"  # of the GPUs of this machine
+    query = ["nvidia-smi", ours, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     found: list[float] = []
     with subprocess.Popen([*query, "-lms", "200"], stdout=subprocess.PIPE, text=True) as asked:
         assert asked.stdout is not None

@@ -28,7 +28,10 @@ from kd import signals
 
 PRELOAD = ("torch", "torch._dynamo", "safetensors.torch", "kd.stages", "kd.params", "kd.__main__")
 """Making an optimiser imports torch._dynamo, which takes as long as torch itself."""
-READ_ON_LOAD = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "TORCH_", "PYTHON", "LD_")
+READ_ON_LOAD = (
+    *("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_"),
+    *("TORCH_", "PYTORCH_", "PYTHON", "LD_"),
+)
 """Beginnings of variables that took effect when the warm process started."""
 PARENT, BORN = 1, 19
 """Where /proc/PID/stat has them, counted from the process's state, which follows its name."""

@@ -170,15 +170,13 @@ class Images:
     def _crop(self, pixels_BHWC: Tensor, views_B: Tensor) -> Tensor:
         """Pad the batch once and gather every pixel of every view in one step."""
         shift = self.augment.shift
-        dy_B, dx_B, flip_B = self.augment.decode(views_B)
         batch, height, width, channels = pixels_BHWC.shape
         padded = F.pad(pixels_BHWC, (0, 0, shift, shift, shift, shift))
-        y_H = torch.arange(height, device=padded.device)
-        x_W = torch.arange(width, device=padded.device)
-        y_BH = y_H + (dy_B + shift)[:, None]
-        x_BW = torch.where(flip_B[:, None], width - 1 - x_W, x_W) + (dx_B + shift)[:, None]
-        image_B = torch.arange(batch, device=padded.device) * padded.shape[1]
-        position_BHW = (image_B[:, None] + y_BH)[:, :, None] * padded.shape[2] + x_BW[:, None, :]
+        rows_VH, columns_VW = _places_of(self.augment, height, width, padded.device)
+        area = padded.shape[1] * padded.shape[2]
+        first_B = torch.arange(0, batch * area, area, device=padded.device)
+        row_BH = rows_VH.index_select(0, views_B) + first_B[:, None]
+        position_BHW = row_BH[:, :, None] + columns_VW.index_select(0, views_B)[:, None, :]
         # index_select took 0.9 ms for 128 x 32 x 32 x 3 on one core; advanced indexing 1.5 to 2.5.
         gathered = padded.view(-1, channels).index_select(0, position_BHW.view(-1))
         return gathered.view(batch, height, width, channels)
@@ -208,6 +206,24 @@ def _row_of(
         shift = torch.tensor([255 * m for m in mean], device=device).repeat(width)
         scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(width)
     return shift, scale
+
+
+@lru_cache(maxsize=16)
+def _places_of(
+    augment: Augment, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where each view's rows and columns lie in a padded image that is one long row of pixels.
+
+    Made once for all V views: found anew at each step, a fifth of the operations of a small
+    network's step would be these, and a GPU waits for the host to tell it of each.
+    """
+    with torch.inference_mode(False):  # or they could not be used outside of one
+        shift = augment.shift
+        dy_V, dx_V, flip_V = augment.decode(torch.arange(augment.num_views)[:, None])
+        y_H, x_W = torch.arange(height), torch.arange(width)
+        rows_VH = (y_H + dy_V + shift) * (width + 2 * shift)
+        columns_VW = torch.where(flip_V, width - 1 - x_W, x_W) + dx_V + shift
+        return rows_VH.to(device), columns_VW.to(device)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -113,4 +113,6 @@ def batch_of(
         taken = slice(offset, offset + end - position)
         parts.append((whole.indices_B[taken], whole.views_B[taken], whole.passes_B[taken]))
         position += len(parts[-1][0])
+    if len(parts) == 1:
+        return Batch(*parts[0])
     return Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
