@@ -158,7 +158,8 @@ class Recipe:
     clip_norm: float | None = None
     """Largest length of the gradient, above 0; null: no clipping."""
     ema: float | None = None
-    """Decay of the running mean of the weights, in (0, 1), which is then kept; null: no mean."""
+    """Decay of the running mean of the weights, in (0, 1), which is then kept (at first the plain
+    mean: kd.methods.decay_at); null: no mean."""
     precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
     """bf16 runs the network's forward and backward in bfloat16 autocast; losses stay in fp32.
     A processor without bfloat16 instructions emulates them, which is many times slower: auto

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from scipy.stats import t
+from scipy.stats import t, ttest_rel
 
 from kd import artifacts, manifest, stages
 from kd.compare import report, work
@@ -264,7 +264,24 @@ def test_making_tables_counts_for_nobody(tmp_path, monkeypatch):
 
 def test_quantiles_are_students():
     for freedom in range(1, 100):
-        assert report.quantile(freedom) == pytest.approx(t.ppf(0.975, freedom), abs=5e-4)
+        assert report.quantile(freedom) == pytest.approx(t.ppf(0.975, freedom))
+        for far in (0.0, 0.3, 2.0, 9.0):
+            assert report.tails(-far, freedom) == pytest.approx(2 * t.sf(far, freedom), abs=1e-12)
+
+
+def test_a_difference_s_chance_is_that_of_the_paired_test():
+    ours, theirs = [0.91, 0.94, 0.92, 0.95], [0.90, 0.90, 0.91, 0.92]
+    gain = report.paired(ours, theirs)
+    assert report.chance(*gain, 3) == pytest.approx(ttest_rel(ours, theirs).pvalue)
+    assert report.chance(0.0, 0.0, 3) == 1
+    assert report.chance(0.5, 0.0, 3) == 0
+
+
+def test_holm_allows_for_all_rows_together():
+    """0.01 * 4, 0.02 * 3, then no less than the one before, and no more than 1."""
+    given = {"a": 0.02, "b": 0.01, "c": 0.025, "d": 0.9}
+    wanted = {"b": 0.04, "a": 0.06, "c": 0.06, "d": 0.9}
+    assert report.holm(given) == pytest.approx(wanted)
 
 
 def test_a_table_goes_into_a_page_between_its_marks(tmp_path):

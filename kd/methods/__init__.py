@@ -18,7 +18,7 @@ from kd.methods.ffl import FFL
 from kd.methods.gated import Gated
 from kd.methods.kd import KD
 from kd.methods.labels import Labels
-from kd.methods.learner import Frozen, Learner
+from kd.methods.learner import Frozen, Learner, decay_at
 from kd.methods.learning import Learning
 from kd.methods.losses import hard_loss, label_probs, soft_loss
 from kd.methods.mixing import AllLogits, SoftTargets, mix
@@ -71,6 +71,7 @@ __all__ = [
     "SoftTargets",
     "Taught",
     "VirtualTeacher",
+    "decay_at",
     "hard_loss",
     "label_probs",
     "mix",

@@ -21,10 +21,13 @@ class Learning(ABC):
     what the method makes up itself."""
     num_peers: ClassVar[range] = NOBODY
     """With how many peers it works."""
-    uses_pool: ClassVar[bool] = False
-    """Whether unlabelled images teach it anything though it has no teachers."""
     alone: ClassVar[bool] = False
     """Whether its loss looks at each image alone, none beside another."""
+
+    @property
+    def uses_pool(self) -> bool:
+        """Whether it is shown unlabelled images though it has no teachers."""
+        return False
 
     @property
     def by_image(self) -> bool:

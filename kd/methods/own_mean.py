@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from kd.component import component, require
-from kd.methods.learner import Answer, Frozen, Learner
+from kd.methods.learner import Answer, Frozen, Learner, decay_at
 from kd.methods.learning import Learning
 from kd.methods.losses import hard_loss
 from kd.methods.peers import pulled, ramp
@@ -27,7 +27,7 @@ class WithMean(Learner):
 
     def after_step(self, done: int) -> None:
         """Bring the mean up to date."""
-        self.mean.follow(self.student, self.decay)
+        self.mean.follow(self.student, decay_at(done - 1, self.decay))
 
 
 @component
@@ -43,12 +43,19 @@ class OwnMean(Learning):
     weight: float = 1.0
     """Of the soft loss, beside 1 for the hard loss; at least 0."""
     decay: float = 0.99
-    """Share of the mean that stays at each step, in [0, 1)."""
+    """Share of the mean that stays at each step, in [0, 1); at first less (`decay_at`)."""
     rise: float = 0.3
     """Share of the training in which the soft loss rises to its weight, in [0, 1]."""
+    pool: bool = False
+    """Whether unlabelled images are shown, too, as in the paper: there a fixed share of each
+    batch has labels; here as many as chance brings."""
 
-    uses_pool: ClassVar[bool] = True
     alone: ClassVar[bool] = True
+
+    @property
+    def uses_pool(self) -> bool:
+        """Whether it is shown unlabelled images."""
+        return self.pool
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "above 0")

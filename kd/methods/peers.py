@@ -10,19 +10,29 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kd.component import component
 from kd.methods.learner import Cohort
 from kd.methods.learning import SOME, Learning, Needs
 from kd.methods.losses import hard_loss, log_probs, soft_loss
 from kd.methods.shown import Members, Shown
 
 
+@component
 class Together(Learning):
     """A method by which a student and its peers learn together, from labels and one another."""
 
+    pool: bool = False
+    """Whether unlabelled images are shown, too, as in none of the papers: what the networks say
+    of one another needs no label, but where few images have one, few of a batch do."""
+
     needs: ClassVar[Needs] = "peers"
     num_peers: ClassVar[range] = SOME
-    uses_pool: ClassVar[bool] = True
     alone: ClassVar[bool] = True
+
+    @property
+    def uses_pool(self) -> bool:
+        """Whether it is shown unlabelled images."""
+        return self.pool
 
     def learner(
         self, student: nn.Module, peers: Sequence[nn.Module], members: Members | None = None

@@ -17,7 +17,7 @@ from kd.component import ConfigError, Refused, reason
 from kd.data import Images, key
 from kd.ensemble import Ensemble
 from kd.launch import is_first
-from kd.methods import Frozen, Learner, Learning
+from kd.methods import Frozen, Learner, Learning, decay_at
 from kd.recipe import Recipe
 from kd.train.device import FORMATS, reseed
 from kd.train.lesson import Lesson
@@ -192,7 +192,7 @@ class Training:
         if isinstance(self.model, Learner):
             self.model.after_step(step + 1)
         if self.mean is not None and self.recipe.ema is not None:
-            self.mean.follow(self.model, self.recipe.ema if step else 0.0)
+            self.mean.follow(self.model, decay_at(step, self.recipe.ema))
         self.watch.see(step, mean_over_ranks(loss))
         self.done = step + 1
 

@@ -373,6 +373,26 @@ def test_the_running_mean_follows_by_its_decay_and_never_trains():
     assert not any(p.requires_grad for p in mean_.parameters())
 
 
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
+def test_untrained_weights_leave_no_trace_in_a_running_mean(decay):
+    student = network(0)
+    learner = OwnMean(decay=decay).learner(student, [])
+    kept, seen = [], []
+    for done in range(1, 31):
+        with torch.no_grad():
+            student[0].weight.fill_(float(done))
+        learner.after_step(done)
+        seen.append(float(done))
+        kept.append(float(learner.mean.network[0].weight.mean()))
+    plain = [n for n in range(30) if n / (n + 1) <= decay]
+    for n in plain:
+        assert kept[n] == pytest.approx(sum(seen[: n + 1]) / (n + 1))
+    last = kept[plain[-1]]
+    for n in range(len(plain), 30):
+        last = decay * last + (1 - decay) * seen[n]
+        assert kept[n] == pytest.approx(last)
+
+
 def test_features_are_what_the_last_layer_is_given():
     student, images = network(), pictures().batch(torch.arange(4))
     logits, features = with_features(student, images)
