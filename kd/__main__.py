@@ -113,7 +113,7 @@ def positive(text: str) -> int:
 
 
 def check_experiment() -> None:
-    """Say that params.yaml is all right, where it is, and the user's own models and methods."""
+    """Say that params.yaml is all right, where it is, and the models and methods that it names."""
     from kd import params as experiment
 
     experiment.check_own(experiment.load())

@@ -2,8 +2,9 @@
 
 What the file alone shows to be wrong is found here, before data is read, and named by its path in
 the file ("student.method.temperature"), with the nearest valid key where a key is unknown.  What
-takes one's own code to be seen, every stage finds before it begins (`check_own`); what takes the
-images' size and classes, the data stage before it writes anything (`read_data` in kd/stages.py).
+takes one's own code or torchvision to be seen, every stage finds before it begins (`check_own`);
+what takes the images' size and classes, the data stage before it writes anything (`read_data` in
+kd/stages.py).
 """
 
 import difflib
@@ -22,7 +23,7 @@ from kd.data import CustomDataset, Dataset, ImageFolder, Splits
 from kd.exporters import Exporter
 from kd.methods import CustomMethod, Method
 from kd.methods.trust import Unbiased
-from kd.models import CustomModel, Model
+from kd.models import CustomModel, Model, TorchvisionModel
 from kd.recipe import Recipe
 from kd.weightings import Fixed, Weighting
 
@@ -350,7 +351,8 @@ def parse(raw: Mapping[str, Any]) -> Params:
 
 
 def check_own(params: Params, stage: str = "") -> None:
-    """Find the user's own models and methods, and for the stage `data` the data set.
+    """Find what is named elsewhere than in this file: the user's own models and methods, models of
+    torchvision's, and for the stage `data` the data set.
 
     All of them, whatever the stage needs, so that nothing is trained before another stage finds a
     typing error.  The data set may be out of reach where networks are trained.
@@ -365,11 +367,12 @@ def check_own(params: Params, stage: str = "") -> None:
     if stage == "data":
         found["data.dataset"] = params.data.dataset
     for key, part in found.items():
-        if isinstance(part, CustomDataset | CustomModel | CustomMethod):
+        if isinstance(part, CustomDataset | CustomModel | CustomMethod | TorchvisionModel):
             try:
                 part.check()
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error}") from error
+        if isinstance(part, CustomDataset | CustomModel | CustomMethod):
             source = params.data.source if key == "data.dataset" else params.code
             check_watched(key, part.path, params.code, source)
 

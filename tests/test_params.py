@@ -100,6 +100,14 @@ def test_own_code_that_dvc_watches_is_found(mine, raw, code):
             r"^baselines\.labels\.method: .*alpha is 2",
         ),
         (
+            {"student.model": {"kind": "torchvision", "name": "mobilenet_v3_smal"}},
+            r"^student\.model: name 'mobilenet_v3_smal' .*nearest: mobilenet_v3_small",
+        ),
+        (
+            {"student.model": {"kind": "torchvision", "name": "resnet18", "args": {"progres": 1}}},
+            r"^student\.model: args has 'progres', which resnet18 .*nearest: progress",
+        ),
+        (
             {"student.method": {"kind": "dml"}, "student.peers": {"one": {**OWN, "path": "no:x"}}},
             r"^student\.peers\.one: .*cannot import no ",
         ),
@@ -109,7 +117,7 @@ def test_own_code_that_dvc_watches_is_found(mine, raw, code):
         ),
     ],
 )
-def test_own_code_that_cannot_be_used_is_named_by_its_key(mine, raw, changes, said):
+def test_what_is_named_and_cannot_be_used_is_named_by_its_key(mine, raw, changes, said):
     for path, value in ({"code": "kd_tests_mine"} | changes).items():
         set_at(raw, path, value)
     with pytest.raises(ConfigError, match=said):

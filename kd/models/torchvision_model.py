@@ -1,8 +1,9 @@
 """Any of torchvision's image classifiers, by name."""
 
 import difflib
+import inspect
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,26 @@ class TorchvisionModel:
     args: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments for torchvision's builder."""
 
+    def check(self) -> None:
+        """Look for the name and the arguments, without building anything.
+
+        Raises:
+            ConfigError: no such name, or arguments that it does not take.
+        """
+        from torchvision import models
+
+        known = models.list_models(module=models)
+        if self.name not in known:
+            raise ConfigError(
+                f"name {self.name!r} is no torchvision classifier; {nearest(self.name, known)}"
+            )
+        taken = keywords(models.get_model_builder(self.name))
+        for arg in self.args:
+            if arg not in taken:
+                raise ConfigError(
+                    f"args has {arg!r}, which {self.name} does not take; {nearest(arg, taken)}"
+                )
+
     def build(self, *, channels: int, image_size: int, num_classes: int) -> nn.Module:
         """Make the network; with weights, all but the class layer starts from ImageNet's.
 
@@ -42,13 +63,7 @@ class TorchvisionModel:
         """
         from torchvision import models
 
-        known = models.list_models(module=models)
-        if self.name not in known:
-            near = difflib.get_close_matches(self.name, known, n=3, cutoff=0.4)
-            raise ConfigError(
-                f"name {self.name!r} is no torchvision classifier; "
-                f"nearest: {', '.join(near) or 'none, see torchvision.models'}"
-            )
+        self.check()
         args = {"num_classes": num_classes, **_DEFAULT_ARGS.get(self.name, {}), **self.args}
         if self.name.startswith("vit_"):
             args.setdefault("image_size", image_size)
@@ -64,6 +79,26 @@ class TorchvisionModel:
         if channels == 1:
             _make_grey(network)
         return network
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant, as the end of a sentence."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"nearest: {', '.join(near) or 'none, see torchvision.models'}"
+
+
+def keywords(builder: Callable[..., nn.Module]) -> set[str]:
+    """All that a builder may take by name.
+
+    Builders hand on what they do not name themselves to functions and classes of their own module,
+    some of which swallow what nobody knows: so what any of these names is taken, the rest is not.
+    """
+    own = [
+        each
+        for each in vars(inspect.getmodule(builder)).values()
+        if callable(each) and getattr(each, "__module__", "") == builder.__module__
+    ]
+    return {name for each in own for name in inspect.signature(each).parameters}
 
 
 def _fetch(weights: Any) -> Mapping[str, Tensor]:

@@ -29,10 +29,32 @@ def test_an_unknown_name_gets_the_nearest_ones() -> None:
         TorchvisionModel(name="resnet19").build(channels=3, image_size=32, num_classes=2)
 
 
-def test_arguments_that_the_builder_does_not_take_are_refused() -> None:
-    model = TorchvisionModel(name=NAME, args={"depth": 3})
+@pytest.mark.parametrize(
+    ("name", "nearest"), [(NAME, "progress"), ("mobilenet_v3_small", "progress")]
+)
+def test_arguments_that_nobody_takes_are_refused(name: str, nearest: str) -> None:
+    model = TorchvisionModel(name=name, args={"progres": 1})
+    with pytest.raises(
+        ConfigError, match=f"args has 'progres', which {name} .*nearest: {nearest}"
+    ):
+        model.build(channels=3, image_size=32, num_classes=2)
+
+
+def test_arguments_with_values_that_cannot_be_are_refused() -> None:
+    model = TorchvisionModel(name=NAME, args={"version": "9_9"})
     with pytest.raises(ConfigError, match="cannot be built with"):
         model.build(channels=3, image_size=32, num_classes=2)
+
+
+@pytest.mark.parametrize("name", models.list_models(module=models))
+def test_what_classifiers_take_can_be_said_of_each(name: str) -> None:
+    TorchvisionModel(name=name, args={"num_classes": 2, "progress": False}).check()
+
+
+def test_what_a_builder_hands_on_to_a_helper_is_taken() -> None:
+    args = {"reduced_tail": True, "width_mult": 0.5}
+    model = TorchvisionModel(name="mobilenet_v3_small", args=args)
+    model.build(channels=3, image_size=32, num_classes=2)
 
 
 def test_pretrained_weights_fill_all_but_the_class_layer(cached: Path) -> None:
