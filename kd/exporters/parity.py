@@ -40,10 +40,7 @@ AT = {
     "sqnr_db": "at least",
 }
 REMEDY = "if that is good enough, say so in the export's `tolerance`"
-REMEDIES = {
-    "int8": "calibrate on more pictures (`int8: {calibration_images: ...}`), have the student "
-    f"learn on in int8 (`int8: {{qat_when_loss_above: 0.5}}`), or, {REMEDY}"
-}
+CALIBRATE = "calibrate on more pictures (`int8: {calibration_images: ...}`)"
 
 
 class ExportRefused(Refused):
@@ -58,7 +55,7 @@ class Tolerance:
     """
 
     relative: float | None = None
-    """Largest difference of any logit, as a share of the largest eager logit (of 1, if that is
+    """Largest difference of any output, as a share of the largest eager output (of 1, if that is
     smaller); at least 0."""
     top1_agreement: float | None = None
     """Smallest share of images with the same predicted class, in [0, 1]."""
@@ -317,8 +314,23 @@ def _refuse_outside(limits: dict[str, float], parity: Parity) -> None:
             f"top-1 agreement is {parity.top1_agreement:.4f}, accuracy {parity.val_accuracy:.4f} "
             f"(eager {parity.eager_val_accuracy:.4f}); outside of tolerance: {', '.join(broken)} "
             f"(one picture is {100 / parity.num_images:.2f} points); nothing was published; "
-            f"{REMEDIES.get(parity.precision, REMEDY)}"
+            f"{_remedy(parity)}"
         )
+
+
+def _remedy(parity: Parity) -> str:
+    """What may help a file that was refused, fine-tuning where it has not been tried."""
+    if parity.precision != "int8":
+        return REMEDY
+    found = parity.contents
+    if "chosen" not in found:
+        learn_on = "have the student learn on in int8 (`int8: {qat_when_loss_above: 0.5}`)"
+        return f"{CALIBRATE}, {learn_on}, or, {REMEDY}"
+    return (
+        f"calibrated alone it has accuracy {found['ptq_val_accuracy']:.4f}, after learning on in "
+        f"int8 {found['qat_val_accuracy']:.4f}: learn on for longer or at another rate "
+        f"(`int8: {{qat_epochs: ..., qat_lr: ...}}`), {CALIBRATE}, or, {REMEDY}"
+    )
 
 
 def _points(most: float, parity: Parity) -> float:

@@ -248,6 +248,23 @@ def test_the_better_of_two_files_is_kept_and_both_figures_are_recorded(tmp_path:
     assert "chosen" not in check(exporter, tmp_path, fine_tune=Tuner(None)).record()
 
 
+def test_a_file_refused_after_fine_tuning_is_not_told_to_fine_tune(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        module = trained(a_module())
+        top1_N = module.module(module.normalise(PICTURES_NHWC)).argmax(1)
+    exporter = Weights(0.2, Tolerance(top1_agreement=0.0, sqnr_db=-99.0), "int8")
+    with pytest.raises(ExportRefused, match="qat_when_loss_above") as untuned:
+        check(exporter, tmp_path, labels=top1_N)
+    assert "qat_epochs" not in str(untuned.value)
+    tuner = Tuner(trained(a_module()))
+    both = (
+        r"alone it has accuracy (0\.\d{4}), .* int8 \1: .*qat_epochs: \.\.\., qat_lr: .*tolerance"
+    )
+    with pytest.raises(ExportRefused, match=both) as tuned:
+        check(exporter, tmp_path, labels=top1_N, fine_tune=tuner)
+    assert "qat_when_loss_above" not in str(tuned.value)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"relative": -1.0}, {"top1_agreement": 1.1}, {"accuracy_points": -1.0}]
 )
