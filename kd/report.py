@@ -176,8 +176,9 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
                 [
                     "## Exports",
                     _exports_table(report["exports"], latency),
-                    "Max difference (of any logit) and agreement (of the predicted class) are "
-                    "with the student, over the validation images.",
+                    "Max difference (of any output: logits, or probabilities where the file takes "
+                    "the picture itself) and agreement (of the predicted class) are with the "
+                    "student, over the validation images.",
                 ]
                 * bool(report["exports"])
             ),

@@ -169,6 +169,7 @@ def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
     assert "600" in lines["chosen"]
     for shown in ("12.3 kB", "2.5e-06", "100.00 %", "0.46 ms"):
         assert shown in lines["artifacts/exports/onnx/model.onnx"]
+    assert "of any output: logits, or probabilities where the file takes the picture" in text
     assert "nan" not in text
     assert "None" not in text
 
