@@ -108,11 +108,17 @@ def import_failure(module_name: str, error: Exception) -> str:
     if isinstance(error, SyntaxError):
         place = f"{error.filename}, line {error.lineno}"
         return f"cannot import {module_name} ({type(error).__name__} in {place}: {error.msg})"
-    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ")
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+    return f"cannot import {module_name} ({raised(error)})"
+
+
+def raised(error: Exception) -> str:
+    """What was raised, at which line of the user's own code, and what it says."""
+    package = f"{Path(__file__).parent}/"
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), package, "<frozen ")
+    frames = traceback.extract_tb(error.__traceback__)
     theirs = [each for each in frames if not each.filename.startswith(libraries)]
     place = f" in {theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else ""
-    return f"cannot import {module_name} ({type(error).__name__}{place}: {error})"
+    return f"{type(error).__name__}{place}: {error}"
 
 
 def own_file(path: str) -> Path | None:
@@ -158,7 +164,9 @@ def call_object(path: str, args: Mapping[str, Any], offered: Mapping[str, Any]) 
     call = bound_object(path, args, offered)
     try:
         return call()
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's code may raise anything
         raise ConfigError(
-            f"path {path!r} cannot be called with {call.keywords} ({error})"
+            f"path {path!r} cannot be called with {call.keywords} ({raised(error)})"
         ) from error

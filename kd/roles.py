@@ -14,16 +14,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd import artifacts, launch, manifest, signals
-from kd.component import ConfigError, own_sources, require
+from kd.component import ConfigError, own_sources, raised, require
 from kd.data import Images, key
 from kd.ensemble import Ensemble, Mixing
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
-from kd.methods import Labels, Learner, Learning, Members, Method
-from kd.methods.mixing import standardized
+from kd.methods import Labels, Learner, Learning, Members, Method, Shown, label_probs
 from kd.models import Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe
@@ -277,7 +276,8 @@ def try_learners(
     image_size: int,
     num_classes: int,
 ) -> None:
-    """Build all that is to learn once, so that what cannot is found before any work is done.
+    """Build all that is to learn once, and compute its loss, so that what cannot learn is found
+    before any work is done.
 
     Args:
         learners: Networks, their methods and their peers, by their path in params.yaml.
@@ -287,7 +287,8 @@ def try_learners(
 
     Raises:
         ConfigError: a model cannot be built, or does not turn such images into logits; a method
-            is not where it is said to be, or cannot use these networks or so few classes.
+            is not where it is said to be, cannot use these networks or so few classes, or has no
+            loss; or the user's own code raises something.
     """
     shape = {"channels": channels, "image_size": image_size, "num_classes": num_classes}
     for path, (model, method, peers) in learners.items():
@@ -295,12 +296,46 @@ def try_learners(
             network = build_model(model, **shape)
             beside = {name: build_model(peer, **shape) for name, peer in peers.items()}
             learning = method.resolved() if method else Labels()
-            somebody = Members(("somebody",), (1.0,)) if learning.needs == "teachers" else None
-            surrounded(network, learning, beside, somebody)
-            if getattr(learning, "standardize", False):
-                standardized(torch.zeros(1, num_classes))
+            try_loss(learning, network, beside, (channels, image_size, image_size), num_classes)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+        except Exception as error:  # the user's own code may raise anything
+            raise ConfigError(f"{path}: {raised(error)}") from error
+
+
+def try_loss(
+    method: Learning,
+    network: nn.Module,
+    peers: Mapping[str, nn.Module],
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+) -> None:
+    """Compute a method's loss of random images once, under random teachers where it needs any.
+
+    Raises:
+        ConfigError: it cannot use these networks or so few classes, or its loss is no scalar that
+            they can learn from.
+    """
+    # Of different sizes, or a wrong shape could be broadcast.
+    batch, number = [size for size in (2, 3, 4) if size != num_classes][:2]
+    labels_B = torch.arange(batch) - 1
+    members, rows_BR = None, None
+    if method.needs == "teachers":
+        biased = getattr(getattr(method, "trust", None), "biased", "biased")
+        names = (biased, *(f"{biased} {k}" for k in range(1, number)))
+        members = Members(names, (1 / number,) * number)
+        if reduction := method.reduction(members):
+            rows_BR = reduction(torch.randn(number, batch, num_classes), labels_B)
+    learner = surrounded(network, method, peers, members)
+    said = learner(torch.randn(batch, *image_shape))
+    logits_BC, also = said if isinstance(said, tuple) else (said, {})
+    labels_BC = label_probs(labels_B, num_classes)
+    loss = method.loss(Shown(logits_BC, labels_BC, rows_BR, members, 0.5, 1.0, also))
+    found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    if found != () or not loss.requires_grad:
+        shown = f"{found}{'' if found else ' without a gradient'}"
+        wanted = "it must return a tensor of shape (), with a gradient"
+        raise ConfigError(f"{type(method).__name__}.loss returned {shown}; {wanted}")
 
 
 def describe(

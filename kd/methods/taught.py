@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kd.component import component, require
+from kd.component import ConfigError, component, require
 from kd.methods.learning import Learning, Needs
 from kd.methods.losses import hard_loss, log_probs, wide
 from kd.methods.mixing import AllLogits, SoftTargets, combined, soft_targets, standardized
@@ -82,11 +82,29 @@ class Taught(Learning):
         logits_BC = standardized(shown.logits_BC) if self.standardize else shown.logits_BC
         soft_SBC, emphasis_B = self.targets(logits_BC, shown)
         pairs = zip(soft_SBC, self.temperatures, strict=True)
-        soft_SB = torch.stack([self.soft(logits_BC, soft, each, shown) for soft, each in pairs])
+        soft_SB = torch.stack([self.by_images(logits_BC, *each, shown) for each in pairs])
         soft = (emphasis_B * soft_SB).mean()
         share = self.share(shown.progress)
         hard = hard_loss(shown.logits_BC, shown.label_probs_BC, shown.labelled)
         return self.scale * (share * soft + (1 - share) * hard)
+
+    def by_images(
+        self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
+    ) -> Tensor:
+        """What `soft` returns, refused unless it is a loss of each image (B,).
+
+        Raises:
+            ConfigError: another shape, which would be broadcast, or no tensor.
+        """
+        soft_B = self.soft(logits_BC, soft_log_probs_BC, temperature, shown)
+        found = tuple(soft_B.shape) if isinstance(soft_B, Tensor) else type(soft_B).__name__
+        if found != (len(logits_BC),):
+            raise ConfigError(
+                f"{type(self).__name__}.soft returned {found} for logits of shape "
+                f"{tuple(logits_BC.shape)}; it must return a loss for each image, of shape "
+                f"{(len(logits_BC),)}"
+            )
+        return soft_B
 
     def targets(self, logits_BC: Tensor, shown: Shown) -> tuple[Tensor, Tensor]:
         """Log of the soft targets (S, B, C), and how much each image counts (B,)."""

@@ -6,15 +6,17 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from dvc.utils.serialize import modify_yaml
 
 from kd import artifacts, params
 from kd.component import ConfigError, component, load_object, own_sources
-from kd.methods import KD, CustomMethod
-from kd.models import CustomModel
-from kd.roles import Role
+from kd.methods import KD, CustomMethod, Method
+from kd.methods.trust import Confidence, Correctness, Drop, Entropy, MinNorm, Unbiased
+from kd.models import CustomModel, PlainCNN
+from kd.roles import Role, try_learners
 from kd.train.targets import table_record
 from tests.checks_methods import check_method
 from tests.learners import pictures, recipe
@@ -127,6 +129,75 @@ def test_params_name_it_and_a_student_learns_by_it(project):
 def test_what_is_no_method_is_refused(project, path, args, said):
     with pytest.raises(ConfigError, match=said):
         CustomMethod(path=path, args=args).resolved()
+
+
+SOFT = """from kd.methods import KD, Labels
+from torch import nn
+
+
+class Mine(KD):
+    def soft(self, logits_BC, soft_log_probs_BC, temperature, shown):
+        {}
+"""
+LOSS = SOFT.replace("Mine(KD)", "Mine(Labels)").replace(
+    "soft(self, logits_BC, soft_log_probs_BC, temperature, shown)", "loss(self, shown)"
+)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+@pytest.mark.parametrize(
+    ("text", "body", "said"),
+    [
+        (SOFT, "return logits_BC.sum()", r"Mine\.soft returned \(\) .*of shape \([23],\)$"),
+        (SOFT, "return logits_BC", r"Mine\.soft returned \([23], \d+\) .*must return a loss for"),
+        (SOFT, "return logits_BC[0]", r"Mine\.soft returned \(\d+,\) .*must return a loss for"),
+        (SOFT, "pass", r"Mine\.soft returned NoneType .*must return a loss for each image"),
+        (SOFT, "return shown.logits", r"AttributeError in .*own_code\.py, line 7: 'Shown' .*"),
+        (
+            SOFT,
+            "return nn.Linear(99, 1)(logits_BC)",
+            r"RuntimeError in .*own_code\.py, line 7: .*",
+        ),
+        (LOSS, "return shown.logits_BC.sum(dim=1)", r"Mine\.loss returned \([23],\); .*"),
+        (LOSS, "return shown.logits_BC.detach().sum()", r"Mine\.loss .*\(\) without a gradient.*"),
+    ],
+)
+def test_what_has_no_loss_is_found_before_anything_learns(
+    tmp_path, monkeypatch, text, body, said, num_classes
+):
+    (tmp_path / "kd_tests_own_code.py").write_text(text.format(body))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "kd_tests_own_code", raising=False)
+    method = CustomMethod(path="kd_tests_own_code:Mine")
+    try:
+        with pytest.raises(ConfigError, match=f"^student: {said}"):
+            tried(method, num_classes)
+    finally:
+        sys.modules.pop("kd_tests_own_code", None)
+
+
+def tried(method, num_classes, num_peers=0):
+    """Try a student that learns by the method, and its peers."""
+    model = PlainCNN(depth=2, width=0.25)
+    peers = {f"peer{k}": model for k in range(num_peers)}
+    shape = {"channels": 1, "image_size": 8, "num_classes": num_classes}
+    try_learners({"student": (model, method, peers)}, **shape)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_what_can_learn_is_let_through(num_classes):
+    trusts = [Correctness(), Confidence(), Entropy(), MinNorm(), Unbiased(biased="large"), Drop()]
+    for method in (each() for each in get_args(Method) if each is not CustomMethod):
+        tried(method, num_classes, num_peers=method.num_peers[min(1, len(method.num_peers) - 1)])
+    for trust in trusts:
+        tried(KD(trust=trust, standardize=num_classes > 2), num_classes)
+
+
+def test_what_a_users_code_raises_as_it_is_made_is_told_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "kd_tests_raising.py").write_text("def mine():\n    return {}['no']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"KeyError in .*raising\.py, line 2: 'no'\)$"):
+        CustomMethod(path="kd_tests_raising:mine").check()
 
 
 def test_what_is_begun_with_a_users_code_is_not_gone_on_with_once_it_is_edited(
