@@ -19,6 +19,7 @@ import filelock
 import psutil
 
 from flows.child import Stopped
+from kd.component import ConfigError
 
 POLL = 0.2
 """Seconds between attempts to take a slot."""
@@ -46,8 +47,11 @@ def workspace(root: Path) -> Iterator[int]:
     wait.
 
     Raises:
+        kd.component.ConfigError: no dvc.yaml is there; a lock in a folder below holds nothing.
         WorkspaceBusyError: another flow holds it; the message says which.
     """
+    if not (root / "dvc.yaml").exists():
+        raise ConfigError(f"no dvc.yaml is in {root}: run from the project's root")
     path = root / ".kd" / "flow.lock"
     path.parent.mkdir(exist_ok=True)
     with _opened(path) as descriptor:

@@ -6,7 +6,6 @@ server cost more than finding out.
 
 import argparse
 import contextlib
-import errno
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from rich.console import Console
 
 from flows import child, display, graph, locks, needs, server, timeline
 from flows.stage import ERROR, environment
-from kd import SETTINGS, STAGES
+from kd import SETTINGS, STAGES, disk, workspace
 
 
 class PipelineStoppedError(Exception):
@@ -57,7 +56,7 @@ def main() -> int:
     try:
         with locks.workspace(root):
             plan = read(root)
-        check_keys(plan, root)
+        check_unseen(root)
         if not plan.reasons:
             console.print(f"Nothing to do: all {len(plan.stages)} stages are up to date.\n")
             display.show_report(root, console)
@@ -73,11 +72,9 @@ def main() -> int:
         complaints.print(f"error: {error}", markup=False)
         return 1
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS):
+        if not (said := disk.remedy(error)):
             raise
-        complaints.print(
-            f"error: {error}: change its owner or mode, and run it again", markup=False
-        )
+        complaints.print(f"error: {said}", markup=False)
         return 1
     except KeyboardInterrupt:
         complaints.print("stopped; what was finished stays, and the next run goes on from there")
@@ -101,18 +98,37 @@ def read(root: Path) -> graph.Plan:
         raise
 
 
-def check_keys(plan: graph.Plan, root: Path) -> None:
-    """Refuse a top-level key of params.yaml that no stage reads, which is nothing to DVC.
+def check_unseen(root: Path) -> None:
+    """Refuse a key of params.yaml that no stage reads, and what a key made that was taken out.
 
-    What is wrong inside a section makes its stage stale, and the stage says so.
+    Neither is anything to DVC.  What is wrong inside a section makes its stage stale, and the
+    stage says so.
 
     Raises:
-        kd.component.ConfigError: names the key and the nearest one.
+        kd.component.ConfigError: names the key and the nearest one, or the folder.
     """
-    if is_ours(root) and not load_yaml(root / "params.yaml").keys() <= {*STAGES, *SETTINGS}:
+    if not is_ours(root):
+        return
+    experiment = load_yaml(root / "params.yaml")
+    if not experiment.keys() <= {*STAGES, *SETTINGS}:
         from kd import params  # 5 s, for a better message than we could give
 
         params.load()
+    workspace.check_foreign(experiment)
+
+
+def check_writable(plan: graph.Plan) -> None:
+    """Find out that a stage's folder cannot be written to before DVC tries to empty it.
+
+    Folders that are not there yet are left to the stages: DVC takes them for outputs.
+
+    Raises:
+        OSError: names the folder.
+    """
+    workspace.check_writable("")
+    for name in (stage.replace("@", "/") for stage in plan.reasons):
+        if (workspace.ROOT / name).exists():
+            workspace.check_writable(name)
 
 
 def is_ours(root: Path) -> bool:
@@ -142,8 +158,11 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
         flows.needs.WorkersCannotError: what workers need is not there.
         flows.server.NoServerError: PREFECT_API_URL does not answer, or our own did not start, or
             it went away for too long.
+        OSError: names a folder that cannot be written to.
     """
     locks.slots()  # a wrong KD_CPUS is told before anything starts
+    if is_ours(root):
+        check_writable(plan)
     display.show_plan(plan, console)
     server.configure(root)
     api = os.environ.get("PREFECT_API_URL")

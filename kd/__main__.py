@@ -5,15 +5,13 @@ params.yaml are known to be good.
 """
 
 import argparse
-import errno
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd import FAMILIES, STAGES, launch, signals, warm
+from kd import FAMILIES, STAGES, disk, launch, signals, warm
 
 if TYPE_CHECKING:
     from kd.params import Params
@@ -54,12 +52,9 @@ def run(argv: list[str]) -> int:
     except ConfigError as error:
         return refused(str(error), 2)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EROFS):
-            return refused(f"{error}: change its owner or mode, and run it again", 1)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and shutil.disk_usage(".").free > 2**20:  # numpy's errors have no number
-            raise
-        return refused(f"the disk is full ({error}); nothing half-written was kept", 1)
+        if said := disk.remedy(error):
+            return refused(said, 1)
+        raise
     except Refused as error:
         return refused(str(error), 1)
     return 0
@@ -113,10 +108,16 @@ def positive(text: str) -> int:
 
 
 def check_experiment() -> None:
-    """Say that params.yaml is all right, where it is, and the models and methods that it names."""
-    from kd import params as experiment
+    """Say that params.yaml is all right, where it is, and the models and methods that it names.
 
-    experiment.check_own(experiment.load())
+    What a key made that was taken out lies in artifacts/ still, and is nothing to DVC.
+    """
+    from kd import params as experiment
+    from kd import workspace
+
+    params = experiment.load()
+    experiment.check_own(params)
+    workspace.check_foreign(vars(params))
     print("params.yaml: OK")
 
 
@@ -169,7 +170,7 @@ def promote_student(url: str | None, replace: bool) -> None:
 
 def run_stage(stage: str, name: str) -> None:
     """Check the experiment, open the tracking run, and do the stage's work."""
-    from kd import artifacts, tracking
+    from kd import artifacts, tracking, workspace
     from kd import params as experiment
     from kd.component import ConfigError
 
@@ -179,7 +180,8 @@ def run_stage(stage: str, name: str) -> None:
         raise ConfigError(f"{stage} has no {name!r} in params.yaml; it has {', '.join(known)}")
     experiment.check_own(params, stage)
     run_name = f"{stage}/{name}" if name else stage
-    artifacts.check_writable(run_name)
+    workspace.check_foreign(vars(params))
+    workspace.check_writable(run_name)
     spread(stage, name, devices_of(params, stage, name))
     tracked = params.tracking and launch.is_first()
     if tracked:
@@ -190,7 +192,6 @@ def run_stage(stage: str, name: str) -> None:
     from kd import stages
 
     torch.set_num_threads(1)  # sums must not depend on the machine; a recipe may set its own
-    artifacts.check_foreign({family: set(getattr(params, family)) for family in FAMILIES})
     started = time.time()
     with tracking.run(
         stage,

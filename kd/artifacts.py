@@ -4,7 +4,6 @@ Nothing here is a pickle: tensors are safetensors files, records are JSON, table
 """
 
 import csv
-import errno
 import hashlib
 import json
 import math
@@ -28,10 +27,10 @@ from kd.disk import atomic as atomic  # handed on, to whoever uses artifacts
 from kd.disk import sha256 as sha256
 from kd.ensemble import digest_of_tensors
 from kd.train import Epoch
+from kd.workspace import CHECKPOINTS as CHECKPOINTS
+from kd.workspace import ROOT as ROOT
+from kd.workspace import folder as folder
 
-ROOT = Path("artifacts")
-CHECKPOINTS = Path(".kd/checkpoints")
-"""Outside every stage's folder: DVC empties those before it runs a stage."""
 MACHINE = Path(".kd/machine")
 """What was measured on this machine, and decides how it trains."""
 TARGETS = Path(".kd/targets")
@@ -50,13 +49,6 @@ LEARNING = (
 
 class ArtifactError(ConfigError):
     """A file that an earlier stage should have made is missing, damaged or someone else's."""
-
-
-def folder(run_name: str) -> Path:
-    """The folder of a stage: artifacts/<stage>[/<name>]; made where it is missing."""
-    path = ROOT / run_name
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -375,40 +367,6 @@ def check_space(folder: Path, wanted: int) -> None:
             f"{wanted / 2**20 + 64:.0f}: free some space (`dvc gc --workspace` drops unused "
             "artifacts, `make clean` old checkpoints and targets)"
         )
-
-
-def check_writable(run_name: str) -> None:
-    """Find out before any work that what it makes can be kept.
-
-    Args:
-        run_name: The stage's.
-
-    Raises:
-        OSError: names a folder that cannot be made or written to.
-    """
-    CHECKPOINTS.parent.mkdir(exist_ok=True)
-    for path in (folder(run_name), folder("runs"), CHECKPOINTS.parent):
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "cannot be written to", str(path))
-
-
-def check_foreign(known: Mapping[str, set[str]]) -> None:
-    """Refuse folders that no key of params.yaml makes: a later stage would take them for its own.
-
-    Args:
-        known: The names that each family of stages has.
-
-    Raises:
-        ArtifactError: names the folder; nothing is deleted.
-    """
-    for family, names in known.items():
-        parent = ROOT / family
-        found = {path.parent.name for path in parent.glob("*/*")}
-        if foreign := sorted(found - names):
-            raise ArtifactError(
-                f"{parent / foreign[0]} belongs to no key of params.yaml's {family}: "
-                f"move it away or delete it (what DVC made stays in its cache)"
-            )
 
 
 def write_run_record(run_name: str, started: float, run_id: str | None, url: str | None) -> None:

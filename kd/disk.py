@@ -1,7 +1,9 @@
 """Files: written whole or not at all, and known by their checksum."""
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,3 +43,13 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content, which is never in memory as a whole."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remedy(error: OSError) -> str | None:
+    """What went wrong with a file, and what to do; None where it is nothing that people expect."""
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return f"{error}: change its owner or mode, and run it again"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or shutil.disk_usage(".").free <= 2**20:  # numpy's errors have no number
+        return f"the disk is full ({error}); nothing half-written was kept"
+    return None

@@ -149,6 +149,7 @@ UNWATCHED = {
     "signals": "how a process ends that is told to",
     "tracking": "what MLflow is told",
     "warm": "in which process a stage runs",
+    "workspace": "where files are kept, not what is in them",
 }
 """Modules that stages run and DVC does not watch, and what they do instead of deciding results.
 

@@ -10,7 +10,9 @@ import torch
 from kd import artifacts
 from kd.__main__ import run
 from kd.artifacts import ArtifactError, DiskCheckpoint
+from kd.component import ConfigError
 from kd.train import Epoch
+from kd.workspace import check_foreign
 from tests.learners import network
 
 EPOCHS = [Epoch(number=1, step=5, lr=0.1, train_loss=0.5, validation={"accuracy": 0.25})]
@@ -227,9 +229,10 @@ def test_another_machines_checkpoint_is_gone_on_from_and_said_to_be_one(monkeypa
 def test_a_foreign_folder_is_named_and_left_alone():
     stray = artifacts.folder("assistants/old") / "model.safetensors"
     stray.touch()
-    artifacts.check_foreign({"assistants": {"old", "new"}})
-    with pytest.raises(ArtifactError, match="artifacts/assistants/old belongs to no key"):
-        artifacts.check_foreign({"assistants": {"new"}})
+    others = {"baselines": {}, "exports": {}}
+    check_foreign({"assistants": {"old": {}, "new": {}}, **others})
+    with pytest.raises(ConfigError, match="artifacts/assistants/old belongs to no key"):
+        check_foreign({"assistants": {"new": {}}, **others})
     assert stray.exists()
 
 

@@ -79,6 +79,17 @@ def test_an_experiment_is_checked_without_running_anything(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 
+def test_what_a_key_made_that_is_gone_is_named_by_a_check(tmp_path):
+    experiment(tmp_path)
+    stray = tmp_path / "artifacts/exports/gone/model.onnx"
+    stray.parent.mkdir(parents=True)
+    stray.touch()
+    checked = kd(tmp_path, "check")
+    assert checked.returncode == 2
+    assert checked.stderr.startswith("error: artifacts/exports/gone belongs to no key of ")
+    assert stray.exists()
+
+
 TRAINED = ["teacher", "assistants@small", "assistants@medium", "assistants@large"]
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from kd import signals
+from kd import disk, signals
 from kd.compare import report, work
 from kd.compare.plan import Comparison
 from kd.component import ConfigError, Refused
@@ -40,8 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
             report.write(comparison, given.record)
         if given.into:
             report.into(given.into, comparison.about.name, table)
-    except (ConfigError, Refused) as error:
-        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+    except (ConfigError, Refused, OSError) as error:
+        said = disk.remedy(error) if isinstance(error, OSError) else str(error)
+        if said is None:
+            raise
+        print(f"error: {said}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     except SystemExit:  # SIGTERM or Ctrl-C
         print("stopped; what was done stays, and the next run goes on from there", file=sys.stderr)

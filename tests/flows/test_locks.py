@@ -45,6 +45,7 @@ def seconds_until_free(slots: locks.Slots) -> float:
 
 
 def test_a_second_flow_is_told_who_works_there(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").touch()
     with (
         locks.workspace(tmp_path),
         pytest.raises(locks.WorkspaceBusyError) as refused,

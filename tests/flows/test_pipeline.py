@@ -47,6 +47,29 @@ def test_a_key_that_no_stage_reads_is_refused_before_anything_runs(toy: Toy) -> 
     assert "assistants" in said
 
 
+def test_what_a_key_made_that_is_gone_is_named_also_where_nothing_is_to_do(toy: Toy) -> None:
+    toy.write({stage: timed(stage, 0) for stage in STAGES})
+    toy.path("params.yaml").write_text((SOURCES / "params.yaml").read_text())
+    toy.dvc("repro")
+    stray = toy.path("artifacts/assistants/gone/model.safetensors")
+    stray.parent.mkdir(parents=True)
+    stray.touch()
+    said, _ = (process := toy.start()).communicate()
+    assert process.returncode == 1
+    assert said.startswith("error: artifacts/assistants/gone belongs to no key of params.yaml's ")
+    assert stray.exists()
+
+
+def test_a_folder_below_the_projects_root_is_refused_and_left_as_it_is(toy: Toy) -> None:
+    toy.write(TWO)
+    below = Toy(toy.path("docs"))
+    below.root.mkdir()
+    said, _ = (process := below.start()).communicate()
+    assert process.returncode == 1
+    assert said == f"error: no dvc.yaml is in {below.root}: run from the project's root\n"
+    assert list(below.root.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
