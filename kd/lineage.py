@@ -18,6 +18,7 @@ from kd.artifacts import ArtifactError
 from kd.component import ConfigError
 from kd.exporters.parity import digest
 from kd.manifest import Manifest
+from kd.workspace import check_root
 
 LOCK = Path("dvc.lock")
 CHECKSUM = re.compile("[0-9a-fA-F]{64}")
@@ -44,11 +45,14 @@ def tell(file: Path) -> str:
         file: It, or its SHA-256 where the file itself is elsewhere.
 
     Raises:
-        ConfigError: there is no such file, or no record in this workspace has its checksum.
+        ConfigError: there is no such file, no record in this workspace has its checksum, or
+            this is no workspace.
     """
     sha256 = _checksum(file)
     found = find(sha256)
     if found is None:
+        if not artifacts.ROOT.exists():
+            check_root()
         raise ConfigError(
             f"{file} (SHA-256 {sha256}) is of no record in {artifacts.ROOT.resolve()}: it was "
             "made elsewhere, changed since, or made before the last run of its stage (check out "

@@ -26,6 +26,7 @@ from kd.methods.trust import Unbiased
 from kd.models import CustomModel, Model, TorchvisionModel
 from kd.recipe import Recipe
 from kd.weightings import Fixed, Weighting
+from kd.workspace import check_root
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names become folders, DVC stages and MLflow runs: what all three of them take."""
@@ -381,6 +382,7 @@ def check_watched(key: str, path: str, code: str, source: str) -> None:
     """Refuse a file of the user's own, at the section's `key`, that neither path covers."""
     file = own_file(path)
     if file and not any(file.is_relative_to(Path(each).resolve()) for each in (code, source)):
+        check_root()
         where = f"{file.relative_to(Path.cwd().resolve())}, or a folder that holds it"
         require(False, "code", code, f"{where}: {key} is there, and DVC is to watch it")
 

@@ -139,6 +139,9 @@ def test_the_users_own_code_is_found_before_any_work_and_an_edit_concerns_who_us
     after = digests("KD")
     changed = {id for id in before if before[id] != after[id]}
     assert changed == {"seed-0/baselines/mine", "seed-1/baselines/mine"}
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ConfigError, match=r"no params\.yaml is in .* the project's root"):
+        digests("KD")
 
 
 def test_every_cell_has_the_same_budget_but_for_its_generations(here):

@@ -97,6 +97,12 @@ def test_an_unknown_file_is_said_to_be_unknown(workspace, capsys):
     assert "is of no record in" in capsys.readouterr().err
 
 
+def test_from_a_folder_below_one_is_sent_to_the_projects_root(workspace, monkeypatch, capsys):
+    monkeypatch.chdir("artifacts/exports/onnx")
+    assert run(["lineage", "model.onnx"]) == 2
+    assert capsys.readouterr().err.endswith("/onnx: run from the project's root\n")
+
+
 def test_a_bundle_and_a_checksum_lead_to_the_same_as_the_file(workspace, tmp_path):
     file = artifacts.Path("artifacts/exports/onnx/model.onnx")
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -63,6 +63,7 @@ OWN = {"kind": "custom", "path": "kd_tests_mine.nets:tiny"}
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """A user's folder, with a model of his own."""
+    (tmp_path / "params.yaml").touch()
     (tmp_path / "kd_tests_mine").mkdir()
     (tmp_path / "kd_tests_mine/nets.py").write_text("def tiny(num_classes, hidden=8): ...\n")
     monkeypatch.chdir(tmp_path)
