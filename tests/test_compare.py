@@ -14,10 +14,10 @@ import yaml
 from scipy.stats import t, ttest_rel
 
 from kd import artifacts, manifest, stages
-from kd.compare import report, work
+from kd.compare import locks, report, work
 from kd.compare.__main__ import main
 from kd.compare.plan import Comparison
-from kd.component import ConfigError
+from kd.component import ConfigError, Refused
 from kd.data import Images
 from kd.evaluate import predict
 from kd.train import NonFiniteLoss
@@ -379,6 +379,59 @@ def test_an_error_is_told_with_the_unit_that_it_arose_in(tmp_path, monkeypatch, 
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("error: ")
     assert said[-1] == "in seed-0/data"
+
+
+def test_a_second_run_is_refused_and_told_who_works_there(here, capsys):
+    unit, another = (here.units[f"seed-{seed}/baselines/kd"] for seed in (0, 1))
+    path = here.record(unit)
+    kept = path.read_text()
+
+    def told(*arguments):
+        status = main(["params.compare.yaml", *arguments])
+        return status, *capsys.readouterr()
+
+    path.unlink()
+    try:
+        with (
+            locks.held(here.folder / "run.lock", "works"),
+            locks.held(path.with_suffix(".lock"), "works"),
+        ):
+            refused = told(), told("--unit", unit.id)
+            listed = told("--list")
+            here.record(another).unlink()
+            assert told("--unit", another.id) == (0, "", "")
+    finally:
+        path.write_text(kept)
+    for (status, out, line), does in zip(
+        refused, (f"works in {here.folder}", f"does {unit.id}"), strict=True
+    ):
+        assert (status, out) == (1, "")
+        assert line.startswith(f"error: a comparison (process {os.getpid()}, since ")
+        assert line.endswith(f") {does}: wait for it, or stop it\n")
+    assert json.loads(listed[1]).keys() == {unit.id}
+    assert here.is_done(another)
+
+
+def test_a_lock_vanishes_with_a_process_that_is_killed(tmp_path):
+    path = tmp_path / "lock"
+    code = (
+        "import pathlib, sys, time; from kd.compare import locks\n"
+        "with locks.held(pathlib.Path(sys.argv[1]), 'waits'): print(flush=True); time.sleep(99)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE
+    ) as holder:
+        holder.stdout.readline()
+        with (
+            pytest.raises(Refused, match=rf"process {holder.pid}, since .* waits: wait for it"),
+            locks.held(path, "waits"),
+        ):
+            pass
+        holder.kill()
+        holder.wait()
+        with locks.held(path, "waits"):
+            assert f"process {os.getpid()}," in path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from kd import disk, signals
-from kd.compare import report, work
+from kd.compare import locks, report, work
 from kd.compare.plan import Comparison
 from kd.component import ConfigError, Refused
 
@@ -34,12 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         if given.unit:
             work.do(comparison, comparison.units[given.unit])
             return 0
-        work.do_all(comparison, given.processes, lambda line: print(line, flush=True))
-        table = report.write(comparison, comparison.folder)
-        if given.record:
-            report.write(comparison, given.record)
-        if given.into:
-            report.into(given.into, comparison.about.name, table)
+        with locks.held(comparison.folder / "run.lock", f"works in {comparison.folder}"):
+            work.do_all(comparison, given.processes, lambda line: print(line, flush=True))
+            table = report.write(comparison, comparison.folder)
+            if given.record:
+                report.write(comparison, given.record)
+            if given.into:
+                report.into(given.into, comparison.about.name, table)
     except (ConfigError, Refused, OSError) as error:
         said = disk.remedy(error) if isinstance(error, OSError) else str(error)
         if said is None:

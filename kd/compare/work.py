@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from kd import artifacts, signals, stages, tracking
+from kd.compare import locks
 from kd.compare.plan import Comparison, Unit, plain_of
 from kd.data import CustomDataset, Digits
 from kd.params import Params
@@ -21,13 +22,21 @@ from kd.train import NonFiniteLoss
 def do(comparison: Comparison, unit: Unit) -> None:
     """Run one unit in its seed's workspace, where its result is not there yet.
 
+    Raises:
+        Refused: another process does it at this moment.
+    """
+    with locks.held(comparison.record(unit).with_suffix(".lock"), f"does {unit.id}"):
+        if not comparison.is_done(unit):
+            carry_out(comparison, unit)
+
+
+def carry_out(comparison: Comparison, unit: Unit) -> None:
+    """Run one unit, and note that it is done.
+
     A cell whose training diverges is noted as such, which is a result too; anything else that
     goes wrong is raised.
     """
-    if comparison.is_done(unit):
-        return
     workspace = comparison.workspace(unit.seed)
-    workspace.mkdir(parents=True, exist_ok=True)
     params, here = comparison.params[unit.seed], Path.cwd()
     resumed = note_begun(comparison, unit)
     with naming(unit), inside(workspace), (workspace / "log.txt").open("a") as log:
@@ -61,7 +70,6 @@ def do(comparison: Comparison, unit: Unit) -> None:
 def note_begun(comparison: Comparison, unit: Unit) -> bool:
     """Note that a unit was begun; whether it already was, so that its seconds will not be all."""
     path = comparison.record(unit)
-    path.parent.mkdir(exist_ok=True)
     before = artifacts.read_json(path) if path.exists() else {}
     artifacts.write_json(path, {"begun": unit.digest})
     return before.get("begun") == unit.digest
