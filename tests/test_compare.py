@@ -381,6 +381,54 @@ def test_an_error_is_told_with_the_unit_that_it_arose_in(tmp_path, monkeypatch, 
     assert said[-1] == "in seed-0/data"
 
 
+def test_a_unit_that_fails_keeps_no_other_from_being_done(here, monkeypatch, capsys):
+    """A method of one's own raises what cannot be sent from process to process."""
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    own = Path("kd_tests_failing.py").resolve()
+    own.write_text(
+        "from kd.methods import KD\n\n\n"
+        "class Odd(Exception):\n"
+        "    def __init__(self, one, two):\n"
+        "        super().__init__(f'{one}\\n{two}')\n\n\n"
+        "class Mine(KD):\n"
+        "    def loss(self, shown):\n"
+        "        raise Odd('no', 'more')\n"
+    )
+    method = {"kind": "custom", "path": "kd_tests_failing:Mine"}
+    more = {"mine": {"teachers": "teacher", "method": method}, "last": {"teachers": "none"}}
+    raw = RAW | {"code": own.name, "cells": RAW["cells"] | more}
+    Path("failing.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    before = (here.folder / "report.md").read_text()
+    assert main(["failing.yaml", "--processes", "1"]) == 1
+    told = capsys.readouterr()
+    comparison = Comparison(Path("failing.yaml"))
+    failed = [f"seed-{seed}/baselines/mine" for seed in (0, 1)]
+    assert [id for id, u in comparison.units.items() if not comparison.is_done(u)] == failed
+    why = f"Odd in {own}, line 11: no"
+    first, *others = told.err.splitlines()
+    assert first.startswith("error: 2 of 28 units failed, so that there is no table")
+    assert others == [f"{id}: {why}" for id in failed]
+    assert f"{failed[0]} failed: {why}" in told.out
+    assert "Odd: no\nmore\nin seed-0/" in (here.workspace(0) / "log.txt").read_text()
+    assert (here.folder / "report.md").read_text() == before
+
+
+def test_what_needs_a_failed_unit_is_left_undone(tmp_path, monkeypatch, capsys):
+    """The first seed's data cannot be split so, and the second's are another process's to make."""
+    splits = {"val": 0.2, "test": 0.2, "labels_per_class": 1000}
+    monkeypatch.chdir(written(tmp_path, data={"splits": splits}).parent)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    comparison = Comparison(Path("params.compare.yaml"))
+    busy = comparison.record(comparison.units["seed-1/data"]).with_suffix(".lock")
+    with locks.held(busy, "tests"):
+        assert main(["params.compare.yaml", "--processes", "1"]) == 1
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: 2 of 24 units failed")
+    assert [line.partition(": ")[0] for line in others] == ["seed-0/data", "seed-1/data"]
+    assert others[1].startswith(f"seed-1/data: a comparison (process {os.getpid()}, since ")
+    assert others[1].endswith(") does seed-1/data: wait for it, or stop it")
+
+
 def test_a_second_run_is_refused_and_told_who_works_there(here, capsys):
     unit, another = (here.units[f"seed-{seed}/baselines/kd"] for seed in (0, 1))
     path = here.record(unit)

@@ -4,16 +4,19 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from kd import artifacts, signals, stages, tracking
 from kd.compare import locks
 from kd.compare.plan import Comparison, Unit, plain_of
+from kd.component import ConfigError, Refused, raised
 from kd.data import CustomDataset, Digits
 from kd.params import Params
 from kd.train import NonFiniteLoss
@@ -39,7 +42,7 @@ def carry_out(comparison: Comparison, unit: Unit) -> None:
     workspace = comparison.workspace(unit.seed)
     params, here = comparison.params[unit.seed], Path.cwd()
     resumed = note_begun(comparison, unit)
-    with naming(unit), inside(workspace), (workspace / "log.txt").open("a") as log:
+    with inside(workspace), (workspace / "log.txt").open("a") as log, naming(unit, log):
         started, used, failed = time.time(), cpu_seconds(), dict[str, str]()
         tags = {"kd.comparison": comparison.about.name, "kd.seed": str(unit.seed)}
         with (
@@ -81,12 +84,13 @@ def cpu_seconds() -> float:
 
 
 @contextlib.contextmanager
-def naming(unit: Unit) -> Iterator[None]:
-    """Have errors say in which unit they arose."""
+def naming(unit: Unit, log: IO[str]) -> Iterator[None]:
+    """Have errors say in which unit they arose, and leave their traceback in its log."""
     try:
         yield
     except Exception as error:
         error.add_note(f"in {unit.id}")
+        traceback.print_exception(error, file=log)
         raise
 
 
@@ -110,14 +114,20 @@ def inside(folder: Path) -> Iterator[None]:
 def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -> None:
     """Do what is left to do, each unit as soon as those it needs are done.
 
+    Where one fails, all that do not need it are done all the same.
+
     Args:
         comparison: What is compared.
         processes: Units at a time, each with as many threads as its recipe says.
-        say: Told of each unit that is done.
+        say: Told of each unit that is done, or failed.
+
+    Raises:
+        Refused: units failed; its notes say which, and why.
     """
     left = {id: unit for id, unit in comparison.units.items() if not comparison.is_done(unit)}
     say(f"{comparison.about.name}: {len(left)} of {len(comparison.units)} units to do")
-    started: dict[Future[None], Unit] = {}
+    started: dict[Future[str], Unit] = {}
+    failed: dict[str, str] = {}
     with ProcessPoolExecutor(processes, get_context("spawn"), begin, (os.getpid(),)) as pool:
         try:
             while left:
@@ -130,15 +140,41 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
                 done, _ = wait(started, return_when=FIRST_COMPLETED)
                 for future in done:
                     unit = started.pop(future)
-                    future.result()
-                    del left[unit.id]
-                    say(f"{unit.id} ({len(left)} left)")
+                    if why := future.result():
+                        failed[unit.id] = why
+                    for id in needing(left, unit.id) if why else [unit.id]:
+                        del left[id]
+                    said = f"{unit.id} failed: {why}" if why else unit.id
+                    say(f"{said} ({len(left)} left)")
         except BaseException as error:
             if not isinstance(error, Exception):  # what ends us ends them; a failure does not
                 for process in active_children():
                     process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
+    if failed:
+        raise incomplete(comparison, failed)
+
+
+def needing(units: Mapping[str, Unit], id: str) -> list[str]:
+    """A unit's id and those of all that need it, of units that each come after those they need."""
+    found = [id]
+    for unit in units.values():
+        if not set(found).isdisjoint(unit.needs):
+            found.append(unit.id)
+    return found
+
+
+def incomplete(comparison: Comparison, failed: Mapping[str, str]) -> Refused:
+    """What a comparison ends with of which units failed, for the reasons given by their ids."""
+    error = Refused(
+        f"{len(failed)} of {len(comparison.units)} units failed, so that there is no table; what "
+        "needs them was not done, all else is, and the next run goes on from there. "
+        f"Tracebacks are in {comparison.folder}/seed-*/log.txt"
+    )
+    for id, why in failed.items():
+        error.add_note(f"{id}: {why}")
+    return error
 
 
 @contextlib.contextmanager
@@ -170,12 +206,21 @@ def note(number: int, frame: FrameType | None) -> None:
     signals.told.append(number)
 
 
-def do_unless_told(comparison: Comparison, unit: Unit) -> None:
-    """Run a unit, which SIGTERM ends, as it does one that has not begun."""
+def do_unless_told(comparison: Comparison, unit: Unit) -> str:
+    """Run a unit, which SIGTERM ends, as it does one that has not begun.
+
+    Returns:
+        Why it failed, in one line, since not every exception can be sent; "" where it did not.
+    """
     signals.end_quietly()
     try:
         if signals.told:
             raise SystemExit(128 + signals.told[0])
         do(comparison, unit)
+    except Exception as error:
+        own = isinstance(error, ConfigError | Refused)
+        return (str(error) if own else raised(error)).partition("\n")[0]
+    else:
+        return ""
     finally:
         signal.signal(signal.SIGTERM, note)
