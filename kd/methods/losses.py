@@ -64,8 +64,8 @@ def hard_loss(logits_BC: Tensor, label_probs_BC: Tensor, labelled: float = 1.0) 
     """Cross-entropy with the labels at T = 1, mean over the images that have one.
 
     The sum is divided by the labelled images that a batch of B has on average, not by those it
-    happens to have: so every label counts alike, however labels fall into batches (unless gradients
-    are clipped).
+    happens to have: so every label counts alike, however labels fall into batches (unless
+    gradients are clipped).
 
     Args:
         logits_BC: The student's logits.
