@@ -193,6 +193,17 @@ class DESampler(optuna.samplers.BaseSampler):
             self._known(search.latest())
             return search.population()
 
+    def has_converged(self, study: optuna.Study, relative: float, absolute: float) -> bool:
+        """Whether all of the population is feasible, and std <= absolute + relative * |mean|.
+
+        Raises:
+            ValueError: the search space is not known yet.
+        """
+        with self._lock:
+            search = self._read(study)
+            self._known(search.latest())
+            return search.has_converged(relative, absolute)
+
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
@@ -359,6 +370,12 @@ class _Search:
         assert self._evolution is not None
         values_P = self._sign * self._evolution.values_P
         return self._space.decoded(self._evolution.rows_PD), values_P
+
+    def has_converged(self, relative: float, absolute: float) -> bool:
+        """Scipy's criterion, of the occupants."""
+        assert self._evolution is not None
+        occupants = self._evolution
+        return has_converged(occupants.values_P, occupants.violations_P, relative, absolute)
 
     def _copied(self) -> "_Search":
         """One that goes on by itself, from the same state."""
@@ -740,7 +757,8 @@ def _de_sampler(study: optuna.Study) -> DESampler:
 class DEConvergedCallback:
     """Stops `study.optimize` when the population's values have come together.
 
-    Scipy's criterion, looked at when a generation ends: std <= atol + tol * |mean|.
+    Scipy's criterion, looked at when a generation ends: std <= atol + tol * |mean|, and all of the
+    population feasible.
 
     Args:
         tol: relative part.
@@ -759,8 +777,7 @@ class DEConvergedCallback:
 
     def holds(self, study: optuna.Study) -> bool:
         """Whether the population has converged."""
-        _, values_P = _de_sampler(study).population(study)
-        return has_converged(values_P, self.tol, self.atol)
+        return _de_sampler(study).has_converged(study, self.tol, self.atol)
 
 
 class GenerationJournalBackend(BaseJournalBackend):

@@ -326,9 +326,14 @@ class Evolution:
         self.next_memory = (self.next_memory + 1) % len(self.memory_F)
 
 
-def has_converged(values_P: np.ndarray, relative: float, absolute: float) -> bool:
-    """Scipy's criterion: std of the population's values <= absolute + relative * |mean|."""
-    if not np.isfinite(values_P).all():
+def has_converged(
+    values_P: np.ndarray, violations_P: np.ndarray, relative: float, absolute: float
+) -> bool:
+    """Scipy's criterion: std of the population's values <= absolute + relative * |mean|.
+
+    Never so where a member is infeasible, as in scipy: constraints come before values.
+    """
+    if violations_P.any() or not np.isfinite(values_P).all():
         return False
     return bool(values_P.std() <= absolute + relative * abs(values_P.mean()))
 
@@ -371,7 +376,7 @@ def minimise(
             drawn.CR_P[usable],
             generation + 1,
         )
-        if has_converged(evolution.values_P, relative, absolute):
+        if has_converged(evolution.values_P, evolution.violations_P, relative, absolute):
             break
     return np.concatenate(tried), np.concatenate(values)
 

@@ -512,6 +512,20 @@ def test_a_population_that_has_converged_stops_the_study():
     assert study.best_value < 1e-5
 
 
+def test_a_population_has_not_converged_while_a_member_is_infeasible():
+    def constrained(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        trial.set_constraint("x", 0.99 - x)
+        return 100 + x  # alike wherever x is
+
+    space = {"x": FloatDistribution(0, 1)}
+    study = new_study(simplex=None, search_space=space, population_size=20)
+    study.optimize(constrained, n_trials=2000, callbacks=[DEConvergedCallback()])
+    rows, _ = study.sampler.population(study)
+    assert (rows >= 0.99).all()
+    assert 20 < len(study.trials) < 2000
+
+
 def test_a_batch_objective_that_says_nan_fails_that_trial_alone():
     def some_nan(rows: np.ndarray) -> np.ndarray:
         return np.where(np.arange(len(rows)) == 2, np.nan, batch(rows))

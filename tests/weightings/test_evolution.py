@@ -201,10 +201,11 @@ def test_minimise_stops_when_it_has_converged_and_skips_nan():
 
 
 def test_convergence_is_scipys_criterion():
-    assert has_converged(np.array([1.0, 1.01]), relative=0.01, absolute=0)
-    assert not has_converged(np.array([1.0, 1.1]), relative=0.01, absolute=0)
-    assert has_converged(np.array([1.0, 1.1]), relative=0, absolute=0.051)
-    assert not has_converged(np.array([1.0, np.inf]), relative=1, absolute=1)
+    assert has_converged(np.array([1.0, 1.01]), NONE, relative=0.01, absolute=0)
+    assert not has_converged(np.array([1.0, 1.1]), NONE, relative=0.01, absolute=0)
+    assert has_converged(np.array([1.0, 1.1]), NONE, relative=0, absolute=0.051)
+    assert not has_converged(np.array([1.0, np.inf]), NONE, relative=1, absolute=1)
+    assert not has_converged(np.ones(2), np.array([0, 1e-9]), relative=1, absolute=1)
 
 
 def test_categories_change_by_chance_not_by_difference():
