@@ -32,8 +32,10 @@ class HeldOutContest:
 
     @property
     def is_won(self) -> bool:
-        """Whether the gain is more than one standard error."""
-        return self.gain > self.error
+        """Whether the gain is more than one standard error; a tie is not won."""
+        # With a samples won and b lost, more than one error is (a - b)^2 > a + b.  Equality, as
+        # for 1 won and 0 lost, must not be left to rounding; what comes next is 1 / N larger.
+        return self.gain > self.error * (1 + 1e-9)
 
 
 def held_out_contest(

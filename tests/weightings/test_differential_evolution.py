@@ -187,6 +187,25 @@ def test_a_contest_is_fought_on_samples_that_neither_side_has_seen():
     assert not contest.is_won
 
 
+@pytest.mark.parametrize(
+    ("gained", "lost", "won"), [(1, 0, False), (2, 0, True), (3, 1, False), (4, 1, True)]
+)
+def test_a_contest_is_decided_alike_for_every_number_of_samples(gained, lost, won):
+    def is_right(point_D, samples):
+        ours, theirs = samples < gained, (samples >= gained) & (samples < gained + lost)
+        return ours if point_D[0] else theirs
+
+    for num_samples in range(5, 1000):
+        contest = held_out_contest(
+            lambda _: np.array([1.0, 0.0]),
+            lambda _: np.array([0.0, 1.0]),
+            is_right,
+            np.zeros(num_samples, dtype=np.int64),
+            0,
+        )
+        assert contest.is_won == won, num_samples
+
+
 def test_the_study_is_a_journal_that_optuna_opens(tmp_path):
     given = *random_logits(3, 100, 4), names(3), 0
     path = tmp_path / "study.log"
