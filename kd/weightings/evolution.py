@@ -179,11 +179,12 @@ class Evolution:
         self.seen.update(self._keys(rows_PD))
         before_P, was_P = self.values_P[slots], self.violations_P[slots]
         # Ties are accepted: on the plateaus of accuracy the population must be able to drift.
-        wins_P = (violations_P < was_P) | ((violations_P == was_P) & (values_P <= before_P))
-        improves_P = wins_P & ((violations_P < was_P) | (values_P < before_P))
+        nearer_P = violations_P < was_P
+        wins_P = nearer_P | ((violations_P == was_P) & (values_P <= before_P))
+        improves_P = wins_P & (nearer_P | (values_P < before_P))
         defeated_P = improves_P & np.isfinite(was_P)
         with np.errstate(invalid="ignore"):  # inf - inf, of a candidate that improves nothing
-            gains_P = np.where(violations_P < was_P, was_P - violations_P, before_P - values_P)
+            gains_P = np.where(nearer_P, was_P - violations_P, before_P - values_P)
         self._archive(self.rows_PD[slots[defeated_P]], generation)
         winners = slots[wins_P]
         self.rows_PD[winners] = rows_PD[wins_P]
@@ -191,7 +192,8 @@ class Evolution:
         self.violations_P[winners] = violations_P[wins_P]
         credited_P = defeated_P & ~np.isnan(F_P)
         if self.rules.strategy in ADAPTIVE and credited_P.any():
-            self._learn(F_P[credited_P], CR_P[credited_P], gains_P[credited_P])
+            learned = (F_P, CR_P, gains_P, nearer_P)
+            self._learn(*(each_P[credited_P] for each_P in learned))
 
     def copied(self) -> "Evolution":
         """One that goes on by itself, from the same state."""
@@ -312,8 +314,17 @@ class Evolution:
             stays = np.sort(rng.permutation(len(self.archive_AD))[excess:])
             self.archive_AD = self.archive_AD[stays]
 
-    def _learn(self, F_S: np.ndarray, CR_S: np.ndarray, gains_S: np.ndarray) -> None:
-        """Remember the scales of the S candidates that beat their parents."""
+    def _learn(
+        self, F_S: np.ndarray, CR_S: np.ndarray, gains_S: np.ndarray, nearer_S: np.ndarray
+    ) -> None:
+        """Remember the scales of the S candidates that beat their parents.
+
+        Args:
+            F_S: their scales.
+            CR_S: their crossover rates.
+            gains_S: by how much each has less violation, or else a smaller value.
+            nearer_S: which of the two, True for violation.
+        """
         if self.rules.strategy == "jade":  # Zhang & Sanderson 2009, eqs. 9 to 12
             self.memory_CR += JADE_RATE * (CR_S.mean() - self.memory_CR)
             self.memory_F += JADE_RATE * (_lehmer(F_S, np.ones_like(F_S)) - self.memory_F)
@@ -321,6 +332,10 @@ class Evolution:
         # Tanabe & Fukunaga 2013, eqs. 7 to 9; the Lehmer mean for CR too, as in their L-SHADE.
         finite = np.isfinite(gains_S)
         gains_S = np.where(finite, gains_S, 1.0) if not finite.all() else gains_S
+        if nearer_S.any() and not nearer_S.all():
+            # The paper knows values alone; the units of constraints must not outweigh theirs.
+            for kind_S in (nearer_S, ~nearer_S):
+                gains_S[kind_S] /= gains_S[kind_S].mean()
         self.memory_F[self.next_memory] = _lehmer(F_S, gains_S)
         self.memory_CR[self.next_memory] = _lehmer(CR_S, gains_S)
         self.next_memory = (self.next_memory + 1) % len(self.memory_F)

@@ -26,9 +26,10 @@ def evolution(simplex: int, cube: int = 0, size: int = 10, **rules) -> Evolution
     return Evolution(Rules(size, **rules), simplex_D, np.zeros(simplex + cube, dtype=bool))
 
 
-def told(search: Evolution, drawn, values) -> None:
+def told(search: Evolution, drawn, values, violations=NONE) -> None:
+    values = np.asarray(values)
     search.absorb(
-        SLOTS, drawn.rows_PD, np.asarray(values), NONE, drawn.F_P, drawn.CR_P, drawn.number + 1
+        SLOTS, drawn.rows_PD, values, violations, drawn.F_P, drawn.CR_P, drawn.number + 1
     )
 
 
@@ -97,6 +98,21 @@ def test_equal_values_replace_but_earn_no_credit_and_fill_no_archive():
     np.testing.assert_array_equal(search.rows_PD, drawn.rows_PD)
     np.testing.assert_array_equal(search.memory_F, before)
     assert len(search.archive_AD) == 0
+
+
+def test_the_units_of_constraints_do_not_matter_to_what_shade_learns():
+    """Slots below 5 come nearer to feasible, the others to the least value."""
+
+    def learned(unit: float, value: float) -> np.ndarray:
+        search = evolution(0, 3)
+        violations = unit * (SLOTS < 5)
+        told(search, search.propose(0), value * (1 + SLOTS), violations)
+        told(search, search.propose(1), NONE, violations * (0.9 - SLOTS / 10))
+        return np.array([search.memory_F, search.memory_CR])
+
+    np.testing.assert_allclose(learned(1000, 1), learned(1, 1), rtol=1e-12)
+    np.testing.assert_allclose(learned(1, 1000), learned(1, 1), rtol=1e-12)
+    assert (learned(0, 1) != learned(1, 1)).any()
 
 
 def test_the_archive_keeps_defeated_parents_and_never_outgrows_its_room():
