@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -151,6 +152,33 @@ def paired_difference(a_N: Tensor, b_N: Tensor) -> tuple[float, float]:
     if num_samples == 1:
         return mean, math.inf
     return mean, difference_N.std().item() / math.sqrt(num_samples)
+
+
+def discordant(a_N: Tensor, b_N: Tensor) -> tuple[int, int]:
+    """How many samples a alone predicts rightly, and how many b alone.
+
+    Args:
+        a_N: Which samples the one predicts rightly, bool.
+        b_N: Which of the same the other does.
+    """
+    return int((a_N & ~b_N).sum()), int((b_N & ~a_N).sum())
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """McNemar's exact one-sided test of one classifier being better than another.
+
+    Args:
+        gained: How many samples the one alone predicts rightly.
+        lost: How many the other alone.
+
+    Returns:
+        The chance that a fair coin shows heads `gained` times or more in `gained + lost` tosses.
+    """
+    tosses, ways, total = gained + lost, 1, 0
+    for heads in range(lost + 1):  # as many tails or fewer: the same by symmetry, in exact numbers
+        total += ways
+        ways = ways * (tosses - heads) // (heads + 1)
+    return float(Fraction(total, 2**tosses))
 
 
 def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> Tensor:

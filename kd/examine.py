@@ -13,6 +13,7 @@ from kd.evaluate import (
     agreement,
     confusion,
     correct,
+    discordant,
     paired_difference,
     predict,
     reliability,
@@ -84,7 +85,8 @@ def figures(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> dict[str
 def paired(right_N: Tensor, other_N: Tensor) -> Paired:
     """How much more often the first is right, on the same images."""
     difference, standard_error = paired_difference(right_N, other_N)
-    return Paired(difference=difference, standard_error=standard_error)
+    gained, lost = discordant(right_N, other_N)
+    return Paired(difference=difference, standard_error=standard_error, gained=gained, lost=lost)
 
 
 def latencies(params: Params) -> dict[str, float]:

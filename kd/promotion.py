@@ -19,7 +19,6 @@ N samples, H W image, channels last.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from kd import artifacts, bench, manifest
 from kd.bundle import checksums
 from kd.component import ConfigError
 from kd.data import Images
-from kd.evaluate import correct, predict
+from kd.evaluate import correct, discordant, mcnemar, predict
 from kd.manifest import Manifest
 from kd.tracking import Run, TrackingError, Version
 
@@ -196,7 +195,8 @@ def compared(new_N: Tensor, old_N: Tensor, champion: str, num_val: int) -> Verdi
             f"not compared: version {champion} has learned from every validation image; {REMEDY}",
             False,
         )
-    gained, lost, p = mcnemar(new_N, old_N)
+    gained, lost = discordant(new_N, old_N)
+    p = mcnemar(gained, lost)
     wins = p <= LEVEL
     accuracies = [f"{each_N.double().mean().item():.4f}" for each_N in (new_N, old_N)]
     on = f"{len(new_N)}" if len(new_N) == num_val else f"those {len(new_N)} of {num_val}"
@@ -208,25 +208,6 @@ def compared(new_N: Tensor, old_N: Tensor, champion: str, num_val: int) -> Verdi
         f"p = {p:.3g} ({LEVEL} or less is needed)"
     )
     return Verdict(decision, wins)
-
-
-def mcnemar(new_N: Tensor, old_N: Tensor) -> tuple[int, int, float]:
-    """McNemar's exact test of one classifier being better than another on the same samples.
-
-    Args:
-        new_N: Which samples the one predicts rightly.
-        old_N: Which the other does.
-
-    Returns:
-        Samples that only the one predicts rightly, those that only the other does, and the
-        chance that a fair coin shows the first as often or more among both.
-    """
-    gained, lost = int((new_N & ~old_N).sum()), int((old_N & ~new_N).sum())
-    tosses, ways, total = gained + lost, 1, 0
-    for heads in range(lost + 1):  # as many tails or fewer: the same by symmetry, in exact numbers
-        total += ways
-        ways = ways * (tosses - heads) // (heads + 1)
-    return gained, lost, float(Fraction(total, 2**tosses))
 
 
 def fits(student: Manifest, holder: Manifest) -> None:

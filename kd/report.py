@@ -12,12 +12,15 @@ from typing import Any
 
 from kd import artifacts, figures
 from kd.component import ConfigError
-from kd.evaluate import Bin
+from kd.evaluate import Bin, mcnemar
 
 # N samples, C classes
 
+LEVEL = 0.05
+"""Where no accuracies differ, the report calls any of its comparisons of one kind a difference in
+at most this share of cases."""
 CLEAR = 2.0
-"""Standard errors that a difference must exceed before the report calls it one."""
+"""Standard errors that a difference in NLL must exceed before the report calls it one."""
 VERDICTS = {1: "is better than", -1: "is worse than", 0: "cannot be told apart from"}
 """By the sign of a clear difference."""
 WEIGHTED, UNIFORM = "ensemble/weighted", "ensemble/uniform"
@@ -32,6 +35,10 @@ class Paired:
     """Mean over the images of (student right) - (other right), in [-1, 1]."""
     standard_error: float
     """Of that mean: the standard deviation over the images, divided by sqrt(N)."""
+    gained: int
+    """How many of the images only the student is right on."""
+    lost: int
+    """How many only the other is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +132,38 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     rows = {row["name"]: row for row in report["rows"]}
     student, teacher = rows["student"], rows["teacher"]
     against = report["student_minus"]["teacher"]
+    verdict = VERDICTS[told_apart(report["student_minus"])["teacher"]]
     return [
         *_untrained(report),
         f"The student reaches {_percent(student['test_accuracy'])} on {report['num_test']} test "
         f"images, the teacher {_percent(teacher['test_accuracy'])} with "
         f"{teacher['parameters'] / student['parameters']:.1f} times as many parameters; on these "
-        f"images the student {VERDICTS[_clear(against)]} the teacher ({_points(against)}).",
+        f"images the student {verdict} the teacher ({_points(against)}).",
         *_against_baselines(report),
         _against_teacher(report),
         _gain(report["weights"]["gain"]["over_uniform"], report["weights"]["num_val"]),
     ]
+
+
+def told_apart(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """The sign of each difference in accuracy that chance hardly explains, 0 for any other.
+
+    McNemar's exact test, two-sided, with the correction of Holm 1979: of M comparisons, that of
+    the least p counts if p <= LEVEL / M, the next if p <= LEVEL / (M - 1), until one does not.
+
+    Args:
+        compared: By row: gained and lost.
+    """
+    chances = {
+        name: 2 * mcnemar(max(one["gained"], one["lost"]), min(one["gained"], one["lost"]))
+        for name, one in compared.items()
+    }
+    signs = dict.fromkeys(compared, 0)
+    for rank, name in enumerate(sorted(chances, key=chances.__getitem__)):
+        if chances[name] > LEVEL / (len(chances) - rank):
+            break
+        signs[name] = 1 if compared[name]["gained"] > compared[name]["lost"] else -1
+    return signs
 
 
 def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | None = None) -> str:
@@ -166,8 +195,10 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
             "Validation and test are accuracies; an ensemble's validation accuracy is held out: "
             "its weights were found on other folds. Latency is the median for one image.",
             *report["findings"],
-            f"A difference counts from {CLEAR:g} standard errors on. The errors are those of the "
-            "test images alone: networks trained from another seed differ as well.",
+            "A difference in accuracy counts where McNemar's exact two-sided test, by Holm's "
+            f"correction for all comparisons of its kind, has p <= {LEVEL:g}; one in NLL from "
+            f"{CLEAR:g} standard errors on. Both weigh the images alone: networks trained from "
+            "another seed differ as well.",
             "## Weights",
             _weights_table(report["weights"]),
             "Held out: found on four folds of the validation split, scored on the fifth."
@@ -295,7 +326,7 @@ def _export(root: Path, name: str) -> dict[str, Any]:
 
 def _untrained(report: Mapping[str, Any]) -> list[str]:
     """Which networks answer no better than one answer for all images would."""
-    named = [name for name, one in report["over_constant"].items() if _clear(one) < 1]
+    named = [name for name, sign in told_apart(report["over_constant"]).items() if sign < 1]
     if not named:
         return []
     return [
@@ -306,18 +337,19 @@ def _untrained(report: Mapping[str, Any]) -> list[str]:
 
 def _against_baselines(report: Mapping[str, Any]) -> list[str]:
     """The student against each network of its own size, told apart or not."""
-    paired = {
-        name.partition("/")[2].replace("_", " "): one
-        for name, one in report["student_minus"].items()
+    shown = {
+        name: name.partition("/")[2].replace("_", " ")
+        for name in report["student_minus"]
         if name.startswith("baselines/")
     }
-    if not paired:
+    if not shown:
         return []
-    parts = [f"{name} {_points(one)}" for name, one in paired.items()]
+    parts = [f"{text} {_points(report['student_minus'][name])}" for name, text in shown.items()]
+    signs = told_apart(report["student_minus"])
     verdicts = [
         f"{phrase} {', '.join(group)}"
         for sign, phrase in VERDICTS.items()
-        if (group := [name for name, one in paired.items() if _clear(one) == sign])
+        if (group := [text for name, text in shown.items() if signs[name] == sign])
     ]
     return [
         "Against the same network trained otherwise, on the same test images (student minus "
@@ -328,30 +360,24 @@ def _against_baselines(report: Mapping[str, Any]) -> list[str]:
 
 def _against_teacher(report: Mapping[str, Any]) -> str:
     one = report["ensemble_minus_teacher"]
+    verdict = VERDICTS[told_apart({"teacher": one})["teacher"]]
     return (
         "On the same test images, the weighted ensemble of assistants "
-        f"{VERDICTS[_clear(one)]} the teacher ({_points(one)})."
+        f"{verdict} the teacher ({_points(one)})."
     )
 
 
 def _gain(gain: Mapping[str, float], num_val: int) -> str:
     """The weights' worth, on rows they were not found on."""
-    lower_is_better = {"difference": gain["nll"], "standard_error": gain["nll_se"]}
-    word = {1: "a gain", -1: "a loss", 0: "no difference that these images could show"}
+    word = "no difference that these images could show"
+    if abs(gain["nll"]) > CLEAR * gain["nll_se"]:
+        word = "a gain" if gain["nll"] > 0 else "a loss"
     return (
         f"Held out on {num_val} validation images, the weights change the uniform ensemble's NLL "
         f"by {-gain['nll']:+.4f} +- {gain['nll_se']:.4f} and its accuracy by "
         f"{100 * gain['accuracy']:+.2f} +- {100 * gain['accuracy_se']:.2f} points: in NLL, "
-        f"{word[_clear(lower_is_better)]}."
+        f"{word}."
     )
-
-
-def _clear(paired: Mapping[str, float]) -> int:
-    """The sign of a difference that exceeds CLEAR standard errors, 0 for any other."""
-    difference = paired["difference"]
-    if abs(difference) <= CLEAR * paired["standard_error"]:
-        return 0
-    return 1 if difference > 0 else -1
 
 
 def _weights_table(weights: Mapping[str, Any]) -> str:

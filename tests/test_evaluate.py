@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from kd import evaluate
@@ -117,6 +118,24 @@ def test_paired_differences_equal_the_plain_loop(kind: torch.dtype) -> None:
 def test_one_pair_shows_nothing() -> None:
     one, zero = torch.tensor([True]), torch.tensor([False])
     assert evaluate.paired_difference(one, zero) == (1.0, math.inf)
+
+
+def test_discordant_samples_are_counted_as_by_the_plain_loop() -> None:
+    made = torch.Generator().manual_seed(0)
+    for share in torch.rand(50, 2, 1, generator=made):
+        a_N, b_N = torch.rand(2, 40, generator=made) < share
+        pairs = list(zip(a_N.tolist(), b_N.tolist(), strict=True))
+        expected = pairs.count((True, False)), pairs.count((False, True))
+        assert evaluate.discordant(a_N, b_N) == expected
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost"), [(0, 0), (1, 0), (0, 1), (5, 0), (4, 4), (30, 12), (12, 30), (900, 700)]
+)
+def test_mcnemars_test_is_the_exact_one_sided_binomial(gained: int, lost: int) -> None:
+    tossed = gained + lost
+    expected = binomtest(gained, tossed, alternative="greater").pvalue if tossed else 1.0
+    assert evaluate.mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,17 @@
 import csv
 import dataclasses
 import json
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from kd import report
 from kd.component import ConfigError
 from kd.evaluate import Bin
+from kd.examine import paired
 from kd.report import Names, Paired
 
 NAMES = Names(
@@ -79,6 +83,14 @@ def artifacts(tmp_path):
     return root
 
 
+def counted(gained: int, lost: int, num_images: int = 400) -> Paired:
+    """What kd.examine finds where the one alone, and the other alone, is right so often."""
+    ours_N, theirs_N = torch.zeros(2, num_images, dtype=torch.bool)
+    ours_N[:gained] = True
+    theirs_N[gained : gained + lost] = True
+    return paired(ours_N, theirs_N)
+
+
 @pytest.fixture
 def measured():
     """What the report stage measured on four test images."""
@@ -90,12 +102,12 @@ def measured():
             for name in ROWS
         },
         student_minus={
-            "teacher": Paired(difference=-0.01, standard_error=0.02),
-            "baselines/labels": Paired(difference=0.05, standard_error=0.01),
-            "baselines/best_single": Paired(difference=0.01, standard_error=0.01),
+            "teacher": counted(30, 34),
+            "baselines/labels": counted(22, 2),
+            "baselines/best_single": counted(10, 6),
         },
-        ensemble_minus_teacher=Paired(difference=-0.03, standard_error=0.01),
-        over_constant={name: Paired(difference=0.25, standard_error=0.1) for name in ROWS},
+        ensemble_minus_teacher=counted(2, 14),
+        over_constant={name: counted(120, 20) for name in ROWS},
         labels_N=[0, 1, 1, 0],
         predicted_N=[0, 1, 0, 0],
         confusion_CC=[[2, 0], [1, 1]],
@@ -182,7 +194,7 @@ def test_what_cross_validation_took_from_the_search_is_said(artifacts, measured)
     assert "ended at" not in report.to_markdown(built)
 
 
-def test_findings_call_a_difference_one_only_beyond_two_standard_errors(artifacts, measured):
+def test_findings_call_a_difference_one_only_beyond_chance(artifacts, measured):
     student, baselines, ensemble, gain = report.build(artifacts, NAMES, measured)["findings"]
     assert "75.00 % on 4 test images" in student
     assert "10.0 times as many parameters" in student
@@ -191,18 +203,42 @@ def test_findings_call_a_difference_one_only_beyond_two_standard_errors(artifact
         "The student is better than labels, and cannot be told apart from best single."
         in baselines
     )
-    assert "labels +5.00 +- 1.00 points" in baselines
-    assert "is worse than the teacher (-3.00 +- 1.00 points)" in ensemble
+    assert "labels +5.00 +- 1.20 points" in baselines
+    assert "is worse than the teacher (-3.00 +- 0.99 points)" in ensemble
     assert "by -0.0200 +- 0.0050" in gain
     assert gain.endswith("in NLL, a gain.")
+
+
+def test_four_images_gained_and_none_lost_are_no_clear_difference():
+    one = counted(4, 0, 180)
+    assert one.difference > 2 * one.standard_error
+    assert (one.gained, one.lost) == (4, 0)
+    assert report.told_apart({"teacher": asdict(one)}) == {"teacher": 0}, "p = 1/8"
+    assert report.told_apart({"teacher": {"gained": 0, "lost": 6}}) == {"teacher": -1}, "p = 1/32"
+
+
+def test_differences_of_one_kind_share_their_chance_of_a_false_one():
+    pairs = {"a": (9, 0), "b": (0, 7), "c": (6, 0), "d": (0, 6), "e": (0, 0)}
+    compared = {name: {"gained": g, "lost": lost} for name, (g, lost) in pairs.items()}
+    # p * 5 = 0.02, then p * 4 = 0.0625.
+    assert report.told_apart(compared) == {"a": 1, "b": 0, "c": 0, "d": 0, "e": 0}
+    del compared["c"], compared["d"]
+    assert report.told_apart(compared) == {"a": 1, "b": -1, "e": 0}
+    rng = np.random.default_rng(0)
+    false = 0
+    for _ in range(1000):
+        counts = rng.binomial(40, 0.5, size=7)
+        compared = {str(i): {"gained": n, "lost": 40 - n} for i, n in enumerate(counts.tolist())}
+        false += any(report.told_apart(compared).values())
+    assert false / 1000 < report.LEVEL + 3 * (report.LEVEL / 1000) ** 0.5
 
 
 def test_networks_that_learned_nothing_are_named_first(artifacts, measured):
     over = {
         **measured.over_constant,
-        "teacher": Paired(difference=0.0, standard_error=0.0),
-        "assistants/large": Paired(difference=0.05, standard_error=0.03),
-        "assistants/small": Paired(difference=-0.2, standard_error=0.03),
+        "teacher": counted(0, 0),
+        "assistants/large": counted(90, 70),
+        "assistants/small": counted(20, 100),
     }
     built = report.build(artifacts, NAMES, dataclasses.replace(measured, over_constant=over))
     assert built["findings"][0] == (
@@ -267,8 +303,8 @@ def test_a_row_without_test_scores_is_named(artifacts, measured):
 
 def test_an_experiment_without_baselines_and_exports_has_a_report(artifacts, measured):
     names = dataclasses.replace(NAMES, baselines=[], exports=[])
-    paired = {"teacher": measured.student_minus["teacher"]}
-    test = dataclasses.replace(measured, student_minus=paired)
+    compared = {"teacher": measured.student_minus["teacher"]}
+    test = dataclasses.replace(measured, student_minus=compared)
     built = report.build(artifacts, names, test)
     assert len(built["findings"]) == 3
     assert "## Exports" not in report.to_markdown(built)
