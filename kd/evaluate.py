@@ -9,7 +9,7 @@ Shapes: N samples, B samples of one batch, C classes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -179,6 +179,20 @@ def mcnemar(gained: int, lost: int) -> float:
         total += ways
         ways = ways * (tosses - heads) // (heads + 1)
     return float(Fraction(total, 2**tosses))
+
+
+def holm(chances: Mapping[str, float]) -> dict[str, float]:
+    """Each p, as all of them together allow (Holm, 1979, Scandinavian Journal of Statistics 6).
+
+    Args:
+        chances: p of each comparison for itself, by its name.
+    """
+    found: dict[str, float] = {}
+    least = 0.0
+    for position, name in enumerate(sorted(chances, key=lambda each: chances[each])):
+        least = max(least, min(1.0, (len(chances) - position) * chances[name]))
+        found[name] = least
+    return found
 
 
 def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> Tensor:

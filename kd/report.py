@@ -12,7 +12,7 @@ from typing import Any
 
 from kd import artifacts, figures
 from kd.component import ConfigError
-from kd.evaluate import Bin, mcnemar
+from kd.evaluate import Bin, holm, mcnemar
 
 # N samples, C classes
 
@@ -148,8 +148,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
 def told_apart(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """The sign of each difference in accuracy that chance hardly explains, 0 for any other.
 
-    McNemar's exact test, two-sided, with the correction of Holm 1979: of M comparisons, that of
-    the least p counts if p <= LEVEL / M, the next if p <= LEVEL / (M - 1), until one does not.
+    McNemar's exact test, two-sided, with Holm's correction for so many comparisons.
 
     Args:
         compared: By row: gained and lost.
@@ -158,12 +157,8 @@ def told_apart(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         name: 2 * mcnemar(max(one["gained"], one["lost"]), min(one["gained"], one["lost"]))
         for name, one in compared.items()
     }
-    signs = dict.fromkeys(compared, 0)
-    for rank, name in enumerate(sorted(chances, key=chances.__getitem__)):
-        if chances[name] > LEVEL / (len(chances) - rank):
-            break
-        signs[name] = 1 if compared[name]["gained"] > compared[name]["lost"] else -1
-    return signs
+    signs = {name: 1 if one["gained"] > one["lost"] else -1 for name, one in compared.items()}
+    return {name: signs[name] * (p <= LEVEL) for name, p in holm(chances).items()}
 
 
 def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | None = None) -> str:

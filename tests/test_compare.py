@@ -280,13 +280,6 @@ def test_a_difference_s_chance_is_that_of_the_paired_test():
     assert report.chance(0.5, 0.0, 3) == 0
 
 
-def test_holm_allows_for_all_rows_together():
-    """0.01 * 4, 0.02 * 3, then no less than the one before, and no more than 1."""
-    given = {"a": 0.02, "b": 0.01, "c": 0.025, "d": 0.9}
-    wanted = {"b": 0.04, "a": 0.06, "c": 0.06, "d": 0.9}
-    assert report.holm(given) == pytest.approx(wanted)
-
-
 def test_a_table_goes_into_a_page_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- tiny -->\nold\n<!-- /tiny -->\nb\n")

@@ -241,3 +241,10 @@ def test_predict_takes_fewer_images_at_once_where_memory_does_not_suffice() -> N
     assert torch.equal(logits_NC, pictures.images_NCHW.flatten(1))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate.predict(Crowded(room=0), pictures, batch_size=8)
+
+
+def test_holm_allows_for_all_rows_together():
+    """0.01 * 4, 0.02 * 3, then no less than the one before, and no more than 1."""
+    given = {"a": 0.02, "b": 0.01, "c": 0.025, "d": 0.9}
+    wanted = {"b": 0.04, "a": 0.06, "c": 0.06, "d": 0.9}
+    assert evaluate.holm(given) == pytest.approx(wanted)

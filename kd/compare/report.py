@@ -17,7 +17,7 @@ from kd.compare.plan import Comparison
 from kd.compare.work import inside
 from kd.component import Refused
 from kd.data import Images
-from kd.evaluate import predict
+from kd.evaluate import holm, predict
 from kd.examine import ensembles, figures
 from kd.report import WEIGHTED
 
@@ -188,16 +188,6 @@ def chance(mean: float, half: float, freedom: int) -> float:
     if half == 0:  # the same in each seed
         return 0.0 if mean else 1.0
     return tails(mean / half * quantile(freedom), freedom)
-
-
-def holm(chances: Mapping[str, float]) -> dict[str, float]:
-    """Each p, as all of them together allow (Holm, 1979, Scand. J. Statistics 6)."""
-    found: dict[str, float] = {}
-    least = 0.0
-    for position, name in enumerate(sorted(chances, key=lambda each: chances[each])):
-        least = max(least, min(1.0, (len(chances) - position) * chances[name]))
-        found[name] = least
-    return found
 
 
 def spread(values_S: Sequence[float], measure: str) -> str:
