@@ -86,5 +86,9 @@ lock: install  ## Resolve pyproject.toml again, keeping present pins where they 
 	$(RESOLVE) pyproject.toml --all-extras --output-file requirements.lock
 	$(RESOLVE) --group litert --output-file requirements-litert.lock
 
-clean:  ## Forget runs, checkpoints and logs; artifacts and DVC's cache stay
-	rm -rf .kd
+# Younger files may be in use, and a lock always: by a flow, a comparison or a `dvc repro`.
+clean:  ## Drop checkpoints and cached targets that were not used for an hour; all else stays
+	@for each in .kd .kd/compare/*/*/.kd; do for kind in checkpoints targets; do \
+	  test ! -d "$$each/$$kind" || \
+	    find "$$each/$$kind" -type f ! -name '*.lock' -mmin +60 -delete || exit 1; \
+	done; done

@@ -364,8 +364,8 @@ def check_space(folder: Path, wanted: int) -> None:
     if free < wanted + 2**26:  # and something for records
         raise ArtifactError(
             f"{folder.absolute()} has {free / 2**20:.0f} MiB free and needs "
-            f"{wanted / 2**20 + 64:.0f}: free some space (`dvc gc --workspace` drops unused "
-            "artifacts, `make clean` old checkpoints and targets)"
+            f"{wanted / 2**20 + 64:.0f}: free some space (`make clean` drops old checkpoints and "
+            "targets, the flow `housekeeping` artifacts that no commit names: docs/schedules.md)"
         )
 
 

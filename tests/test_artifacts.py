@@ -80,6 +80,13 @@ def test_a_full_disk_is_told_in_one_line(workspace, monkeypatch, capsys):
     assert "error: the disk is full" in capsys.readouterr().err
 
 
+def test_a_disk_with_too_little_room_is_refused_with_nothing_but_safe_advice(workspace):
+    artifacts.check_space(workspace, 1)
+    with pytest.raises(ArtifactError, match=r"`make clean` drops old checkpoints") as told:
+        artifacts.check_space(workspace, 2**60)
+    assert "gc" not in str(told.value), "it would drop what other commits name"
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
 def test_a_damaged_record_names_the_stage_to_run(text):
     path = artifacts.folder("assistants/small") / "metrics.json"

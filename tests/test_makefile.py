@@ -50,3 +50,26 @@ def test_a_clone_named_kd_is_imported_from_the_folder_it_lies_in(tmp_path):
     )
     assert done.stdout.strip() == str(clone / "kd/__init__.py"), done.stderr
     assert version("kd"), "this environment keeps its own"
+
+
+def test_clean_takes_only_what_can_be_made_again_and_nobody_uses(tmp_path):
+    folder = tmp_path / "with spaces"
+    seed = "compare/digits/seed-0/.kd"
+    going = ["checkpoints/weights/a.log", "targets/.b.npy.1.tmp", f"{seed}/targets/c.npy"]
+    staying = ["mlflow.db", "mlruns/1/checkpoints/model", "prefect/prefect.db", "flow.lock"]
+    staying += ["stack/supervisord.pid", "stack/artifacts/targets/x", "targets/b.lock"]
+    staying += [f"{seed}/mlflow.db", "machine/speed/a.json", "warm.log"]
+    used = ["checkpoints/student/d.safetensors"]
+    for name in [*going, *staying, *used]:
+        path = folder / ".kd" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if name not in used:
+            os.utime(path, (0, 0))
+    shutil.copy(ROOT / "Makefile", folder)
+    done = subprocess.run(["make", "clean"], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    left = {path for path in (folder / ".kd").rglob("*") if path.is_file()}
+    assert left == {folder / ".kd" / name for name in [*staying, *used]}
+    shutil.rmtree(folder / ".kd")
+    subprocess.run(["make", "clean"], cwd=folder, check=True)
