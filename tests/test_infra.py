@@ -45,6 +45,12 @@ def test_the_compose_file_reads_what_stack_env_says_or_asks_for_it():
     assert {name for name, _ in used} - asked_for <= dotenv_values(INFRA / "stack.env").keys()
 
 
+def test_the_compose_files_workers_do_one_flow_at_a_time_as_their_clone_bears():
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+    workers = [each["command"] for name, each in services.items() if name.startswith("worker")]
+    assert [command[-2:] for command in workers] == [["--limit", "1"]] * 2
+
+
 def test_the_dockerfile_passes_hadolint():
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run(

@@ -138,7 +138,8 @@ def _mlflow_logins(settings: Settings) -> Path:
 
 def _worker(settings: Settings) -> tuple[list[str], dict[str, str]]:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process"]
-    return [*command, "--pool", settings.pool, "--name", "stack"], settings.clients()
+    command += ["--pool", settings.pool, "--name", "stack", "--limit", "1"]  # one clone bears one
+    return command, settings.clients()
 
 
 def _plain(value: object) -> str:

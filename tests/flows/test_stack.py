@@ -30,7 +30,7 @@ from tests.flows.toys import SOURCES, Toy, endless, pid_in, timed, wait_until
 psycopg = pytest.importorskip("psycopg", reason="of the extra stack")
 pytest.importorskip("supervisor", reason="of the extra stack")
 
-from flows.stack import control, postgres, settings  # noqa: E402
+from flows.stack import control, postgres, programs, settings  # noqa: E402
 from flows.stack.settings import StackError  # noqa: E402
 
 PASSWORD = "correct.horse-battery"
@@ -108,6 +108,17 @@ def test_without_postgresql_the_package_is_named(
     monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: iter(()))
     with pytest.raises(StackError, match="install the package postgresql"):
         postgres.prepare(stack)
+
+
+def test_its_worker_does_one_flow_at_a_time_as_the_clone_bears(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.stack.postgres.program", lambda name: name)  # none need be here
+    stack = settings.read(project)
+    stack.folder.mkdir(parents=True)
+    read = configparser.RawConfigParser()
+    read.read(programs.write(stack))
+    assert " --pool kd --name stack --limit 1" in read["program:worker"]["command"]
 
 
 def test_a_folder_whose_name_no_socket_takes_is_refused(
