@@ -67,8 +67,7 @@ def retrain(root: str = ".", follow: bool = True, publish: str | None = None) ->
         plan = update(folder, follow, stop)
         with warm_process(folder):
             pipeline(str(folder), publish=publish)  # promotes, also when nothing changed
-        if plan.reasons:
-            push(folder, stop)
+        push(folder, stop)  # also when nothing changed: an earlier run's push may have failed
     except BaseException:
         stop.set()
         raise

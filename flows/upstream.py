@@ -67,7 +67,7 @@ def pull(root: Path, hear: Callable[[str], None], stop: threading.Event) -> str:
 
 
 def push(root: Path, hear: Callable[[str], None], stop: threading.Event) -> str:
-    """Send results and run-cache to DVC's default remote, if there is one: no clone repeats them.
+    """Send results and run-cache to DVC's default remote, if there is one, for `dvc repro --pull`.
 
     Raises:
         UpdateFailedError: the remote does not take them.

@@ -137,6 +137,32 @@ def test_a_full_remote_is_named_and_the_next_push_completes(
 
 
 @pytest.mark.slow
+def test_a_push_that_failed_is_made_up_by_a_run_in_which_nothing_changed(
+    toy: Toy, tmp_path: Path, prefect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.retrain_flow import retrain  # after `prefect` has set its environment
+
+    monkeypatch.setenv("KD_WARM", "0")
+    (tmp_path / "store").write_text("a file where the remote's folder should be")
+    toy.dvc("remote", "add", "-q", "-d", "store", str(tmp_path / "store"))
+    toy.path("in.txt").write_text("what DVC finds the run by")
+    toy.write({"one": timed("one", 0, deps=["in.txt"])})
+    commit(toy)
+    failed = retrain(str(toy.root), follow=False, return_state=True)
+    assert "`dvc push --run-cache` failed" in str(failed.message)
+    assert toy.status() == {}, "what was made is here"
+    (tmp_path / "store").unlink()
+    done = retrain(str(toy.root), follow=False, return_state=True)
+    assert done.message == "nothing changed"
+    assert "are in sync" in toy.dvc("status", "--cloud")
+
+    git(tmp_path, "clone", "-q", str(toy.root), "clone")  # without dvc.lock, which no flow commits
+    clone = Toy(tmp_path / "clone")
+    assert "is cached - skipping run" in clone.dvc("repro", "--pull")
+    assert clone.times("one") == toy.times("one")
+
+
+@pytest.mark.slow
 def test_a_remote_that_does_not_answer_is_named_and_costs_nothing_here(toy: Toy) -> None:
     toy.dvc("remote", "add", "-q", "-d", "store", "http://127.0.0.1:9/store")  # nobody listens
     toy.write({"one": timed("one", 0)})
