@@ -192,7 +192,7 @@ def holm(chances: Mapping[str, float]) -> dict[str, float]:
     for position, name in enumerate(sorted(chances, key=lambda each: chances[each])):
         least = max(least, min(1.0, (len(chances) - position) * chances[name]))
         found[name] = least
-    return found
+    return {name: found[name] for name in chances}
 
 
 def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> Tensor:
