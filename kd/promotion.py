@@ -11,7 +11,8 @@ Both networks predict the present validation images, here and now, and are compa
 McNemar's exact test.  Where the images are others than those that the champion was chosen on, it
 may have learned from some of them; it is registered with a hash of each image that it has seen,
 and those are left out.  Where the two cannot be compared, the champion stays until
-`kd promote --replace`.
+`kd promote --replace`; so it does against one that was champion before, or a comparison would undo
+what somebody did who moved the alias back.
 
 N samples, H W image, channels last.
 """
@@ -45,6 +46,8 @@ SEEN = "seen.npy"
 BOTH_WAYS = ("ptq_val_accuracy", "qat_val_accuracy")
 """In parity.json where int8 was reached by calibration alone and by fine-tuning."""
 REMEDY = "to replace it, run `kd promote --replace`"
+BEFORE = "it was champion before, and only `kd promote --replace` makes it so again"
+"""Ends each decision on a student that is champion no longer, and so is remembered by it."""
 TRIES = 10
 """How often to decide again because another student became champion meanwhile."""
 
@@ -157,10 +160,17 @@ def judge(
     if champion is None:
         return Verdict("champion: the first of its name", True)
     if champion.number == challenger.number:
-        return Verdict("", False)
+        known = challenger.decision.startswith("champion")
+        return Verdict("" if known else "champion: named so by hand, or before a crash", False)
     if not compare:
         decision = f"champion: replaces version {champion.number} without a comparison, as told"
         return Verdict(decision, True)
+    found = tried(champion, fetch)
+    return no_more(found) if was_champion(challenger) else found
+
+
+def tried(champion: Version, fetch: Callable[[Version], Path]) -> Verdict:
+    """The verdict on the student in artifacts/student by the validation images; see `judge`."""
     ours, student = manifest.load(STUDENT)  # its own faults are not the champion's
     try:
         folder = fetch(champion)
@@ -179,6 +189,19 @@ def judge(
     old_N = correct(predict(theirs, replace(val, mean=holder.mean, std=holder.std)), val.labels_N)
     fresh_N = unseen(val, folder / SEEN)
     return compared(new_N[fresh_N], old_N[fresh_N], champion.number, len(val))
+
+
+def was_champion(version: Version) -> bool:
+    """Whether a version, by the last decision on it, is champion or was it once."""
+    return version.decision.startswith("champion") or version.decision.endswith(BEFORE)
+
+
+def no_more(found: Verdict) -> Verdict:
+    """The verdict on a student that was champion before: it does not win by a comparison again."""
+    decision = found.decision
+    if found.wins:
+        decision = decision.replace("champion", "challenger", 1)
+    return Verdict(f"{decision}; {BEFORE}", False)
 
 
 def compared(new_N: Tensor, old_N: Tensor, champion: str, num_val: int) -> Verdict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -62,7 +63,9 @@ class Workspace:
         self.root = root
         rng = np.random.default_rng(0)
         self.pixels = rng.integers(0, 256, (180, 8, 8, 3), dtype=np.uint8)
-        self.modules = {seed: toys.network(root / f"networks/{seed}", seed)[0] for seed in (1, 2)}
+        self.modules = {
+            seed: toys.network(root / f"networks/{seed}", seed)[0] for seed in (1, 2, 3)
+        }
         self.data(train=range(120), val=range(120, 180))
 
     def data(self, train: range, val: range, right: int = 2, data_hash: str = "d" * 64) -> None:
@@ -181,10 +184,54 @@ def test_a_better_student_takes_over_and_no_repetition_or_crash_changes_that(pla
     place.workspace.student(1)  # comes back, as from the run-cache
     said = promote(resume=True)
     assert said.startswith("version 1: challenger: accuracy 0.")
+    assert said.endswith(promotion.BEFORE)
     assert place.aliases() == {"challenger": "1", "champion": "2"}
     before = place.everything()
     assert promote(resume=True) == said
     assert place.everything() == before
+
+
+def move_champion_to(name: str, number: str) -> None:
+    """By the command that docs/schedules.md names."""
+    lines = (Path(SOURCES) / "docs/schedules.md").read_text().splitlines()
+    (line,) = (each for each in lines if "set_registered_model_alias" in each)
+    _, *words = shlex.split(line.replace("kd-student", name).replace("'1'", f"'{number}'"))
+    env = {**os.environ, "PYTHONPATH": SOURCES}
+    subprocess.run([sys.executable, *words], env=env, check=True, capture_output=True)
+
+
+def test_a_champion_that_was_taken_back_by_hand_returns_only_when_told(place):
+    place.workspace.student(1)
+    promote()
+    place.workspace.student(2)
+    won = promote()
+    move_champion_to(place.name, "1")
+    refused = f"{won.replace('champion', 'challenger', 1)}; {promotion.BEFORE}"
+    assert promote(resume=True) == refused
+    kept = place.everything()
+    assert kept[0] == {"challenger": "2", "champion": "1"}
+    assert promote(resume=True) == refused
+    assert place.everything() == kept
+
+    place.workspace.data(train=range(120), val=range(120, 180), right=1)
+    place.workspace.student(3)  # another student competes with the one that was gone back to
+    assert promote().startswith("version 3: challenger: accuracy 0.")
+    place.workspace.student(1)
+    assert promote() == "version 1: champion already"
+    place.workspace.student(2)
+    assert promote(compare=False) == (
+        "version 2: champion: replaces version 1 without a comparison, as told"
+    )
+    assert place.aliases()["champion"] == "2"
+
+    move_champion_to(place.name, "3")  # which never won by itself
+    place.workspace.student(3)
+    assert promote() == "version 3: champion: named so by hand, or before a crash"
+    assert promote() == "version 3: champion already"
+    move_champion_to(place.name, "1")
+    place.workspace.data(train=range(120), val=range(120, 180), right=3)
+    assert promote().endswith(promotion.BEFORE)
+    assert place.aliases() == {"challenger": "3", "champion": "1"}
 
 
 def test_on_other_images_the_champion_is_tried_on_those_that_it_has_not_learned_from(place):

@@ -96,6 +96,11 @@ class Version:
         """Of its weights, by which students are told apart."""
         return self.tags.get("kd.sha256", "")
 
+    @property
+    def decision(self) -> str:
+        """What `Run.promote` noted last; "" before it has."""
+        return self.tags.get("kd.decision", "")
+
 
 class Run:
     """One stage's run.

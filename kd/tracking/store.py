@@ -250,7 +250,8 @@ class Session:
     ) -> dict[str, bool]:
         """Write a decision down, unless it was made against another than the present champion.
 
-        Each step may be the last before a crash: the next run decides the same again.
+        Each step may be the last before a crash: the next run decides the same again.  The alias
+        comes first, so that a version which is said to be champion has been it.
         """
         client = self.store.client
         with recorder.locked(self.store.registry_lock):
@@ -258,10 +259,10 @@ class Session:
             if (str(holder.version) if holder else None) != over:
                 return {"done": False}
             client.set_registered_model_alias(name, "challenger", number)
-            if decision:
-                client.set_model_version_tag(name, number, "kd.decision", decision)
             if wins:
                 client.set_registered_model_alias(name, "champion", number)
+            if decision:
+                client.set_model_version_tag(name, number, "kd.decision", decision)
         return {"done": True}
 
     def log_export(
