@@ -94,31 +94,43 @@ class Here:
 @task(task_run_name="{stage.name}", cache_policy=NO_CACHE, persist_result=False)
 def run_stage(
     stage: graph.Stage, root: Path, place: Place, workspace: int, stop: threading.Event
-) -> None:
+) -> State | None:
     """Run one stage in its place.  DVC decides whether there is anything to do."""
     log = get_run_logger()
     try:
         hashes = place.run(stage, env=_run_ids(), log=log, stop=stop, hold=[workspace])
+    except Stopped:
+        return _stopped(log)
     except Exception as error:  # DVC's own too: dvc.yaml may be edited while we run
-        state = "stopped" if isinstance(error, Stopped) else "failed"
-        log.error("%s", str(error) or "stopped", extra={"stage_state": state})
+        log.error("%s", error, extra={"stage_state": "failed"})
         raise
     results.publish_stage(root, stage.name, hashes)
     log.info("done", extra={"stage_state": "done"})
+    return None
 
 
 @task(task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
-def run_promotion(root: Path, workspace: int, publish: str | None, stop: threading.Event) -> None:
+def run_promotion(
+    root: Path, workspace: int, publish: str | None, stop: threading.Event
+) -> State | None:
     """Register the student, decide who is champion, and publish its exports."""
     log = get_run_logger()
     log.info("starts", extra={"stage_state": "running"})
     try:
         promote(root, publish, env=_run_ids(), hear=log.info, stop=stop, workspace=workspace)
+    except Stopped:
+        return _stopped(log)
     except Exception as error:
-        state = "stopped" if isinstance(error, Stopped) else "failed"
-        log.error("%s", str(error) or "stopped", extra={"stage_state": state})
+        log.error("%s", error, extra={"stage_state": "failed"})
         raise
     log.info("done", extra={"stage_state": "done"})
+    return None
+
+
+def _stopped(log: remote.Log) -> State:
+    """The state of a task that a cancellation ended: a failure would call whoever watches them."""
+    log.warning("stopped", extra={"stage_state": "stopped"})
+    return Cancelled(message="the run was cancelled; all its processes were ended")
 
 
 @flow(name="pipeline", persist_result=False)
@@ -150,7 +162,7 @@ def pipeline(
         place: Place = Here(folder, seconds)
         if on_workers and plan.reasons:
             place = remote.Workers(folder, plan, seconds)
-        futures: dict[str, PrefectFuture[None]] = {}
+        futures: dict[str, PrefectFuture[State | None]] = {}
         for stage in plan.stages:
             if stage.name in plan.reasons:
                 futures[stage.name] = run_stage.with_options(
@@ -189,7 +201,7 @@ def pipeline(
     return None
 
 
-def _first_reason(futures: Mapping[str, PrefectFuture[None]]) -> str:
+def _first_reason(futures: Mapping[str, PrefectFuture[State | None]]) -> str:
     """The first stage that failed, and why; the others may only have waited for it."""
     left = [name for name, future in futures.items() if not future.state.is_completed()]
     failed = [name for name in left if futures[name].state.is_final()]

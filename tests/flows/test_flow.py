@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flows import locks
-from tests.flows.toys import FOREIGN_WARNINGS, Toy, endless, lives, pid_in, timed
+from tests.flows.toys import FOREIGN_WARNINGS, Toy, endless, lives, pid_in, timed, wait_until
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -141,9 +141,14 @@ def test_a_second_flow_is_refused(toy: Toy, run: Callable[[], "State"]) -> None:
 
 
 def test_cancelling_on_the_server_ends_the_training(
-    toy: Toy, run: Callable[[], "State"], prefect: str
+    toy: Toy, run: Callable[[], "State"], prefect: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    toy.write({"train": endless("train"), "next": timed("next", 0, deps=["train.txt"])})
+    toy.write(
+        {
+            "train": endless("train", meta={"retries": 2}),
+            "next": timed("next", 0, deps=["train.txt"]),
+        }
+    )
 
     def cancel() -> None:
         from prefect.client.orchestration import get_client
@@ -159,6 +164,9 @@ def test_cancelling_on_the_server_ends_the_training(
     state = run()
     other.join()
     assert state.is_cancelled()
+    wait_until(lambda: task_runs(state)["train"] == ["Cancelled", 1])  # the server hears of it later
+    assert "stopped" in caplog.messages
+    assert not any(record.exc_info for record in caplog.records)
     assert not lives(pid_in(toy.path("PID")))
     assert not toy.path("next.txt").exists()
 
