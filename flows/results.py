@@ -1,6 +1,6 @@
 """What a run leaves to look at in Prefect: why it ran, when what ran, and links to MLflow.
 
-A server that is away for the moment costs the picture, not the training.
+A server that is away for the moment costs the picture, not the training; so does a full disk.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def publish_stage(root: Path, name: str, hashes: graph.Hashes) -> None:
 def publish(root: Path, times: Timeline) -> None:
     """Attach to the flow run its timeline, and a link to each stage's MLflow run."""
     if drawn := times.draw():
-        (root / FILE).write_text(f"{drawn}\n")
+        _write(root / FILE, f"{drawn}\n")
         _attach(f"```\n{drawn}\n```", key="timeline", description="When each stage ran, and where")
     links = [(stage, f"[open]({link})") for stage, link in mlflow_links(root)]
     if links:
@@ -84,6 +84,13 @@ def _url(record: Path) -> str | None:
 def _table(head: tuple[str, str], rows: Iterable[tuple[str, object]]) -> str:
     lines = [f"| {left} | {right} |" for left, right in rows]
     return "\n".join([f"| {head[0]} | {head[1]} |", "| --- | --- |", *lines])
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:  # the run's last line belongs to what a stage said of the same disk
+        log.warning("%s is lost: %s", path, error.strerror)
 
 
 def _attach(text: str, *, key: str, description: str) -> None:

@@ -99,6 +99,21 @@ def test_a_failure_stops_what_depends_on_it_and_nothing_else(
     assert set(toy.status()) == {"bad", "after"}
 
 
+@pytest.mark.parametrize("command", ["echo 'error: the disk is full'; exit 1", "touch out"])
+def test_a_full_disk_costs_the_timeline_and_hides_no_reason(
+    toy: Toy, run: Callable[[], "State"], caplog: pytest.LogCaptureFixture, command: str
+) -> None:
+    toy.write({"one": {"cmd": command, "outs": ["out"]}})
+    toy.path(".kd").mkdir(exist_ok=True)
+    toy.path(".kd/timeline.txt").symlink_to("/dev/full")
+    state = run()
+    if "exit" in command:
+        assert (state.message or "").endswith("one: the disk is full")
+    else:
+        assert state.is_completed()
+    assert f"{toy.path('.kd/timeline.txt')} is lost: No space left on device" in caplog.text
+
+
 def test_a_failed_stage_is_run_again_as_often_as_its_meta_says(
     toy: Toy, run: Callable[[], "State"]
 ) -> None:
@@ -164,7 +179,9 @@ def test_cancelling_on_the_server_ends_the_training(
     state = run()
     other.join()
     assert state.is_cancelled()
-    wait_until(lambda: task_runs(state)["train"] == ["Cancelled", 1])  # the server hears of it later
+    wait_until(
+        lambda: task_runs(state)["train"] == ["Cancelled", 1]
+    )  # the server hears of it later
     assert "stopped" in caplog.messages
     assert not any(record.exc_info for record in caplog.records)
     assert not lives(pid_in(toy.path("PID")))
