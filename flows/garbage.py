@@ -1,10 +1,13 @@
-"""What nothing needs any more: in DVC's cache, in MLflow, among checkpoints, and of recorders.
+"""What nothing needs any more: in DVC's cache, in MLflow, among checkpoints, and of processes.
 
 Each function says what would go; deleting is another call.  Both work under the workspace's lock.
 """
 
+import os
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from flows.stage import environment
+from kd import warm
 from kd.tracking import recorder
 
 Keep = Literal["commits", "branches"]
@@ -62,7 +66,7 @@ def old_checkpoints(root: Path, days: float) -> list[Path]:
 
 
 def old_recorders(days: float) -> list[Path]:
-    """Locks and logs of this user's recorders that no stage asked for so many days.
+    """Locks, logs and dead sockets of this user's recorders that no stage asked for so many days.
 
     They are named by a digest, which a change of the code or the environment changes, too.
     """
@@ -70,10 +74,27 @@ def old_recorders(days: float) -> list[Path]:
     return [
         path
         for lock in sorted(recorder.folder().glob("*.lock"))  # each stage opens it to write
-        if lock.stat().st_mtime < before and not lock.with_suffix(".sock").exists()
-        for path in (lock.with_suffix(".log"), lock)
+        if lock.stat().st_mtime < before and not recorder.listens(lock.with_suffix(".sock"))
+        for path in (lock.with_suffix(".log"), lock.with_suffix(".sock"), lock)
         if path.exists()
     ]
+
+
+def old_warm_folders(days: float) -> list[Path]:
+    """This user's folders for a warm process's socket, so old, that a killed flow left behind."""
+    before = time.time() - days * 86_400
+    return [
+        folder
+        for folder in sorted(Path(tempfile.gettempdir()).glob(f"{warm.FOLDER}*"))
+        if _is_own_folder(found := folder.lstat())
+        and found.st_mtime < before
+        and not any(recorder.listens(path) for path in folder.iterdir())
+    ]
+
+
+def _is_own_folder(found: os.stat_result) -> bool:
+    """Whether it is no link, and no other user's."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _passing(own: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 infra/prefect.yaml deploys `flows/housekeeping_flow.py:housekeeping`.
 """
 
+import shutil
 from pathlib import Path
 
 from prefect import flow, get_run_logger, task
@@ -56,14 +57,16 @@ def clean_checkpoints(root: Path, dry_run: bool, days: float) -> list[Item]:
     return items
 
 
-@task(task_run_name="recorders", cache_policy=NO_CACHE, persist_result=False)
-def clean_recorders(dry_run: bool, days: float) -> list[Item]:
-    """Locks and logs of recorders, of clones that are gone, too."""
-    paths = garbage.old_recorders(days)
-    items = [Item(str(path), path.stat().st_size) for path in paths]
+@task(task_run_name="temporary folder", cache_policy=NO_CACHE, persist_result=False)
+def clean_temporary(dry_run: bool, days: float) -> list[Item]:
+    """What recorders and warm processes left, of clones that are gone, too."""
+    files, folders = garbage.old_recorders(days), garbage.old_warm_folders(days)
+    items = [Item(str(path), path.stat().st_size) for path in [*files, *folders]]
     if not dry_run:
-        for path in paths:
+        for path in files:
             path.unlink(missing_ok=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)  # its flow may end at this moment
     return items
 
 
@@ -78,7 +81,8 @@ def housekeeping(
         dry_run: Whether to list only.
         keep: What of DVC's cache is needed beside the workspace's: what any commit names, or the
             heads of branches and tags; queued and finished experiments in either case.
-        days: How long ago something was deleted in MLflow, or a checkpoint or recorder last used.
+        days: How long ago something was deleted in MLflow, or a checkpoint or recorder last used,
+            or a warm process's folder made.
 
     Returns:
         Completed, saying how much went or would go.
@@ -92,7 +96,7 @@ def housekeeping(
             "DVC's cache": clean_dvc(folder, dry_run, keep),
             "MLflow": clean_mlflow(dry_run, days),
             "checkpoints": clean_checkpoints(folder, dry_run, days),
-            "recorders": clean_recorders(dry_run, days),
+            "temporary folder": clean_temporary(dry_run, days),
         }
     verb = "would go" if dry_run else "gone"
     sums = [

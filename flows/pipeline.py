@@ -21,7 +21,7 @@ from rich.console import Console
 
 from flows import child, display, graph, locks, needs, server, timeline
 from flows.stage import ERROR, environment
-from kd import SETTINGS, STAGES, disk, workspace
+from kd import SETTINGS, STAGES, disk, warm, workspace
 
 
 class PipelineStoppedError(Exception):
@@ -214,7 +214,7 @@ def warm_process(root: Path) -> Iterator[None]:
     if os.environ.get("KD_WARM") == "0" or sys.platform != "linux":
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="kd-warm-") as folder:
+    with tempfile.TemporaryDirectory(prefix=warm.FOLDER) as folder:
         path = str(Path(folder, "socket"))
         log = (root / ".kd" / "warm.log").open("w")
         command = [sys.executable, "-m", "kd.warm", path]

@@ -33,6 +33,8 @@ READ_ON_LOAD = (
     *("TORCH_", "PYTORCH_", "PYTHON", "LD_"),
 )
 """Beginnings of variables that took effect when the warm process started."""
+FOLDER = "kd-warm-"
+"""Beginning of the temporary folder in which a flow's warm process has its socket."""
 PARENT, BORN = 1, 19
 """Where /proc/PID/stat has them, counted from the process's state, which follows its name."""
 

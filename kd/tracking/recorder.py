@@ -58,6 +58,15 @@ def connect(uri: str, root: Path) -> Line:
     return Line(connection)
 
 
+def listens(path: Path) -> bool:
+    """Whether a process answers at a socket; one that was killed leaves its file behind."""
+    try:
+        _connected(path).close()
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    return True
+
+
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite store, None for any other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

@@ -1,6 +1,7 @@
 """What housekeeping deletes is what nothing needs, and nothing else."""
 
 import os
+import socket
 import subprocess
 import time
 import warnings
@@ -14,6 +15,18 @@ from kd.component import ConfigError
 from kd.tracking import recorder
 from tests.flows.test_upstream import commit
 from tests.flows.toys import Toy
+
+
+def listening(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def left(path: Path) -> None:
+    """A socket whose process was killed."""
+    listening(path).close()
 
 
 def made(toy: Toy, text: str) -> None:
@@ -85,14 +98,45 @@ def test_recorders_that_run_or_were_asked_lately_keep_their_files(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     own = recorder.folder()
-    for name in ("gone.lock", "gone.log", "runs.lock", "runs.log", "runs.sock", "new.lock"):
+    left(own / "killed.sock")
+    for name in ("gone.lock", "gone.log", "killed.lock", "runs.lock", "runs.log", "new.lock"):
         (own / name).touch()
         if "new" not in name:
             os.utime(own / name, (time.time() - 10 * 86400,) * 2)
-    assert garbage.old_recorders(9) == [own / "gone.log", own / "gone.lock"]
-    assert garbage.old_recorders(11) == []
-    with recorder.locked(own / "gone.lock"):  # as each stage does
+    names = ("gone.log", "gone.lock", "killed.sock", "killed.lock")
+    with listening(own / "runs.sock"):
+        assert garbage.old_recorders(9) == [own / name for name in names]
+        assert garbage.old_recorders(11) == []
+        for name in ("gone.lock", "killed.lock"):
+            with recorder.locked(own / name):  # as each stage does
+                pass
         assert garbage.old_recorders(9) == []
+
+
+def test_folders_of_warm_processes_go_when_their_flow_was_killed_long_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folders = {name: tmp_path / f"kd-warm-{name}" for name in ("killed", "runs", "new", "empty")}
+    for folder in folders.values():
+        folder.mkdir()
+    left(folders["killed"] / "socket")
+    left(folders["new"] / "socket")
+    (tmp_path / "kd-warm-link").symlink_to(folders["new"])
+    with listening(folders["runs"] / "socket"):
+        for name in ("killed", "runs", "empty"):
+            os.utime(folders[name], (time.time() - 10 * 86400,) * 2)
+        assert garbage.old_warm_folders(9) == [folders["empty"], folders["killed"]]
+        assert garbage.old_warm_folders(11) == []
+        from flows.housekeeping_flow import clean_temporary
+
+        listed = clean_temporary.fn(dry_run=True, days=9)
+        assert [item.name for item in listed] == [str(folders[n]) for n in ("empty", "killed")]
+        assert folders["killed"].exists()
+        assert clean_temporary.fn(dry_run=False, days=9) == listed
+    assert {path.name for path in tmp_path.glob("kd-warm-*")} == {
+        *("kd-warm-runs", "kd-warm-new", "kd-warm-link")
+    }
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
