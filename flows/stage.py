@@ -21,6 +21,8 @@ ADVICE = (
 """How lines begin that DVC prints after every stage, for people who call it by hand."""
 ERROR = "error: "
 """How the line begins in which `kd` says why it ends; DVC's own are in capitals."""
+UNSTORED = "ERROR: failed to transfer "
+"""How DVC's line begins that says which file it could not take into its cache, and why."""
 
 
 class StageFailedError(Exception):
@@ -59,8 +61,8 @@ def reproduce(
     errors: list[str] = []
 
     def keep(line: str) -> None:
-        if line.startswith(ERROR):
-            errors.append(line.removeprefix(ERROR))
+        if line.startswith((ERROR, UNSTORED)):
+            errors.append(line[len(ERROR) :])
         if not line.startswith(ADVICE):
             hear(line)
 

@@ -114,6 +114,15 @@ def test_a_full_disk_costs_the_timeline_and_hides_no_reason(
     assert f"{toy.path('.kd/timeline.txt')} is lost: No space left on device" in caplog.text
 
 
+def test_a_result_that_dvcs_cache_has_no_room_for_is_named(
+    toy: Toy, run: Callable[[], "State"]
+) -> None:
+    # As DVC 3.67 says it where .dvc/cache is a full disk, which not everybody may mount.
+    said = "failed to transfer '8649' - [Errno 28] No space left on device: 'out' -> '.dvc/cache'"
+    toy.write({"one": {"cmd": f'echo "ERROR: {said}"; exit 1', "outs": ["out"]}})
+    assert (run().message or "").endswith(f"one: {said}")
+
+
 def test_a_failed_stage_is_run_again_as_often_as_its_meta_says(
     toy: Toy, run: Callable[[], "State"]
 ) -> None:
