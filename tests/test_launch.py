@@ -48,9 +48,9 @@ def test_who_waits_for_a_rank_that_failed_is_ended():
 SIGNALLED = """
 import sys; from kd import launch
 rank = '''
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-print('ready', flush=True)
+os.write(1, b'ready' + bytes([10]))  # at once: print may be cut in two by the other rank
 time.sleep(99)
 '''
 sys.exit(launch.run([sys.executable, '-c', rank], 2))
