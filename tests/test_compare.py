@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from scipy.stats import t, ttest_rel
 from kd import artifacts, manifest, stages
 from kd.compare import locks, report, work
 from kd.compare.__main__ import main
-from kd.compare.plan import Comparison
+from kd.compare.plan import Comparison, read_with_base
 from kd.component import ConfigError, Refused
 from kd.data import Images
 from kd.evaluate import predict
+from kd.methods import KD
 from kd.train import NonFiniteLoss
 from kd.weightings.objectives import mixed_log_probs, sample_scores
 from tests.data.toys import make_pictures
@@ -67,6 +69,31 @@ def finished(tmp_path_factory):
 def here(finished, monkeypatch):
     monkeypatch.chdir(finished)
     return Comparison(Path("params.compare.yaml"))
+
+
+def test_a_comparison_may_be_laid_over_another(tmp_path):
+    written(tmp_path)
+    about = {"name": "longer", "base": "params.compare.yaml"}
+    cells = {"kd": {"method": {"kind": "kd", "alpha": 0.5}}, "dkd": {"teachers": "teacher"}}
+    raw = {"compare": about, "recipe": {"epochs": 2}, "cells": cells}
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump(raw))
+    below = Comparison(tmp_path / "params.compare.yaml")
+    longer = Comparison(tmp_path / "longer.yaml")
+    assert (longer.about.name, longer.num_seeds, longer.about.reference) == ("longer", 2, "kd")
+    assert longer.cells == (*below.cells, "dkd")
+    assert longer.params[1].student.recipe == replace(below.params[1].student.recipe, epochs=2)
+    assert longer.params[1].baselines["kd"].teachers == "teacher"
+    assert longer.params[1].baselines["kd"].method == KD(alpha=0.5)
+    assert longer.params[1].baselines["again"] == below.params[1].baselines["again"]
+
+
+@pytest.mark.parametrize("base", ["loop.yaml", "round.yaml"])
+def test_a_comparison_that_is_its_own_base_is_refused(tmp_path, base):
+    for name, below in (("loop", base), ("round", "./loop.yaml")):
+        about = {"compare": {"name": name, "reference": "kd", "base": below}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(about))
+    with pytest.raises(ConfigError, match=r"compare\.base is '.*loop\.yaml', which has this file"):
+        Comparison(tmp_path / "loop.yaml")
 
 
 def of_cell(comparison, seed, name):
@@ -504,12 +531,14 @@ def test_the_reduced_comparison_works_on_the_real_images_of_cifar10(tmp_path, mo
     root = Path(os.environ.get("KD_DATA_ROOT", "absent")) / "cifar10"
     if not (root / "cifar-10-batches-py").exists():
         pytest.skip("KD_DATA_ROOT names no folder with cifar10/cifar-10-batches-py")
-    text = (PROJECT / "params.compare.cifar10-small.yaml").read_text()
-    raw = yaml.safe_load(text.replace("width: 0.5", "width: 0.125"))
+    raw = read_with_base(PROJECT / "params.compare.cifar10-small.yaml")
+    del raw["compare"]["base"]
     raw["compare"]["seeds"] = 2
-    raw["recipe"] |= {"epochs": 1, "validate_every": 1, "views": 1}
+    raw["recipe"] |= {"epochs": 1, "precision": "fp32", "validate_every": 1}
     raw["data"] |= {"dataset": {"kind": "cifar10", "root": str(root)}, "image_size": 16}
     raw["data"]["splits"]["val"] = 49_500
+    for role in (raw["teacher"], raw["student"], *raw["assistants"].values()):
+        role["model"]["width"] = 0.125
     raw["cells"] = {name: raw["cells"][name] for name in ("labels", "kd", "em")}
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(raw))
     monkeypatch.chdir(tmp_path)

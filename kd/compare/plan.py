@@ -36,7 +36,7 @@ class About:
     name: str
     """Of its folder, its report and its tracking runs' tag."""
     base: str | None = None
-    """An experiment's file that the other keys are laid over, such as params.yaml."""
+    """A file that all keys are laid over: an experiment's (params.yaml) or a comparison's."""
     seeds: int = 3
     """Repetitions, at least 2: one shows no spread."""
     reference: str
@@ -85,15 +85,14 @@ class Comparison:
             ConfigError: a key, type or value is wrong, no cell has the reference's name, or
                 there are too few seeds.
         """
-        raw = read_yaml(path)
+        raw = read_with_base(path)
         try:
             self.about: About = build(About, raw.pop("compare", {}), "compare")
             if seeds is not None:
                 self.about = dataclasses.replace(self.about, seeds=seeds)
             self.num_seeds = self.about.seeds
             cells = raw.pop("cells", {})
-            under = read_yaml(path.parent / self.about.base) if self.about.base else {}
-            self.raw: dict[str, Any] = {**overlay(under, raw), "baselines": cells}
+            self.raw: dict[str, Any] = {**raw, "baselines": cells}
             reference = self.about.reference
             wanted = f"one of the cells ({', '.join(cells)})"
             require(reference in cells, "compare.reference", reference, wanted)
@@ -129,6 +128,27 @@ class Comparison:
         files = own_files(self.params[0].data)
         given = (code, self.own, files)
         return {unit.id: unit for p in self.params for unit in units_of(p, *given)}
+
+
+def read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file laid over the one that its `compare.base` names, and so on.
+
+    Args:
+        path: The file.
+        above: Those that have it for a base already.
+
+    Raises:
+        ConfigError: a file cannot be read, or is its own base.
+    """
+    raw = read_yaml(path)
+    about = raw.get("compare")
+    base = about.get("base") if isinstance(about, dict) else None
+    if not isinstance(base, str):  # what else it is, is refused with the rest of the section
+        return raw
+    below = path.parent / base
+    if below.resolve() in (known := (*above, path.resolve())):
+        raise ConfigError(f"{path}: compare.base is {base!r}, which has this file as its base")
+    return dict(overlay(read_with_base(below, known), raw))
 
 
 def sources(code: Path) -> list[str]:
