@@ -63,6 +63,16 @@ def reason(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory is lacking.
+
+    PyTorch's allocator raises torch.OutOfMemoryError for it; the driver, cuBLAS, cuDNN and the
+    host's allocator are known by their words alone.
+    """
+    lacking = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
+    return any(words in str(error) for words in lacking)
+
+
 def source_of(thing: object) -> str:
     """SHA-256 of the file that holds a class's or function's code; "" where it has none in Python.
 

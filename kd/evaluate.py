@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kd.component import is_out_of_memory
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -210,8 +212,8 @@ def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> 
             ]
         # Cloned outside of inference mode: the caller may use the logits in a graph.
         return torch.cat(batches).clone()
-    except torch.OutOfMemoryError:
-        if batch_size == 1:
+    except RuntimeError as error:
+        if batch_size == 1 or not is_out_of_memory(error):
             raise
     return predict(model, images, batch_size // 2)
 

@@ -221,16 +221,19 @@ def test_predict_gives_float32_from_a_half_precision_model() -> None:
         assert evaluate.predict(model, Pictures(2)).dtype == torch.float32
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
 class Crowded(nn.Module):
     """Has room for so many images at once."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, error: RuntimeError = OUT_OF_MEMORY) -> None:
         super().__init__()
-        self.room = room
+        self.room, self.error = room, error
 
     def forward(self, images_B: Tensor) -> Tensor:
         if len(images_B) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return images_B.flatten(1)
 
 
@@ -241,6 +244,13 @@ def test_predict_takes_fewer_images_at_once_where_memory_does_not_suffice() -> N
     assert torch.equal(logits_NC, pictures.images_NCHW.flatten(1))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate.predict(Crowded(room=0), pictures, batch_size=8)
+
+
+def test_predict_does_not_take_another_error_for_a_lack_of_memory() -> None:
+    pictures, broken = Pictures(10), Crowded(room=3, error=RuntimeError("no kernel image"))
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        evaluate.predict(broken, pictures, batch_size=8)
+    assert pictures.sizes == [8]
 
 
 def test_holm_allows_for_all_rows_together():

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kd.component import ConfigError, Refused, reason
+from kd.component import ConfigError, Refused, is_out_of_memory, reason
 from kd.data import Images, key
 from kd.ensemble import Ensemble
 from kd.launch import is_first
@@ -211,14 +211,18 @@ class Training:
                 loss.backward()
                 total += loss.detach()
             return total
-        except torch.OutOfMemoryError as error:
-            loss = total = torch.empty(0)  # its graph holds the activations that did not fit
-            self.parts = halved(self.parts, self.lesson, self.model, error)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ConfigError(
                 "recipe.compile is true, but the network cannot be compiled here "
                 f"({reason(error)}): set it to false, or install what is missing"
             ) from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            loss = total = torch.empty(0)  # its graph holds the activations that did not fit
+            self.parts = halved(self.parts, self.lesson, self.model, error)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what PyTorch holds in reserve, cuBLAS and cuDNN cannot have
         return self.gradient(step)
 
     def check(self, epoch: int) -> None:

@@ -197,7 +197,7 @@ def cgroup_memory(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
     return found
 
 
-def halved(shares: int, lesson: Lesson, model: nn.Module, error: torch.OutOfMemoryError) -> int:
+def halved(shares: int, lesson: Lesson, model: nn.Module, error: RuntimeError) -> int:
     """Twice as many shares of a batch, after one did not fit into memory.
 
     Raises:

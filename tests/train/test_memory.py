@@ -67,17 +67,20 @@ def plain_network():
     return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, CLASSES))
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
 class Narrow(nn.Module):
     """Runs out of memory where a batch has more images than `fits`, as a GPU would."""
 
-    def __init__(self, inner, fits):
+    def __init__(self, inner, fits, error=OUT_OF_MEMORY):
         super().__init__()
-        self.inner, self.fits, self.batches = inner, fits, []
+        self.inner, self.fits, self.error, self.batches = inner, fits, error, []
 
     def forward(self, images):
         self.batches.append(len(images))
         if len(images) > self.fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return self.inner(images)
 
 
@@ -190,16 +193,33 @@ def test_free_memory_is_what_the_machine_says():
     assert 0 < memory.free_memory(torch.device("cpu")) < 2**50
 
 
-def test_a_batch_that_does_not_fit_is_taken_in_parts_with_the_same_gradient(capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OUT_OF_MEMORY,
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),  # the driver's
+    ],
+    ids=["allocator", "cuBLAS", "cuDNN", "driver"],
+)
+def test_a_batch_that_does_not_fit_is_taken_in_parts_with_the_same_gradient(error, capsys):
     settings = recipe(batch_size=32, epochs=1)
     whole, history = fit(plain_network(), pictures(64), settings, seed=0, num_classes=CLASSES)
-    narrow = Narrow(plain_network(), fits=8)
+    narrow = Narrow(plain_network(), 8, error)
     in_parts, in_parts_history = fit(narrow, pictures(64), settings, seed=0, num_classes=CLASSES)
     assert "from now on 8 images at once" in capsys.readouterr().out
     assert narrow.batches == [32, 16] + [8] * 8
     assert in_parts_history[0].train_loss == pytest.approx(history[0].train_loss, rel=1e-5)
     for ours, theirs in zip(in_parts.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    broken = Narrow(plain_network(), 8, RuntimeError("no kernel image is available"))
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        fit(broken, pictures(64), recipe(batch_size=32), seed=0, num_classes=CLASSES)
+    assert broken.batches[-1] == 32
 
 
 class Saving(torch.autograd.Function):
