@@ -28,6 +28,7 @@ from kd.disk import sha256 as sha256
 from kd.ensemble import digest_of_tensors
 from kd.train import Epoch
 from kd.workspace import CHECKPOINTS as CHECKPOINTS
+from kd.workspace import DATA as DATA
 from kd.workspace import ROOT as ROOT
 from kd.workspace import folder as folder
 
@@ -72,6 +73,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ArtifactError(f"{path} holds no record: {remedy(path)}")
     return record
+
+
+def data_record() -> dict[str, Any]:
+    """What the stage `data` noted of the images that it prepared."""
+    return read_json(DATA / "data.json")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

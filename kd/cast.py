@@ -17,8 +17,6 @@ from kd.methods import Method
 from kd.params import BaselineParams, Params, StudentParams, teachers_named
 from kd.roles import Role, seed_of
 
-DATA = artifacts.ROOT / "data"
-
 
 def assistant_role(params: Params, name: str) -> Role:
     """An assistant under the teacher, or under those before it in its chain."""
@@ -114,7 +112,7 @@ def val_logits(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     if "teacher" in names:
         logits["teacher"] = predict(
             manifest.load(artifacts.folder("teacher"))[0],
-            Images.load(DATA, "val"),
+            Images.load(artifacts.DATA, "val"),
         )
     return torch.stack([logits[name] for name in names]), tensors["labels_N"]
 

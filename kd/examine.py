@@ -26,7 +26,7 @@ from kd.report import UNIFORM, WEIGHTED, Paired, Test
 
 def examine(params: Params) -> Test:
     """What every network, and the two ensembles, make of the test images."""
-    test = Images.load(artifacts.ROOT / "data", "test")
+    test = Images.load(artifacts.DATA, "test")
     logits = {
         name: predict(manifest.load(artifacts.folder(name))[0], test) for name in run_names(params)
     }
@@ -91,7 +91,7 @@ def paired(right_N: Tensor, other_N: Tensor) -> Paired:
 
 def latencies(params: Params) -> dict[str, float]:
     """Median milliseconds for one image on one thread, all candidates in turns of one run."""
-    example = Images.load(artifacts.ROOT / "data", "test").batch(torch.tensor([0]))
+    example = Images.load(artifacts.DATA, "test").batch(torch.tensor([0]))
     eager = {name: manifest.load(artifacts.folder(name))[0] for name in run_names(params)}
     files = {}
     for name, exporter in params.exports.items():
@@ -109,5 +109,5 @@ def names_of(params: Params) -> report.Names:
         assistants=list(params.assistants),
         baselines=list(params.baselines),
         exports=list(params.exports),
-        class_names=artifacts.read_json(artifacts.ROOT / "data/data.json")["class_names"],
+        class_names=artifacts.data_record()["class_names"],
     )

@@ -134,7 +134,7 @@ def _present(run_name: str) -> Manifest | None:
 
 def _data(network: Manifest) -> Iterator[str]:
     yield f"data  {network.data_hash}"
-    path = artifacts.ROOT / "data/data.json"
+    path = artifacts.DATA / "data.json"
     record = artifacts.read_json(path) if path.exists() else {}
     if record.get("data_hash") != network.data_hash:
         yield "  (not the data here now)"

@@ -14,8 +14,6 @@ from kd.exporters.trained import evenly
 from kd.manifest import Manifest
 from kd.models import Model, build_model
 
-DATA = artifacts.ROOT / "data"
-
 
 def student_to_export(exporter: Exporter) -> tuple[Trained, Manifest]:
     """The trained student with what its file needs, and its manifest."""
@@ -37,7 +35,7 @@ def calibration(int8: Int8 | None) -> Tensor | None:
     if int8 is None:
         return None
     num = int8.calibration_images
-    splits = [Images.load(DATA, split).pixels_NHWC for split in ("train", "pool")]
+    splits = [Images.load(artifacts.DATA, split).pixels_NHWC for split in ("train", "pool")]
     total = sum(map(len, splits))
     return torch.cat(
         [

@@ -38,7 +38,6 @@ from kd.tracking import Run, TrackingError, Version
 REGISTERED_NAME = "kd-student"
 LEVEL = 0.05
 """A student that is no better than the champion replaces it in at most this share of cases."""
-DATA = artifacts.ROOT / "data"
 STUDENT = artifacts.ROOT / "student"
 EXPORTS = artifacts.ROOT / "exports"
 SEEN = "seen.npy"
@@ -94,14 +93,14 @@ def promote(run: Run, *, compare: bool = True) -> str:
 
 def register(run: Run) -> None:
     """Log the student as a model, and as a version in the registry."""
-    val = Images.load(DATA, "val")
+    val = Images.load(artifacts.DATA, "val")
     folder = run.scratch()
     np.save(folder / SEEN, seen())
     run.log_model(
         STUDENT,
         registered_name=REGISTERED_NAME,
         val_accuracy=artifacts.read_json(STUDENT / "metrics.json")["val_accuracy"],
-        val_hash=artifacts.read_json(DATA / "data.json")["splits"]["val"]["sha256"],
+        val_hash=artifacts.data_record()["splits"]["val"]["sha256"],
         example=val.pixels_NHWC[:2].numpy(),
         beside=[folder / SEEN],
     )
@@ -133,8 +132,8 @@ def log_export(run: Run, folder: Path) -> dict[str, float]:
         folder,
         registered_name=REGISTERED_NAME,
         metrics=figures,
-        val_hash=artifacts.read_json(DATA / "data.json")["splits"]["val"]["sha256"],
-        example=Images.load(DATA, "val").pixels_NHWC[:2].numpy(),
+        val_hash=artifacts.data_record()["splits"]["val"]["sha256"],
+        example=Images.load(artifacts.DATA, "val").pixels_NHWC[:2].numpy(),
     )
     return figures
 
@@ -184,7 +183,7 @@ def tried(champion: Version, fetch: Callable[[Version], Path]) -> Verdict:
             f"{REMEDY}",
             False,
         )
-    val = Images.load(DATA, "val")
+    val = Images.load(artifacts.DATA, "val")
     new_N = correct(predict(ours, val), val.labels_N)
     old_N = correct(predict(theirs, replace(val, mean=holder.mean, std=holder.std)), val.labels_N)
     fresh_N = unseen(val, folder / SEEN)
@@ -247,7 +246,7 @@ def fits(student: Manifest, holder: Manifest) -> None:
 
 def seen() -> NDArray[np.uint64]:
     """A hash of each image of train and pool, sorted."""
-    parts = [hashes(Images.load(DATA, split)) for split in ("train", "pool")]
+    parts = [hashes(Images.load(artifacts.DATA, split)) for split in ("train", "pool")]
     return np.unique(np.concatenate(parts))
 
 

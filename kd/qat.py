@@ -18,7 +18,6 @@ from kd.exporters.files import for_export
 from kd.exporters.pt2e import simulated, with_weights_of
 from kd.recipe import Recipe
 from kd.roles import (
-    DATA,
     Role,
     asked_to_stop,
     checkpoint_of,
@@ -73,7 +72,7 @@ def fine_tuned(int8: Int8, trained: Trained, role: Role, run_name: str) -> Train
     """
     role = replace(role, run_name=run_name, recipe=gentle(role.recipe, int8))
     device = prepare(role.recipe)
-    record = artifacts.read_json(artifacts.folder(DATA) / "data.json")
+    record = artifacts.data_record()
     members, origins = load_teachers(role, record["data_hash"])
     ensemble = ensemble_of(role, members)
     if role.generations > 1:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,8 +31,6 @@ from kd.tracking import Run
 from kd.train import Epoch, Stopped, fit, ranks, steps_in_epoch
 from kd.train.device import prepare
 from kd.train.speed import CHOICES, fastest
-
-DATA = "data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class Role:
 def learn(role: Role, run: Run) -> None:
     """Train, evaluate on the validation split, and write the folder of `role`."""
     device = prepare(role.recipe)
-    record = artifacts.read_json(artifacts.folder(DATA) / "data.json")
+    record = artifacts.data_record()
     role = replace(role, recipe=settled(role, record, device))
     with ranks.group(device):
         members, origins = load_teachers(role, record["data_hash"])
@@ -141,7 +140,7 @@ def train(
     """One generation of a role: the trained network, and its epochs."""
     seed = role.seed if generation == 0 else key("generation", role.seed, generation)
     torch.manual_seed(key("weights", seed))
-    val = Images.load(artifacts.folder(DATA), "val", device=described.device)
+    val = Images.load(artifacts.DATA, "val", device=described.device)
     before = generation * role.recipe.epochs
 
     def tell(history: Sequence[Epoch]) -> None:
@@ -371,12 +370,10 @@ def training_images(role: Role, device: str, learns_from_pool: bool) -> tuple[Im
     Where the pool says nothing, as without teachers, only labelled images are shown, the more
     often.
     """
-    data, augment = artifacts.folder(DATA), role.recipe.augment
-    everything = Images.load(data, ("train", "pool"), device=device, augment=augment)
+    load = partial(Images.load, artifacts.DATA, device=device, augment=role.recipe.augment)
+    everything = load(("train", "pool"))
     steps = steps_in_epoch(len(everything), role.recipe.batch_size)
-    if learns_from_pool:
-        return everything, steps
-    return Images.load(data, "train", device=device, augment=augment), steps
+    return everything if learns_from_pool else load("train"), steps
 
 
 def load_teachers(role: Role, data_hash: str) -> tuple[tuple[nn.Module, ...], tuple[Origin, ...]]:
@@ -408,7 +405,7 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
 
     It is measured where it was trained, since that device is ours for now.
     """
-    val = Images.load(artifacts.folder(DATA), "val", device=described.device)
+    val = Images.load(artifacts.DATA, "val", device=described.device)
     logits_NC = predict(module.to(described.device), val)
     found = scores(logits_NC, val.labels_N)
     figures: dict[str, float] = {

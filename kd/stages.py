@@ -36,8 +36,6 @@ from kd.weightings import (
     weight_record,
 )
 
-DATA = artifacts.ROOT / "data"
-
 
 def data(params: Params, name: str, run: Run) -> None:
     """Read the data set, split it, and keep it in a compact form; try all that comes later."""
@@ -77,7 +75,7 @@ def prepare_data(params: Params, raw: Raw, run: Run) -> None:
     counts = {split: found["count"] for split, found in record["splits"].items()}
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
     run.log_final({f"num_{split}": count for split, count in counts.items()})
-    run.log_file(DATA / "data.json")
+    run.log_file(artifacts.DATA / "data.json")
 
 
 def teacher(params: Params, name: str, run: Run) -> None:
@@ -101,7 +99,7 @@ def assistants(params: Params, name: str, run: Run) -> None:
 def weights(params: Params, name: str, run: Run) -> None:
     """Find how much each assistant counts, on cached validation logits."""
     members = [manifest.load(artifacts.folder(f"assistants/{each}")) for each in params.assistants]
-    val = Images.load(DATA, "val")
+    val = Images.load(artifacts.DATA, "val")
     logits_KNC = torch.stack([predict(module, val) for module, _ in members])
     folder = artifacts.folder("weights")
     names = tuple(params.assistants)
@@ -157,7 +155,7 @@ def exports(params: Params, name: str, run: Run) -> None:
     """Write the student in one mobile format, if the file computes what the student computes."""
     exporter = params.exports[name]
     trained, described = student_to_export(exporter)
-    val = Images.load(DATA, "val")
+    val = Images.load(artifacts.DATA, "val")
     run_name = f"exports/{name}"
     folder = artifacts.folder(run_name)
     bundle.clear(folder)
@@ -166,8 +164,7 @@ def exports(params: Params, name: str, run: Run) -> None:
         exporter, trained, val.pixels_NHWC, val.labels_N, folder, fine_tune=called_for
     )
     bench.record(folder / parity.file, trained.served(exporter.picture_input))
-    data_record = artifacts.read_json(DATA / "data.json")
-    bundle.write(folder, parity.record(), described, data_record)
+    bundle.write(folder, parity.record(), described, artifacts.data_record())
     print(f"{parity.file}: {parity.size_bytes:,} bytes, top-1 agreement {parity.top1_agreement}")
     run.log_final(promotion.log_export(run, folder))
     run.log_tags({"kd.student_sha256": described.sha256, "kd.export_sha256": parity.sha256})
@@ -201,7 +198,7 @@ STAGES: dict[str, Callable[[Params, str, Run], None]] = {
 def tags(stage: str) -> dict[str, str]:
     """What tells the stage's tracking run from others."""
     roles = {"teacher": "teacher", "assistants": "assistant", "student": "student"}
-    record = artifacts.read_json(DATA / "data.json") if stage != "data" else {}
+    record = artifacts.data_record() if stage != "data" else {}
     return {
         "kd.pipeline": promotion.REGISTERED_NAME,
         "kd.role": roles.get(stage, stage),

@@ -13,6 +13,7 @@ from kd import FAMILIES
 from kd.component import ConfigError
 
 ROOT = Path("artifacts")
+DATA = ROOT / "data"
 CHECKPOINTS = Path(".kd/checkpoints")
 """Outside every stage's folder: DVC empties those before it runs a stage."""
 

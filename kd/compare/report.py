@@ -94,7 +94,7 @@ def of_seed(
     """What every network of a seed, and its ensemble, make of the test images."""
     params = comparison.params[seed]
     with inside(comparison.workspace(seed)):
-        test = Images.load(artifacts.ROOT / "data", "test")
+        test = Images.load(artifacts.DATA, "test")
         assistants = [f"assistants/{name}" for name in params.assistants]
         cells = [f"{CELL}{name}" for name in params.baselines]
         names = ["teacher", *assistants, *(name for name in cells if name not in failed)]
