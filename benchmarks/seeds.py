@@ -106,8 +106,8 @@ def differences(reports: list[dict[str, dict[str, float]]]) -> list[str]:
     ]
     for pair in PAIRS:
         ours, theirs = ([report[name]["test_accuracy"] for report in reports] for name in pair)
-        mean, half = paired(ours, theirs)
-        error = half / quantile(len(reports) - 1)
+        mean, error = paired(ours, theirs)
+        half = quantile(len(reports) - 1) * error
         won = sum(a > b for a, b in zip(ours, theirs, strict=True))
         interval = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
         name = " - ".join(pair)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,13 +90,12 @@ class Comparison:
             self.about: About = build(About, raw.pop("compare", {}), "compare")
             if seeds is not None:
                 self.about = dataclasses.replace(self.about, seeds=seeds)
-            self.num_seeds = self.about.seeds
             cells = raw.pop("cells", {})
             self.raw: dict[str, Any] = {**raw, "baselines": cells}
             reference = self.about.reference
             wanted = f"one of the cells ({', '.join(cells)})"
             require(reference in cells, "compare.reference", reference, wanted)
-            self.params = [parse({**self.raw, "seed": seed}) for seed in range(self.num_seeds)]
+            self.params = [parse({**self.raw, "seed": seed}) for seed in range(self.about.seeds)]
             check_own(self.params[0], "data")
             self.own = sources(Path(self.params[0].code))
         except ConfigError as error:
@@ -172,7 +171,7 @@ def units_of(
 
     def unit(stage: str, name: str, needs: tuple[str, ...]) -> Unit:
         ids = tuple(f"seed-{params.seed}/{each}" for each in needs)
-        plain = plain_of(params, stage, name)
+        plain = of_stage(params, stage, name)
         own = [*parts, *theirs] if (parts := own_sources(plain)) else []
         own += files if stage == "data" else []
         needed = [made[each].digest for each in ids]
@@ -203,10 +202,3 @@ def own_files(data: DataParams) -> list[tuple[str, int, int]]:
     found = [each for each in (source, *map(source.joinpath, below)) if each.is_file()]
     stats = [(each.as_posix(), each.stat()) for each in found if each.suffix != ".pyc"]
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
-def plain_of(params: Params, stage: str, name: str) -> Mapping[str, Any]:
-    """All settings that a unit reads, as plain data."""
-    if stage == "data":
-        return {"seed": params.seed, "data": dataclasses.asdict(params.data)}
-    return of_stage(params, stage, name)

@@ -3,6 +3,7 @@
 S seeds, N samples, C classes.
 """
 
+import contextlib
 import math
 import statistics
 from collections import Counter
@@ -14,7 +15,6 @@ import torch
 
 from kd import artifacts, manifest
 from kd.compare.plan import Comparison
-from kd.compare.work import inside
 from kd.component import Refused
 from kd.data import Images
 from kd.evaluate import holm, predict
@@ -54,14 +54,14 @@ NOTED = {
 def build(comparison: Comparison) -> dict[str, Any]:
     """All figures of a finished comparison; opens the test split of each seed."""
     failed = failures(comparison)
-    seeds = [of_seed(comparison, seed, set(failed)) for seed in range(comparison.num_seeds)]
+    seeds = [of_seed(comparison, seed, set(failed)) for seed in range(comparison.about.seeds)]
     rows = {
         name: {measure: [seed[name][measure] for seed in seeds] for measure in MEASURES}
         for name in seeds[0]
     }
     return {
         "name": comparison.about.name,
-        "seeds": comparison.num_seeds,
+        "seeds": comparison.about.seeds,
         "reference": comparison.about.reference,
         "epochs": comparison.params[0].student.recipe.epochs,
         "samples_seen": {name: seeds[0][name]["samples_seen"] for name in seeds[0]},
@@ -93,7 +93,7 @@ def of_seed(
 ) -> dict[str, dict[str, float]]:
     """What every network of a seed, and its ensemble, make of the test images."""
     params = comparison.params[seed]
-    with inside(comparison.workspace(seed)):
+    with contextlib.chdir(comparison.workspace(seed)):
         test = Images.load(artifacts.DATA, "test")
         assistants = [f"assistants/{name}" for name in params.assistants]
         cells = [f"{CELL}{name}" for name in params.baselines]
@@ -121,9 +121,10 @@ def markdown(record: Mapping[str, Any]) -> str:
     rows, reference = record["rows"], f"{CELL}{record['reference']}"
     cells = [name for name in rows if name.startswith(CELL)]
     base = rows[reference]["test_accuracy"]
+    freedom = record["seeds"] - 1
     gains = {name: paired(rows[name]["test_accuracy"], base) for name in cells}
     others = {name: gains[name] for name in cells if name != reference}
-    chances = holm({name: chance(*gain, record["seeds"] - 1) for name, gain in others.items()})
+    chances = holm({name: chance(*gain, freedom) for name, gain in others.items()})
     minus = f"minus {record['reference']}, points [95 % CI]"
     head = [*MEASURES.values(), minus, "p (Holm)", "seeds won"]
     lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
@@ -132,7 +133,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         figures = [spread(rows[name][measure], measure) for measure in MEASURES]
         gained = ["", "", ""]
         if name in others:
-            mean, half = others[name]
+            mean, error = others[name]
+            half = quantile(freedom) * error
             pairs = zip(rows[name]["test_accuracy"], base, strict=True)
             won = sum(ours > theirs for ours, theirs in pairs)
             gained = [
@@ -157,10 +159,9 @@ def shown(name: str, rows: Collection[str]) -> str:
 
 
 def paired(ours_S: Sequence[float], theirs_S: Sequence[float]) -> tuple[float, float]:
-    """Mean difference over seeds in points, and half the width of its 95 % interval (t)."""
+    """Mean difference over seeds in points, and its standard error."""
     gaps = [100 * (a - b) for a, b in zip(ours_S, theirs_S, strict=True)]
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return statistics.mean(gaps), quantile(len(gaps) - 1) * error
+    return statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
 def quantile(freedom: int) -> float:
@@ -183,11 +184,11 @@ def tails(t: float, freedom: int) -> float:
     return 1 - ((angle + total) * 2 / math.pi if odd else total)
 
 
-def chance(mean: float, half: float, freedom: int) -> float:
-    """Two-sided p of a paired difference, from its mean and half its interval's width."""
-    if half == 0:  # the same in each seed
+def chance(mean: float, error: float, freedom: int) -> float:
+    """Two-sided p of a paired difference, from its mean and standard error."""
+    if error == 0:  # the same in each seed
         return 0.0 if mean else 1.0
-    return tails(mean / half * quantile(freedom), freedom)
+    return tails(mean / error, freedom)
 
 
 def spread(values_S: Sequence[float], measure: str) -> str:

@@ -15,10 +15,10 @@ from typing import IO
 
 from kd import artifacts, signals, stages, tracking
 from kd.compare import locks
-from kd.compare.plan import Comparison, Unit, plain_of
+from kd.compare.plan import Comparison, Unit
 from kd.component import ConfigError, Refused, raised
 from kd.data import CustomDataset, Digits
-from kd.params import Params
+from kd.params import Params, of_stage
 from kd.train import NonFiniteLoss
 
 
@@ -42,7 +42,8 @@ def carry_out(comparison: Comparison, unit: Unit) -> None:
     workspace = comparison.workspace(unit.seed)
     params, here = comparison.params[unit.seed], Path.cwd()
     resumed = note_begun(comparison, unit)
-    with inside(workspace), (workspace / "log.txt").open("a") as log, naming(unit, log):
+    # Stages find their artifacts from where they are run.
+    with contextlib.chdir(workspace), (workspace / "log.txt").open("a") as log, naming(unit, log):
         started, used, failed = time.time(), cpu_seconds(), dict[str, str]()
         tags = {"kd.comparison": comparison.about.name, "kd.seed": str(unit.seed)}
         with (
@@ -50,7 +51,7 @@ def carry_out(comparison: Comparison, unit: Unit) -> None:
             tracking.run(
                 unit.stage,
                 unit.name or None,
-                params=plain_of(params, unit.stage, unit.name),
+                params=of_stage(params, unit.stage, unit.name),
                 tags={**tags, "kd.cell": unit.name if unit.stage == "baselines" else ""},
                 enabled=params.tracking,
             ) as run,
@@ -102,13 +103,6 @@ def reading_from(folder: Path, params: Params) -> Params:
     data, root = params.data, str(folder / Path(dataset.root).expanduser())
     source = root if data.source == dataset.root else data.source
     return replace(params, data=replace(data, source=source, dataset=replace(dataset, root=root)))
-
-
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    """Work in a folder, since stages find their artifacts from where they are run."""
-    with contextlib.chdir(folder):
-        yield
 
 
 def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -> None:
