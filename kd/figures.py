@@ -88,25 +88,6 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 @_styled
-def curves(rows: Sequence[Row], title: str = "Training") -> "Figure":
-    """Loss and validation by epoch.
-
-    Args:
-        rows: Of curves.csv: epoch, train_loss, val_nll, val_accuracy.
-        title: Whose training it was.
-    """
-    figure, (left, right) = _axes(1, 2, size=(9, 3.6))
-    epochs = [row["epoch"] for row in rows]
-    left.plot(epochs, [row["train_loss"] for row in rows], label="training loss", color=GREY)
-    left.plot(epochs, [row["val_nll"] for row in rows], label="validation NLL", color=BLUE)
-    left.set(title=title, xlabel="epoch", ylabel="loss")
-    left.legend()
-    right.plot(epochs, [100 * row["val_accuracy"] for row in rows], color=BLUE)
-    right.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
-    return figure
-
-
-@_styled
 def learning(curves_by_name: Mapping[str, Sequence[Row]]) -> "Figure":
     """Validation accuracy by epoch, a line for each network.
 
@@ -239,7 +220,7 @@ def simplex_map(
     labels_N: "NDArray[np.integer[Any]]",
     members: Sequence[str],
     path: Sequence[Row],
-    tried: Sequence[Row] = (),
+    tried: Sequence[Row],
 ) -> "Figure":
     """Validation NLL over all weights of three members, with the search's points and path.
 
@@ -261,9 +242,8 @@ def simplex_map(
     levels = np.quantile(nll_P, np.linspace(0, 1, 24))
     filled = axes.tricontourf(x_P, y_P, nll_P, levels=np.unique(levels), cmap="cividis")
     figure.colorbar(filled, label="validation NLL", shrink=0.8, format="%.3f")
-    if tried:
-        x, y = _flat_triangle(np.array([[row[member] for member in members] for row in tried]))
-        axes.plot(x, y, ".", color="black", markersize=2, alpha=0.4, label="tried")
+    x, y = _flat_triangle(np.array([[row[member] for member in members] for row in tried]))
+    axes.plot(x, y, ".", color="black", markersize=2, alpha=0.4, label="tried")
     walk_PK = np.array([[row[member] for member in members] for row in path])
     x, y = _flat_triangle(walk_PK)
     axes.plot(x, y, "o-", color="white", markersize=3, linewidth=1, label="best by generation")

@@ -128,7 +128,7 @@ def weights(params: Params, name: str, run: Run) -> None:
     with artifacts.atomic(study) as temporary:  # empty where nothing was searched: DVC expects it
         temporary.write_bytes(begun.read_bytes() if begun.exists() else b"")
     begun.unlink(missing_ok=True)
-    log_weight_sets(run, folder, tags={}, study=study if study.stat().st_size else None)
+    log_weight_sets(run, folder, study if study.stat().st_size else None)
 
 
 def study_begun(weighting: Weighting, folder: Path, seed: int) -> Path:

@@ -40,7 +40,7 @@ def every_figure():
     counts_CC = random.integers(0, 9, (3, 3))
     logits_KNC = random.normal(size=(3, 50, 3))
     return {
-        "curves": figures.curves(epochs),
+        "learning": figures.learning({"teacher": epochs, "student": epochs}),
         "confusion": figures.confusion(counts_CC, ["cat", "dog", "ox"]),
         "many_classes": figures.confusion(np.eye(100), [str(c) for c in range(100)]),
         "reliability": figures.reliability(bins),
@@ -48,8 +48,7 @@ def every_figure():
         "weights": figures.weights(RECORD),
         "weights_path": figures.weights_path(PATH),
         "one_generation": figures.weights_path(PATH[:1]),
-        "simplex": figures.simplex_map(logits_KNC, labels_N, MEMBERS, PATH),
-        "simplex_tried": figures.simplex_map(logits_KNC, labels_N, MEMBERS, PATH, PATH),
+        "simplex": figures.simplex_map(logits_KNC, labels_N, MEMBERS, PATH, PATH),
         "sizes": figures.sizes(rows),
     }
 
@@ -99,7 +98,7 @@ def test_the_simplex_map_is_lowest_where_the_nll_is():
     logits_KNC = np.zeros((3, 30, 2))
     logits_KNC[2, :, 0] = 5  # the third member knows
     best = [{"generation": 0, "a": 0.0, "b": 0.0, "c": 1.0}]
-    axes = figures.simplex_map(logits_KNC, labels_N, ["a", "b", "c"], best).axes[0]
+    axes = figures.simplex_map(logits_KNC, labels_N, ["a", "b", "c"], best, best).axes[0]
     found = axes.lines[-1].get_xydata()[0]
     assert found == pytest.approx([0.5, 3**0.5 / 2]), "the third corner is the top"
     assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]

@@ -398,13 +398,14 @@ def search(tmp_path):
     (tmp_path / "path.csv").write_text(
         "generation,small,medium,large\n" + "".join(f"{g},0.4,0.4,0.2\n" for g in range(5))
     )
+    (tmp_path / "tried.csv").write_text("small,medium,large,value\n0.4,0.4,0.2,1.0\n")
     (tmp_path / "study.log").write_text("journal")
     return tmp_path
 
 
 def test_every_weight_set_is_a_run_with_its_weights_search_and_figures(in_home, search):
     with tracking.run("weights", **GIVEN) as run:
-        log_weight_sets(run, search, tags={"kd.data_hash": "d"}, study=search / "study.log")
+        log_weight_sets(run, search, search / "study.log")
     whole = in_home.client.get_run(run.id)
     assert whole.data.metrics["gain/over_uniform.nll"] == 0.01
     assert whole.data.tags["kd.optuna_dashboard"].startswith("optuna-dashboard /")
@@ -418,7 +419,7 @@ def test_every_weight_set_is_a_run_with_its_weights_search_and_figures(in_home, 
         f"figures/{name}.png" for name in ("weights", "convergence", "weights_path", "simplex")
     }
     kept = {file.path for file in in_home.client.list_artifacts(run.id)}
-    assert kept >= {"weights.json", "convergence.csv", "path.csv", "study"}
+    assert kept >= {"weights.json", "convergence.csv", "path.csv", "tried.csv", "study"}
     sets = in_home.client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{run.id}'")
     by_name = {one.info.run_name: one.data for one in sets}
     assert set(by_name) == {"weights/chosen", "weights/uniform"}
@@ -431,7 +432,7 @@ def test_every_weight_set_is_a_run_with_its_weights_search_and_figures(in_home, 
 
 def test_weights_that_were_not_searched_link_to_no_study(in_home, search):
     with tracking.run("weights", **GIVEN) as run:
-        log_weight_sets(run, search, tags={}, study=search / "no_study.log")
+        log_weight_sets(run, search, None)
     whole = in_home.client.get_run(run.id)
     assert whole.info.status == "FINISHED"
     assert "kd.optuna_dashboard" not in whole.data.tags

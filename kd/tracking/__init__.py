@@ -17,13 +17,13 @@ import itertools
 import logging
 import os
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -136,8 +136,7 @@ class Run:
     def log_epoch(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a point to each metric's curve.  Once an epoch, never once a step."""
         self._begun()
-        self._step = max(self._step, step)
-        self._tell("metrics", step=step, metrics=_floats(metrics), time=time.time())
+        self.log_curve({step: metrics})
 
     def log_final(self, metrics: Mapping[str, float]) -> None:
         """Log the figures that runs are compared by, under names that every run shares.
@@ -145,13 +144,13 @@ class Run:
         They stand at the last step logged before, because MLflow shows a metric's value at its
         highest step: log curves first.
         """
-        self._tell("metrics", step=self._step, metrics=_floats(metrics), time=time.time())
+        self.log_curve({self._step: metrics})
 
     def log_curve(self, points: Mapping[int, Mapping[str, float]]) -> None:
         """Log whole curves at once: the metrics by step."""
         self._step = max(self._step, *points)
         floats = [(step, _floats(metrics)) for step, metrics in points.items()]
-        self._tell("curve", points=floats, time=time.time())
+        self._tell("metrics", points=floats, time=time.time())
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags: long text, and what a search should find."""
@@ -479,7 +478,7 @@ def prepare_store() -> str:
             file cannot be written.
     """
     uri = tracking_uri()
-    if "mlflow" not in sys.modules and not _installed("mlflow"):
+    if find_spec("mlflow") is None:
         raise TrackingError(uri, "mlflow is not installed (pip install 'kd[pipeline]')")
     try:
         if path := recorder.sqlite_path(uri):
@@ -524,12 +523,6 @@ def _knock(uri: str) -> None:
             time.sleep(BETWEEN_KNOCKS)
         else:
             break
-
-
-def _installed(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
 
 
 def _environment_tags() -> dict[str, str]:

@@ -154,7 +154,7 @@ class Session:
         return f"{pages.rstrip('/')}/{path}?{views.TRAINING}"
 
     def do(self, do: str, **fields: Any) -> None:
-        """Do what the stage says: metrics, curve, tags, file, model, export, end."""
+        """Do what the stage says: metrics, tags, file, model, export, end."""
         getattr(self, do if do == "end" else f"log_{do}")(**fields)
 
     def resume(self) -> None:
@@ -187,12 +187,8 @@ class Session:
         for part in _parts([RunTag(k, str(v)[:LONGEST_TAG]) for k, v in tags.items()], MOST_TAGS):
             self.store.client.log_batch(self.run_id, tags=part)
 
-    def log_metrics(self, step: int, metrics: Mapping[str, float], time: float) -> None:
-        """Log one point of each metric."""
-        self.log_curve([(step, metrics)], time)
-
-    def log_curve(self, points: Sequence[tuple[int, Mapping[str, float]]], time: float) -> None:
-        """Log several points of each metric."""
+    def log_metrics(self, points: Sequence[tuple[int, Mapping[str, float]]], time: float) -> None:
+        """Log points of each metric."""
         at = int(time * 1000)
         every = [
             Metric(key, value, at, step) for step, row in points for key, value in row.items()

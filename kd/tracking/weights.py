@@ -15,28 +15,23 @@ from kd.tracking import Run, run
 # K members, N samples, C classes
 
 
-def log_weight_sets(
-    parent: Run, folder: Path, *, tags: Mapping[str, str], study: Path | None = None
-) -> None:
+def log_weight_sets(parent: Run, folder: Path, study: Path | None) -> None:
     """Log the search to `parent`, and each of its weight sets as the run weights/<set> below it.
 
     Args:
         parent: The weights stage's own run.
-        folder: Holds weights.json, val_logits.safetensors, and where a search ran,
-            convergence.csv and path.csv.
-        tags: What the stage's run was tagged with; the sets' runs share them.
+        folder: What the stage wrote: weights.json, val_logits.safetensors, convergence.csv,
+            path.csv and tried.csv.
         study: The Optuna study's file, kept with the run so that optuna-dashboard can open it;
-            absent where nothing was searched.
+            None where nothing was searched.
     """
     record = json.loads((folder / "weights.json").read_text())
     parent.log_figure(figures.weights(record), "weights")
     for name in ("weights.json", "convergence.csv", "path.csv", "tried.csv"):
-        if (folder / name).exists():
-            parent.log_file(folder / name)
-    if (folder / "convergence.csv").exists():
-        _log_search(parent, record, folder)
+        parent.log_file(folder / name)
+    _log_search(parent, record, folder)
     parent.log_final(_finals(record["sets"]["chosen"]) | _gains(record["gain"]))
-    if study is not None and study.exists():
+    if study is not None:
         parent.log_file(study, "study")
         parent.log_tags({"kd.optuna_dashboard": f"optuna-dashboard {shlex.quote(str(study))}"})
     for name, found in record["sets"].items():
@@ -44,7 +39,7 @@ def log_weight_sets(
         params = {"weighting": weighting, "num_val": record["num_val"]}
         enabled = parent.id is not None
         with run(
-            "weights", name, params=params, tags=tags, enabled=enabled, parent=parent.id
+            "weights", name, params=params, tags={}, enabled=enabled, parent=parent.id
         ) as each:
             each.log_final(_finals(found))
             each.log_figure(figures.weights({**record, "sets": {name: found}}), "weights")
@@ -75,7 +70,7 @@ def _log_search(parent: Run, record: Mapping[str, object], folder: Path) -> None
 
         cached = load_file(folder / "val_logits.safetensors")
         given = (cached["logits_KNC"], cached["labels_N"], members)
-        tried = figures.read_rows(folder / "tried.csv") if (folder / "tried.csv").exists() else []
+        tried = figures.read_rows(folder / "tried.csv")
         parent.log_figure(figures.simplex_map(*given, path, tried), "simplex")
 
 
@@ -83,11 +78,7 @@ def _finals(found: Mapping[str, object]) -> dict[str, float]:
     """What a weight set is compared by, under the names that all runs share where they can."""
     weights = found["weights"]
     assert isinstance(weights, dict)
-    numbers = {
-        key: float(value)
-        for key, value in found.items()
-        if isinstance(value, int | float) and value is not None
-    }
+    numbers = {key: float(each) for key, each in found.items() if isinstance(each, int | float)}
     return {**{f"weight/{name}": float(w) for name, w in weights.items()}, **numbers}
 
 
