@@ -11,9 +11,8 @@ from torch import Tensor
 
 from kd import artifacts, manifest
 from kd.data import Images
-from kd.ensemble import Mixing
 from kd.evaluate import predict
-from kd.methods import Method
+from kd.methods import Method, Mixing
 from kd.params import BaselineParams, Params, StudentParams, teachers_named
 from kd.roles import Role, seed_of
 

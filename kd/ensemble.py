@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import require
-from kd.methods import Members, Mixing, SoftTargets, mix
-
-__all__ = ["Ensemble", "Mixing", "SoftTargets", "digest_of_tensors", "mix"]
+from kd.methods import Members, Mixing
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,6 @@ class Ensemble:
     def described(self) -> Members:
         """What a method may know of the members."""
         return Members(self.names, self.weights_K, self.mixing)
-
-    def soft_targets(self, temperature: float) -> SoftTargets:
-        """What is kept of the members' logits for a loss that wants their weighted mixture."""
-        return SoftTargets(self.weights_K, (temperature,), self.mixing)
 
     def fingerprint(self) -> str:
         """SHA-256 over all members' parameters and buffers: unchanged as long as none learns."""

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kd.component import is_out_of_memory
+from kd.data import Images
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,6 @@ class Scores:
     """Expected calibration error over 15 bins; see `expected_calibration_error`."""
     worst_class_accuracy: float
     """The lowest accuracy of any class that has samples."""
-    worst_class: int
-    """The class that `worst_class_accuracy` is of; the lowest index where several share it."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +47,6 @@ class Bin:
     accuracy: float
 
 
-class Images(Protocol):
-    """What `predict` needs of kd.data's images."""
-
-    @property
-    def at_once(self) -> int:
-        """How many to look at at once."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices_B: Tensor, views_B: None, /) -> Tensor:
-        """The pictures at `indices_B` as the model takes them: (B, channels, H, W) float32."""
-        ...
-
-
 def scores(logits_NC: Tensor, labels_N: Tensor) -> Scores:
     """Accuracy, likelihood, calibration and the worst class of `logits_NC`.
 
@@ -76,13 +59,11 @@ def scores(logits_NC: Tensor, labels_N: Tensor) -> Scores:
     """
     _check(logits_NC, labels_N)
     log_probs_NC = logits_NC.double().log_softmax(1)
-    worst_class, worst_class_accuracy = _worst_class(confusion(logits_NC, labels_N))
     return Scores(
         accuracy=correct(logits_NC, labels_N).double().mean().item(),
         nll=-log_probs_NC.gather(1, labels_N[:, None]).mean().item(),
         ece=expected_calibration_error(reliability(logits_NC, labels_N)),
-        worst_class_accuracy=worst_class_accuracy,
-        worst_class=worst_class,
+        worst_class_accuracy=_worst_class_accuracy(confusion(logits_NC, labels_N)),
     )
 
 
@@ -230,12 +211,10 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _worst_class(counts_CC: Tensor) -> tuple[int, float]:
-    """The class of lowest accuracy among those that have samples, and that accuracy."""
+def _worst_class_accuracy(counts_CC: Tensor) -> float:
+    """The lowest accuracy among the classes that have samples."""
     accuracy_C = counts_CC.diagonal().double() / counts_CC.sum(1)  # nan for an empty class
-    accuracy_C = accuracy_C.nan_to_num(nan=math.inf)
-    worst = int(accuracy_C.argmin())
-    return worst, accuracy_C[worst].item()
+    return accuracy_C.nan_to_num(nan=math.inf).min().item()
 
 
 def _check(logits_NC: Tensor, labels_N: Tensor) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kd import artifacts, manifest, report
 from kd.data import Images
-from kd.ensemble import mix
 from kd.evaluate import (
     agreement,
     confusion,
@@ -20,6 +19,7 @@ from kd.evaluate import (
     scores,
 )
 from kd.exporters import latency
+from kd.methods import mix
 from kd.params import Params
 from kd.report import UNIFORM, WEIGHTED, Paired, Test
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from kd import artifacts, launch, manifest, signals
 from kd.component import ConfigError, own_sources, raised, require
 from kd.data import Images, key
-from kd.ensemble import Ensemble, Mixing
+from kd.ensemble import Ensemble
 from kd.evaluate import agreement, predict, scores
 from kd.manifest import Manifest, Origin
-from kd.methods import Labels, Learner, Learning, Members, Method, Shown, label_probs
+from kd.methods import Labels, Learner, Learning, Members, Method, Mixing, Shown, label_probs
 from kd.models import Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe

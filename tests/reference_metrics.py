@@ -48,13 +48,12 @@ def confusion(rows: list[list[float]], labels: list[int]) -> list[list[int]]:
     return counts
 
 
-def worst_class(rows: list[list[float]], labels: list[int]) -> tuple[int, float]:
+def worst_class_accuracy(rows: list[list[float]], labels: list[int]) -> float:
     shares = []
     for label in sorted(set(labels)):
         of_class = [predicted(r) == label for r, x in zip(rows, labels, strict=True) if x == label]
-        shares.append((sum(of_class) / len(of_class), label))
-    share, label = min(shares)
-    return label, share
+        shares.append(sum(of_class) / len(of_class))
+    return min(shares)
 
 
 def paired_difference(a: list[float], b: list[float]) -> tuple[float, float]:

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from kd.component import ConfigError
-from kd.ensemble import Ensemble, SoftTargets, digest_of_tensors, mix
+from kd.ensemble import Ensemble, digest_of_tensors
+from kd.methods import SoftTargets, mix
 from tests import reference
 from tests.learners import network, pictures
 

@@ -11,7 +11,7 @@ from kd.artifacts import TARGETS, DiskTables
 from kd.component import ConfigError
 from kd.data import Augment
 from kd.ensemble import Ensemble
-from kd.methods import soft_loss
+from kd.methods import SoftTargets, soft_loss
 from kd.train.plan import Batch, batch_of
 from kd.train.targets import Cached, InMemory, Online, cache_pays, targets_of
 from tests.learners import CLASSES, network, pictures, recipe
@@ -23,16 +23,20 @@ def ensemble(first=0, weights=WEIGHTS):
     return Ensemble((network(first), network(first + 1)), weights)
 
 
+def soft_targets(who, temperature):
+    return SoftTargets(who.weights_K, (temperature,), who.mixing)
+
+
 def cached(images=None, tables=None, who=None, temperature=4.0, **changes):
     images, who = images or pictures(), who or ensemble()
     settings = recipe(targets="cached", **changes)
-    reduction = who.soft_targets(temperature)
+    reduction = soft_targets(who, temperature)
     return targets_of(who, reduction, images, settings, CLASSES, tables)
 
 
 def online(images=None, who=None, temperature=4.0):
     images, who = images or pictures(), who or ensemble()
-    return targets_of(who, who.soft_targets(temperature), images, recipe(targets="online"), 3)
+    return targets_of(who, soft_targets(who, temperature), images, recipe(targets="online"), 3)
 
 
 class Counted(DiskTables):
@@ -83,7 +87,7 @@ def test_cached_targets_are_the_targets_of_the_very_view_shown(views, large, mon
 def test_members_asked_all_at_once_say_what_they_say_one_by_one():
     images, who = pictures(), ensemble()
     settings = recipe(targets="stacked")
-    together = targets_of(who, who.soft_targets(4.0), images, settings, CLASSES)
+    together = targets_of(who, soft_targets(who, 4.0), images, settings, CLASSES)
     shown = batch_of(0, 8, len(images), images.augment, seed=0)
     batch = images.batch(shown.indices_B, shown.views_B)
     found = together.rows(batch, shown)
@@ -94,7 +98,7 @@ def test_members_asked_all_at_once_say_what_they_say_one_by_one():
 def test_members_of_two_architectures_cannot_be_asked_all_at_once():
     who = Ensemble((network(0), network(1, dropout=0.5)), WEIGHTS)
     with pytest.raises(ConfigError, match=r"recipe\.targets is stacked"):
-        targets_of(who, who.soft_targets(4.0), pictures(), recipe(targets="stacked"), CLASSES)
+        targets_of(who, soft_targets(who, 4.0), pictures(), recipe(targets="stacked"), CLASSES)
 
 
 def test_recurring_views_are_the_same_for_every_seed_and_fresh_ones_are_not():
@@ -138,7 +142,7 @@ def test_auto_caches_where_each_view_is_asked_for_less_than_once(monkeypatch):
     members = ensemble()
     for epochs, kind in ((9, Online), (10, Cached)):
         settings = recipe(epochs=epochs)
-        found = targets_of(members, members.soft_targets(4.0), nine, settings, CLASSES)
+        found = targets_of(members, soft_targets(members, 4.0), nine, settings, CLASSES)
         assert isinstance(found, kind)
 
 
