@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 from uuid import UUID
 
 import httpx
@@ -37,32 +36,11 @@ class PipelineFailedError(Exception):
     """At least one stage failed; what did not depend on it has finished."""
 
 
-class Place(Protocol):
-    """Where stages run: on this machine, or on remote workers."""
-
-    def run(
-        self,
-        stage: graph.Stage,
-        *,
-        env: Mapping[str, str],
-        log: remote.Log,
-        stop: threading.Event,
-        hold: Sequence[int],
-    ) -> graph.Hashes:
-        """Run one stage to its end, once there is room for it; what it read and made.
-
-        Raises:
-            flows.stage.StageFailedError: it failed.
-            flows.child.Stopped: `stop` was set.
-        """
-
-
 @dataclass(frozen=True)
 class Here:
     """This machine, with its slots."""
 
     root: Path
-
     seconds: Mapping[str, float]
     """How long each stage will probably take."""
 
@@ -75,7 +53,12 @@ class Here:
         stop: threading.Event,
         hold: Sequence[int],
     ) -> graph.Hashes:
-        """Wait for a slot and run one stage there."""
+        """Wait for a slot and run one stage there; what it read and made.
+
+        Raises:
+            flows.stage.StageFailedError: it failed.
+            flows.child.Stopped: `stop` was set.
+        """
         log.info("waits for a slot", extra={"stage_state": "waiting"})
         with locks.slots().take(
             threads=stage.threads, gpu=stage.gpu, stop=stop, seconds=self.seconds[stage.name]
@@ -89,6 +72,9 @@ class Here:
                 stop=stop,
                 hold=[*slot.descriptors, *hold],
             )
+
+
+Place = Here | remote.Workers
 
 
 @task(task_run_name="{stage.name}", cache_policy=NO_CACHE, persist_result=False)

@@ -6,7 +6,6 @@ Each function says what would go; deleting is another call.  Both work under the
 import os
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flows.stage import environment
+from flows.stage import DVC, environment
 from kd import warm
 from kd.tracking import recorder
 
@@ -105,16 +104,7 @@ def _passing(own: Path) -> Iterator[Path]:
 
 
 def _gc(root: Path, keep: Keep, *words: str) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "dvc",
-        "--wait-for-lock",
-        "gc",
-        "--force",
-        *KEPT[keep],
-        *words,
-    ]
+    command = [*DVC, "gc", "--force", *KEPT[keep], *words]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment())
     if done.returncode:
         raise GarbageError(f"`dvc gc` failed: {done.stderr.strip()[-1000:]}")

@@ -36,8 +36,7 @@ def _commit(root: Path) -> str:
         raise WorkersCannotError("workers check out a commit, and here is none: commit first")
     commit, dirty = found
     if dirty:
-        changed = git.ask(root, "status", "--porcelain", "--", ".", ":!dvc.lock").splitlines()
-        names = [line.split(maxsplit=1)[-1] for line in changed]
+        names = [line.split(maxsplit=1)[-1] for line in git.changed(root)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise WorkersCannotError(
             f"workers check out the commit, and cannot see what differs from it: "

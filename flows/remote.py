@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from prefect.states import Cancelled, Cancelling, Crashed, Scheduled
 from flows import child, graph, needs
 from flows.child import Stopped
 from flows.remote_stage import BEAT, LOGGER, Order, settings
-from flows.stage import StageFailedError, environment, reproduce
+from flows.stage import DVC, StageFailedError, environment, reproduce
 
 POOLS = ("gpu", "cpu")
 """Work pools: for stages that a GPU helps, and for the others."""
@@ -282,7 +281,7 @@ def _push(root: Path, stale: list[str]) -> None:
         return
     lines: list[str] = []
     code = child.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "push", "--quiet", *needed],
+        [*DVC, "push", "--quiet", *needed],
         cwd=root,
         env=environment(),
         hear=lines.append,

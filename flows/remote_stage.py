@@ -7,7 +7,6 @@ handed the stage out takes the result from the remote's run-cache (flows/remote.
 import itertools
 import os
 import platform
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from prefect.runtime import flow_run
 
 from flows import child, graph, locks
 from flows.checkpoints import Checkpoints
-from flows.stage import StageFailedError, environment, reproduce
+from flows.stage import DVC, StageFailedError, environment, reproduce
 from kd import git
 
 BEAT = "kd.beat"
@@ -110,10 +109,9 @@ def _runner(root: Path, stop: threading.Event, hold: list[int]) -> Callable[...,
     """A function that runs a command of DVC's, or of another program, to its good end."""
 
     def run(*words: str, program: str = "dvc") -> None:
-        dvc = [sys.executable, "-m", "dvc", "--wait-for-lock"]
         last = deque[str](maxlen=15)
         code = child.run(
-            [*(dvc if program == "dvc" else [program]), *words],
+            [*(DVC if program == "dvc" else [program]), *words],
             cwd=root,
             env=environment(),
             hear=last.append,

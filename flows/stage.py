@@ -19,6 +19,9 @@ ADVICE = (
     "Data and pipelines are up to date",
 )
 """How lines begin that DVC prints after every stage, for people who call it by hand."""
+DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+"""Without the wait, a stage that ends while another one is being recorded fails after three
+seconds: trained, but not recorded."""
 ERROR = "error: "
 """How the line begins in which `kd` says why it ends; DVC's own are in capitals."""
 UNSTORED = "ERROR: failed to transfer "
@@ -66,21 +69,10 @@ def reproduce(
         if not line.startswith(ADVICE):
             hear(line)
 
-    # Without --wait-for-lock a stage that ends while another one is being recorded fails after
-    # three seconds: trained, but not recorded.
-    command = [
-        sys.executable,
-        "-m",
-        "dvc",
-        "--wait-for-lock",
-        "repro",
-        "--single-item",
-        *(["--pull"] if pull else []),
-        stage.name,
-    ]
+    options = ["--single-item", *(["--pull"] if pull else [])]
     try:
         code = child.run(
-            command,
+            [*DVC, "repro", *options, stage.name],
             cwd=root,
             env={**environment(), **env},
             hear=keep,

@@ -1,13 +1,13 @@
 """New code and new data for a workspace that runs by itself: git's branch, and DVC's sources."""
 
 import subprocess
-import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 from flows import child, graph
-from flows.stage import environment
+from flows.stage import DVC, environment
 from kd import git
 
 LOCK = "dvc.lock"
@@ -81,30 +81,27 @@ def push(root: Path, hear: Callable[[str], None], stop: threading.Event) -> str:
 
 def has_remote(root: Path) -> bool:
     """Whether DVC has a default remote."""
-    command = [sys.executable, "-m", "dvc", "config", "core.remote"]
-    asked = subprocess.run(command, cwd=root, capture_output=True, env=environment())
+    asked = subprocess.run(
+        [*DVC, "config", "core.remote"], cwd=root, capture_output=True, env=environment()
+    )
     return bool(asked.stdout.strip())
 
 
-def dvc(
-    root: Path, words: list[str], hear: Callable[[str], None], stop: threading.Event
-) -> list[str]:
-    """The lines that `dvc WORDS` prints.
+def dvc(root: Path, words: list[str], hear: Callable[[str], None], stop: threading.Event) -> None:
+    """Run `dvc WORDS` to its good end.
 
     Raises:
         UpdateFailedError: it failed; the message ends with what it said.
         flows.child.Stopped: `stop` was set.
     """
-    said: list[str] = []
+    said = deque[str](maxlen=15)
 
     def keep(line: str) -> None:
         said.append(line)
         hear(line)
 
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *words]
-    if child.run(command, cwd=root, env=environment(), hear=keep, stop=stop):
-        raise UpdateFailedError("\n".join([f"`dvc {' '.join(words)}` failed", *said[-15:]]))
-    return said
+    if child.run([*DVC, *words], cwd=root, env=environment(), hear=keep, stop=stop):
+        raise UpdateFailedError("\n".join([f"`dvc {' '.join(words)}` failed", *said]))
 
 
 def _git(root: Path, *words: str) -> None:

@@ -47,7 +47,7 @@ def _refusal(root: Path) -> str | None:
         return f"PREFECT_API_URL is {api or 'not set'}: name the server that hands out the stages"
     if not (root / "dvc.yaml").exists() or git.state(root) is None:
         return "a worker runs in a clone of the project, in the folder of dvc.yaml"
-    if changed := git.ask(root, "status", "--porcelain", "--", ".", ":!dvc.lock"):
+    if changed := "\n".join(git.changed(root)):
         return (
             "a worker checks out what it is told to, and would overwrite what is not committed "
             f"here; give it a clone of its own:\n{changed}"

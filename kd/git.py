@@ -5,14 +5,19 @@ from pathlib import Path
 
 
 def state(root: Path) -> tuple[str, bool] | None:
-    """The commit, and whether files differ from it; None where there is no git or no commit.
-
-    dvc.lock does not count, because the pipeline itself writes it.
-    """
+    """The commit, and whether files differ from it; None where there is no git or no commit."""
     commit = ask(root, "rev-parse", "HEAD")
     if not commit:
         return None
-    return commit, bool(ask(root, "status", "--porcelain", "--", ".", ":!dvc.lock"))
+    return commit, bool(changed(root))
+
+
+def changed(root: Path) -> list[str]:
+    """The files that differ from the commit, as `git status` lists them.
+
+    dvc.lock does not count, because the pipeline itself writes it.
+    """
+    return ask(root, "status", "--porcelain", "--", ".", ":!dvc.lock").splitlines()
 
 
 def ask(root: Path, *words: str) -> str:
