@@ -174,7 +174,7 @@ def surroundings(path: Path) -> str:
     Raises:
         ArtifactError: it does, and something is missing, altered or foreign.
     """
-    if checksums.around(path) is None:
+    if not (path.parent / checksums.SUMS).exists():
         return "alone: no labels, preprocessing or checksums beside it"
     return f"in a whole bundle: {', '.join(checksums.check(path.parent))}"
 

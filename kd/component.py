@@ -2,7 +2,7 @@
 
 A component is a frozen, keyword-only dataclass.  Its fields are what a user may write in
 params.yaml, its ``__post_init__`` refuses values out of range, and its methods do the work.
-``kind`` names it: ``Method = KD | CrossEntropy`` is at once the type and the registry, and
+``kind`` names it: ``Method = KD | Labels`` is at once the type and the registry, and
 params.yaml says which member of the union it wants by ``kind: kd``.
 
     @component
@@ -90,7 +90,7 @@ def own_sources(settings: object) -> list[str]:
         return []
     if settings.get("kind") == "custom":
         return [source_of(load_object(settings["path"]))]
-    return [sha256 for each in settings.values() for sha256 in own_sources(each)]
+    return [found for each in settings.values() for found in own_sources(each)]
 
 
 def load_object(path: str) -> Any:

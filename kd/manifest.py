@@ -76,7 +76,7 @@ class Manifest:
             ConfigError: it cannot be built, or does not turn such images into logits.
         """
         plain = self.model if model is None else model
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()}
+        fields = _frozen(plain)
         kinds = {cls.kind: cls for cls in get_args(Model)}
         try:
             described = kinds[fields["kind"]](**fields)
@@ -132,18 +132,15 @@ def read(folder: Path, name: str = "manifest.json") -> Manifest:
             f"{artifacts.remedy(path)}"
         )
     try:
-        return from_record(record)
+        teachers = tuple(Origin(**teacher) for teacher in record["teachers"])
+        return Manifest(**{**_frozen(record), "teachers": teachers})
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r}): {artifacts.remedy(path)}") from None
 
 
-def from_record(record: Mapping[str, Any]) -> Manifest:
-    """The manifest that a JSON record holds."""
-    plain: dict[str, Any] = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in record.items()
-    }
-    teachers = tuple(Origin(**teacher) for teacher in record["teachers"])
-    return Manifest(**(plain | {"teachers": teachers}))
+def _frozen(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with JSON's lists as tuples."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
 
 
 def check_lineage(members: Iterable[Manifest], present: Mapping[str, str], data_hash: str) -> None:

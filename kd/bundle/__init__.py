@@ -62,7 +62,7 @@ def clear(folder: Path) -> None:
 
 def write(
     folder: Path, parity: Mapping[str, Any], student: Manifest, data: Mapping[str, Any]
-) -> str:
+) -> None:
     """Put beside an exported file all that belongs to it.
 
     Args:
@@ -70,9 +70,6 @@ def write(
         parity: The record of its comparison with the network, `Parity.record()`.
         student: The manifest of the network that was exported.
         data: The record of the data that it learned from, data.json.
-
-    Returns:
-        The bundle's own SHA-256, that of SHA256SUMS.
 
     Raises:
         Refused: labels and outputs do not fit each other.
@@ -93,7 +90,7 @@ def write(
     for name, text in contents.items():
         with artifacts.atomic(folder / name) as temporary:
             temporary.write_text(text, "utf-8")
-    return checksums.write(folder)
+    checksums.write(folder)
 
 
 def _json(record: Mapping[str, Any]) -> str:

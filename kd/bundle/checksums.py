@@ -10,11 +10,11 @@ BENCHMARK = "benchmark.json"
 """Differs from run to run, so no checksum says what it must be."""
 
 
-def write(folder: Path) -> str:
-    """Write SHA256SUMS, by which the folder becomes a bundle; its own SHA-256."""
+def write(folder: Path) -> None:
+    """Write SHA256SUMS, by which the folder becomes a bundle."""
+    lines = [f"{artifacts.sha256(folder / name)}  {name}\n" for name in _names(folder)]
     with artifacts.atomic(folder / SUMS) as temporary:
-        temporary.write_text(listing(folder), "utf-8")
-    return artifacts.sha256(folder / SUMS)
+        temporary.write_text("".join(lines), "utf-8")
 
 
 def check(folder: Path) -> dict[str, str]:
@@ -48,16 +48,6 @@ def read(folder: Path) -> dict[str, str]:
         return {name: digest for digest, name in lines}
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged ({error}){_remedy(folder)}") from None
-
-
-def around(path: Path) -> Path | None:
-    """The bundle that an exported file lies in; None where it lies alone."""
-    return path.parent if (path.parent / SUMS).exists() else None
-
-
-def listing(folder: Path) -> str:
-    """A line for each file below a folder, in the order of their names."""
-    return "".join(f"{artifacts.sha256(folder / name)}  {name}\n" for name in _names(folder))
 
 
 def _names(folder: Path) -> list[str]:

@@ -94,24 +94,19 @@ def for_export(module: nn.Module) -> nn.Module:
     return made.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
-def captured(module: nn.Module, example: Tensor, dynamic_batch: bool = False) -> ExportedProgram:
-    """The graph of `module`, which every format starts from.
+def captured(module: nn.Module, example: Tensor) -> ExportedProgram:
+    """The graph of `module` for one image, which every format but ONNX starts from.
 
     Args:
         module: In eval mode, on the CPU.
         example: A batch such as it takes; only shape and type matter.
-        dynamic_batch: Whether the graph takes any number of images; else it takes one.
 
     Raises:
         ConfigError: what the network does depends on the values in its images, or cannot be
             traced at all.
     """
-    image = in_canonical_memory(example[:1])
-    # Two images, because torch.export takes a size of one for a constant.
-    images = image.expand(2, *image.shape[1:]).clone() if dynamic_batch else image
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     with exporting("a graph (torch.export)"):
-        return torch.export.export(module, (images,), dynamic_shapes=shapes)
+        return torch.export.export(module, (in_canonical_memory(example[:1]),))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from kd.component import component, require
-from kd.methods.learner import Answer, Cohort, last_linear, with_features
+from kd.methods.learner import Answer, Cohort, last_linear
 from kd.methods.losses import wide
 from kd.methods.peers import Together, hard_losses, pulled
 from kd.methods.shown import Members, Shown
@@ -36,10 +36,10 @@ class JudgedCohort(Cohort):
         `own` and `neighbour` teach the critics alone, `fooled` the networks alone: the first two
         see features that are held fast, the last is said by critics that are held fast.
         """
-        answers = [with_features(network, images) for network in self.networks]
+        logits_MBC, seen = self.answer_with_features(images)
         features = [
             F.layer_norm(wide(transfer(features_BD)), (self.width,))
-            for transfer, (_, features_BD) in zip(self.transfers, answers, strict=True)
+            for transfer, features_BD in zip(self.transfers, seen, strict=True)
         ]
         own, neighbour, fooled = [], [], []
         for k, critic in enumerate(self.critics):
@@ -49,7 +49,6 @@ class JudgedCohort(Cohort):
             fooled.append(functional_call(critic, held, (features[k],)))
         said = {"own": own, "neighbour": neighbour, "fooled": fooled}
         judged = {f"{name}_MB": wide(torch.cat(each, dim=1)).T for name, each in said.items()}
-        logits_MBC = torch.stack([logits_BC for logits_BC, _ in answers])
         return logits_MBC[0], {"logits_MBC": logits_MBC, **judged}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import component, require
-from kd.methods.learner import Answer, Cohort, last_linear, with_features
+from kd.methods.learner import Answer, Cohort, last_linear
 from kd.methods.peers import Together, hard_losses, pulled
 from kd.methods.shown import Members, Shown
 
@@ -28,12 +28,10 @@ class AdaptedCohort(Cohort):
 
     def answer(self, images: Tensor) -> Answer:
         """Everybody's logits, the others' adapted features and the pseudo-teacher's own."""
-        answers = [with_features(network, images) for network in self.networks]
-        logits_MBC = torch.stack([logits_BC for logits_BC, _ in answers])
-        teacher_BD = answers[1][1].detach()
-        others = [features_BD for k, (_, features_BD) in enumerate(answers) if k != 1]
+        logits_MBC, (student_BD, teacher_BD, *more) = self.answer_with_features(images)
+        others = [student_BD, *more]
         adapted = [f(features).float() for f, features in zip(self.adapters, others, strict=True)]
-        also = {"teacher_BD": teacher_BD, "adapted_PBD": torch.stack(adapted)}
+        also = {"teacher_BD": teacher_BD.detach(), "adapted_PBD": torch.stack(adapted)}
         return logits_MBC[0], {"logits_MBC": logits_MBC, **also}
 
 

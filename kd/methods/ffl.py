@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import component, require
-from kd.methods.learner import Answer, Cohort, last_linear, with_features
+from kd.methods.learner import Answer, Cohort, last_linear
 from kd.methods.losses import hard_loss
 from kd.methods.peers import Together, hard_losses, pulled, ramp
 from kd.methods.shown import Members, Shown
@@ -31,9 +31,8 @@ class FusedCohort(Cohort):
 
     def answer(self, images: Tensor) -> Answer:
         """Everybody's logits, and the fused classifier's as `fused_BC`."""
-        answers = [with_features(network, images) for network in self.networks]
-        logits_MBC = torch.stack([logits_BC for logits_BC, _ in answers])
-        fused_BC = self.fusion(torch.cat([features_BD for _, features_BD in answers], dim=1))
+        logits_MBC, features = self.answer_with_features(images)
+        fused_BC = self.fusion(torch.cat(features, dim=1))
         return logits_MBC[0], {"logits_MBC": logits_MBC, "fused_BC": fused_BC}
 
 

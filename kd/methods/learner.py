@@ -61,6 +61,13 @@ class Cohort(Learner):
         logits_MBC = torch.stack([wide(network(images)) for network in self.networks])
         return logits_MBC[0], {"logits_MBC": logits_MBC}
 
+    def answer_with_features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Everybody's logits (M, B, C), and the features (B, D) that each made them of."""
+        logits, features = zip(
+            *(with_features(each, images) for each in self.networks), strict=True
+        )
+        return torch.stack(logits), list(features)
+
 
 class Frozen(nn.Module):
     """A copy of a network that teaches: it never trains, and is changed only by its owner."""

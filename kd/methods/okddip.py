@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd.component import component, require
 from kd.methods.learner import Answer, Cohort, last_linear, with_features
 from kd.methods.losses import log_probs, soft_loss, wide
-from kd.methods.peers import Together, hard_losses, ramp, target
+from kd.methods.peers import Together, hard_losses, ramp
 from kd.methods.shown import Members, Shown
 
 
@@ -84,10 +84,7 @@ class OKDDip(Together):
             soft_loss(own_BC, log_probs(to_BC, self.temperature), self.temperature)
             for own_BC, to_BC in zip(peers_PBC, attended_PBC, strict=True)
         ]
-        together_BC = given_PBC.mean(dim=0)
-        to_BC = target(together_BC, self.temperature)
-        if not self.detach:
-            to_BC = log_probs(together_BC, self.temperature)
+        to_BC = log_probs(given_PBC.mean(dim=0), self.temperature)
         soft.append(soft_loss(leader_BC, to_BC, self.temperature))
         rise = ramp(shown.progress, self.rise)
         hard = hard_losses(logits_MBC, shown)
