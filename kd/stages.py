@@ -5,6 +5,8 @@
 
 Each stage reads what earlier ones wrote under artifacts/, and writes a folder of its own there;
 only `report` opens the test split.
+
+K members, N images, C classes.
 """
 
 import json
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kd import artifacts, bench, bundle, manifest, promotion
@@ -98,22 +101,11 @@ def assistants(params: Params, name: str, run: Run) -> None:
 
 def weights(params: Params, name: str, run: Run) -> None:
     """Find how much each assistant counts, on cached validation logits."""
-    members = [manifest.load(artifacts.folder(f"assistants/{each}")) for each in params.assistants]
-    val = Images.load(artifacts.DATA, "val")
-    logits_KNC = torch.stack([predict(module, val) for module, _ in members])
-    folder = artifacts.folder("weights")
-    names = tuple(params.assistants)
-    sha256 = {each: m.sha256 for each, (_, m) in zip(names, members, strict=True)}
-    artifacts.write_tensors(
-        folder / "val_logits.safetensors",
-        {"logits_KNC": logits_KNC, "labels_N": val.labels_N},
-        {"members": json.dumps(sha256)},
-    )
-    given = (logits_KNC.numpy(), val.labels_N.numpy())
-    seed = seed_of(params.seed, "weights")
+    folder, seed = artifacts.folder("weights"), seed_of(params.seed, "weights")
+    sha256, logits_KNC, labels_N = member_logits(params, folder)
     begun = study_begun(params.weights, folder, seed)
-    found = params.weights.find(*given, names, seed, begun)
-    record = weight_record(params.weights, found, *given, seed)
+    found = params.weights.find(logits_KNC, labels_N, tuple(params.assistants), seed, begun)
+    record = weight_record(params.weights, found, logits_KNC, labels_N, seed)
     record |= {"sha256": sha256, "searched": found.searched, "shrinkage": found.shrinkage}
     record |= {"warnings": list(found.warnings)}
     artifacts.write_json(folder / "weights.json", record)
@@ -124,11 +116,23 @@ def weights(params: Params, name: str, run: Run) -> None:
     print("  ".join(f"{each} {weight:.3f}" for each, weight in found.weights.items()))
     for warning in found.warnings:
         print(f"warning: {warning}")
-    study = artifacts.folder("runs") / "weights.study.log"
-    with artifacts.atomic(study) as temporary:  # empty where nothing was searched: DVC expects it
-        temporary.write_bytes(begun.read_bytes() if begun.exists() else b"")
-    begun.unlink(missing_ok=True)
-    log_weight_sets(run, folder, study if study.stat().st_size else None)
+    log_weight_sets(run, folder, study_ended(begun))
+
+
+def member_logits(params: Params, folder: Path) -> tuple[dict[str, str], np.ndarray, np.ndarray]:
+    """Every assistant's SHA-256 and validation logits (K, N, C), and the labels (N,); all kept."""
+    loaded = {
+        name: manifest.load(artifacts.folder(f"assistants/{name}")) for name in params.assistants
+    }
+    sha256 = {name: described.sha256 for name, (_, described) in loaded.items()}
+    val = Images.load(artifacts.DATA, "val")
+    logits_KNC = torch.stack([predict(module, val) for module, _ in loaded.values()])
+    artifacts.write_tensors(
+        folder / "val_logits.safetensors",
+        {"logits_KNC": logits_KNC, "labels_N": val.labels_N},
+        {"members": json.dumps(sha256)},
+    )
+    return sha256, logits_KNC.numpy(), val.labels_N.numpy()
 
 
 def study_begun(weighting: Weighting, folder: Path, seed: int) -> Path:
@@ -138,6 +142,15 @@ def study_begun(weighting: Weighting, folder: Path, seed: int) -> Path:
     path = artifacts.state_path("weights", inputs, ".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def study_ended(begun: Path) -> Path | None:
+    """The search's study where DVC keeps it; None where nothing was searched."""
+    study = artifacts.folder("runs") / "weights.study.log"
+    with artifacts.atomic(study) as temporary:  # empty where nothing was searched: DVC expects it
+        temporary.write_bytes(begun.read_bytes() if begun.exists() else b"")
+    begun.unlink(missing_ok=True)
+    return study if study.stat().st_size else None
 
 
 def student(params: Params, name: str, run: Run) -> None:
