@@ -173,7 +173,9 @@ def taught(
 ) -> tuple[nn.Module, list[Epoch]]:
     """`network` after a training by its role, without what trained along with it; its epochs."""
     method = role.method.resolved() if role.method else None
-    learns_from_pool = ensemble is not None or (method is not None and method.uses_pool)
+    # An ensemble alone is not enough: of a second generation's, methods with peers hear nothing.
+    listens = ensemble is not None and method is not None and method.needs == "teachers"
+    learns_from_pool = listens or (method is not None and method.uses_pool)
     images, epoch_steps = training_images(role, described.device, learns_from_pool)
     learner = network
     if method is not None:

@@ -9,7 +9,7 @@ import pytest
 from kd import artifacts, manifest, params, stages
 from kd.component import component
 from kd.exporters import Int8, Trained
-from kd.methods import KD, CustomMethod
+from kd.methods import KD, CustomMethod, Labels
 from kd.models import PlainCNN
 from kd.qat import fine_tuned
 from kd.roles import Role, learn
@@ -75,6 +75,23 @@ def test_a_stop_in_the_third_generation_costs_nothing_of_the_two_before(here):
     assert resumed.told == [6]
     assert manifest.read(artifacts.folder("teacher")).sha256 == expected
     assert not list((here / ".kd/checkpoints").rglob("*.*"))
+
+
+@component
+class Watching(Labels):
+    """Labels alone, which notes whether each batch has images without one."""
+
+    unlabelled: ClassVar[list[bool]] = []
+
+    def loss(self, shown):
+        self.unlabelled.append(bool((shown.label_probs_BC.sum(dim=1) == 0).any()))
+        return Labels.loss(self, shown)
+
+
+def test_a_second_generation_that_hears_nobody_is_shown_labelled_images_alone(here):
+    learn(role(method=Watching(), generations=2), NullRun())
+    assert len(Watching.unlabelled) > 0
+    assert not any(Watching.unlabelled)
 
 
 def test_a_users_method_is_one_object_from_its_learner_to_its_last_loss(here, monkeypatch):

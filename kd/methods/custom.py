@@ -46,6 +46,10 @@ class CustomMethod(Learning):
         """The method's own."""
         return self.resolved().by_image
 
+    def labels_alone(self, progress: float) -> bool:
+        """The method's own."""
+        return self.resolved().labels_alone(progress)
+
     def loss(self, shown: Shown) -> Tensor:
         """The method's own."""
         return self.resolved().loss(shown)

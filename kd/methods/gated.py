@@ -60,6 +60,10 @@ class Gated(SoftMethod):
         """The student and its gate."""
         return student if members is None else WithGate(student, len(members.names))
 
+    def labels_alone(self, progress: float) -> bool:
+        """Never: the gate learns from what teachers say, whatever the student does."""
+        return False
+
     def reduction(self, members: Members) -> AllLogits:
         """Everything: the gate changes as it learns."""
         return AllLogits()

@@ -34,6 +34,12 @@ class Learning(ABC):
         """Whether the mean loss of a batch's parts is the batch's."""
         return self.alone
 
+    def labels_alone(self, progress: float) -> bool:
+        """Whether at this point of the training nothing but labels teaches: then labelled images
+        alone are shown, as many in a batch as ever, and teachers are not asked.
+        """
+        return False
+
     def resolved(self) -> "Learning":
         """The method that does the work: itself, but for one that is named by import path."""
         return self

@@ -36,11 +36,15 @@ class ProKD(Together):
         require(self.levels >= 1, "levels", self.levels, "at least 1")
         require(0 < self.regression <= 1, "regression", self.regression, "in (0, 1]")
 
+    def labels_alone(self, progress: float) -> bool:
+        """Once the student has followed."""
+        return progress >= self.regression
+
     def loss(self, shown: Shown) -> Tensor:
         """The student's loss and the teacher's."""
         student_BC, teacher_BC = shown.also["logits_MBC"]
         teachers = hard_loss(teacher_BC, shown.label_probs_BC, shown.labelled)
-        if shown.progress >= self.regression:
+        if self.labels_alone(shown.progress):
             return hard_loss(student_BC, shown.label_probs_BC, shown.labelled) + teachers
         factor = annealing(shown.progress / self.regression, self.levels)
         targets_BC = factor * log_probs(teacher_BC.detach())

@@ -50,6 +50,10 @@ class Taught(Learning):
     def share(self, progress: float) -> float:
         """Weight of the soft loss, in [0, 1]; the hard loss gets the rest."""
 
+    def labels_alone(self, progress: float) -> bool:
+        """Where the soft loss has no weight."""
+        return self.share(progress) == 0
+
     @abstractmethod
     def soft(
         self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
@@ -79,13 +83,15 @@ class Taught(Learning):
 
     def exact_loss(self, shown: Shown) -> Tensor:
         """The loss in float32 at least."""
+        share, given = self.share(shown.progress), (shown.label_probs_BC, shown.labelled)
+        if share == 0:  # nobody was asked
+            return self.scale * hard_loss(shown.logits_BC, *given)
         logits_BC = standardized(shown.logits_BC) if self.standardize else shown.logits_BC
         soft_SBC, emphasis_B = self.targets(logits_BC, shown)
         pairs = zip(soft_SBC, self.temperatures, strict=True)
         soft_SB = torch.stack([self.by_images(logits_BC, *each, shown) for each in pairs])
         soft = (emphasis_B * soft_SB).mean()
-        share = self.share(shown.progress)
-        hard = hard_loss(shown.logits_BC, shown.label_probs_BC, shown.labelled)
+        hard = hard_loss(shown.logits_BC, *given)
         return self.scale * (share * soft + (1 - share) * hard)
 
     def by_images(

@@ -5,6 +5,7 @@ B batch, C classes.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class Lesson:
             if reduction := self.method.reduction(self.members):
                 given = (images, recipe, num_classes, tables, stop)
                 self.targets = targets_of(ensemble, reduction, *given)
+        at_L = (images.labels_N >= 0).nonzero()[:, 0].to(self.home)
+        self.labelled_L = at_L if 0 < len(at_L) < len(images) else None
 
     @property
     def home(self) -> torch.device:
@@ -74,18 +77,26 @@ class Lesson:
             share: Which part of the batch is looked at.
             shares: How many equal parts there are; their losses' mean is the whole batch's.
         """
+        alone = self.labels_alone(step)
+        labelled_L = self.labelled_L if alone else None
         shown = batch_of(
             step,
             self.recipe.batch_size,
-            len(self.images),
+            len(self.images) if labelled_L is None else len(labelled_L),
             self.images.augment,
             self.seed,
-            self.targets.views if self.targets else None,
+            self.targets.views if self.targets and not alone else None,
             str(self.home),
         )
+        if labelled_L is not None:
+            shown = replace(shown, indices_B=labelled_L[shown.indices_B])
         if shares > 1:
             shown = shown.share(share, shares)
         return self.loss_of(model, shown, step)
+
+    def labels_alone(self, step: int) -> bool:
+        """Whether at this step labels alone teach."""
+        return self.method.labels_alone(step / self.num_steps)
 
     def probe(self, model: nn.Module, size: int) -> Tensor:
         """The loss of the first `size` images, for counting the memory that it takes."""
@@ -112,9 +123,10 @@ class Lesson:
         with autocast(device, recipe):
             said = model(images_B)
         logits_BC, also = said if isinstance(said, tuple) else (said, {})
-        rows_BR = self.targets.rows(images_B, shown) if self.targets else None
-        progress = step / self.num_steps
-        given = Shown(logits_BC, labels_BC, rows_BR, self.members, progress, self.labelled, also)
+        alone = self.labels_alone(step)
+        rows_BR = self.targets.rows(images_B, shown) if self.targets and not alone else None
+        progress, labelled = step / self.num_steps, 1.0 if alone else self.labelled
+        given = Shown(logits_BC, labels_BC, rows_BR, self.members, progress, labelled, also)
         return self.method.loss(given)
 
 

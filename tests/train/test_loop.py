@@ -8,7 +8,7 @@ from kd.component import ConfigError
 from kd.data import Augment, key
 from kd.ensemble import Ensemble
 from kd.evaluate import predict, scores
-from kd.methods import KD, Frozen
+from kd.methods import KD, AnnealedKD, ContinuationKD, Frozen, ProKD
 from kd.methods.trust import Correctness
 from kd.recipe import SGD, AdamW, Cosine, Steps
 from kd.train import (
@@ -165,7 +165,7 @@ def test_unlabelled_images_teach_nothing_without_teachers():
     torch.testing.assert_close(model[-1].weight, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", [None, KD(alpha=0.0)])
+@pytest.mark.parametrize("method", [None, KD(alpha=1e-9)])  # at 0 labelled images alone are shown
 def test_the_hard_loss_is_the_mean_over_the_labelled_images_however_they_fall(method):
     images, settings = pictures(40, labelled=10, augment=Augment()), recipe(batch_size=8)
     model = network(0).eval()  # else each batch would be normalised by itself
@@ -177,6 +177,30 @@ def test_the_hard_loss_is_the_mean_over_the_labelled_images_however_they_fall(me
     logits = model(images.batch(labelled.nonzero()[:, 0], torch.zeros(10, dtype=torch.int64)))
     expected = nn.functional.cross_entropy(logits, images.labels_N[labelled])
     torch.testing.assert_close(losses.mean(), expected)
+
+
+@pytest.mark.parametrize("method", [AnnealedKD(), ContinuationKD(), KD(alpha=0.0)])
+def test_where_labels_alone_teach_labelled_images_alone_are_shown(method):
+    """As in the papers' second stages; a batch of all images would have few labels or none."""
+    images, settings = pictures(40, labelled=10, augment=Augment()), recipe(batch_size=8)
+    lesson = Lesson(images, settings, 0, CLASSES, method, taught()["ensemble"], num_steps=20)
+    known = images.batch(torch.arange(10), torch.zeros(10, dtype=torch.int64))
+    model, shown = network(0).eval(), []
+    model.register_forward_pre_hook(lambda module, given: shown.append(given[0]))
+
+    def unknown(images_B):
+        return int((images_B[:, None] != known).flatten(start_dim=2).any(dim=2).all(dim=1).sum())
+
+    losses = torch.stack([lesson.loss(model, step) for step in range(15, 20)])
+    assert [unknown(images_B) for images_B in shown] == [0] * 5
+    expected = nn.functional.cross_entropy(model(known), images.labels_N[:10])
+    torch.testing.assert_close(losses.mean(), expected)  # 40 images: each label four times
+    lesson.loss(model, 0)
+    assert (unknown(shown[-1]) > 0) is not method.labels_alone(0.0)
+
+
+def test_a_follower_is_shown_labelled_images_alone_once_it_has_followed():
+    assert [ProKD(pool=True).labels_alone(progress) for progress in (0.7, 0.8)] == [False, True]
 
 
 def test_a_student_learns_from_unlabelled_images():
