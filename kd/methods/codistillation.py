@@ -31,8 +31,8 @@ class StaleCohort(Cohort):
         return logits_BC, {**also, "stale_MBC": stale_MBC}
 
     def after_step(self, done: int) -> None:
-        """Exchange copies where it is due."""
-        if done % self.every == 0:
+        """Exchange copies where it is due, and until then at each step: no copy is untrained."""
+        if done % self.every == 0 or done < self.every:
             for copy, network in zip(self.stale, self.networks, strict=True):
                 assert isinstance(copy, Frozen)
                 copy.follow(network)

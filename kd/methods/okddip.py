@@ -19,8 +19,11 @@ from kd.methods.shown import Members, Shown
 class AttentiveCohort(Cohort):
     """A cohort whose auxiliary peers learn whom among them to listen to."""
 
-    def __init__(self, student: nn.Module, peers: Sequence[nn.Module], width: int) -> None:
+    def __init__(
+        self, student: nn.Module, peers: Sequence[nn.Module], width: int, detach: bool = True
+    ) -> None:
         super().__init__(student, peers)
+        self.detach = detach
         sizes = [last_linear(peer).in_features for peer in peers]
         self.queries = nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes)
         self.keys = nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes)
@@ -29,9 +32,9 @@ class AttentiveCohort(Cohort):
         """Everybody's logits, and how much each peer listens to each (B, P, P)."""
         student_BC = self.student(images)
         answers = [with_features(peer, images) for peer in self.peers]
-        held = [features_BD.detach() for _, features_BD in answers]
-        queries_BPA = torch.stack([q(h) for q, h in zip(self.queries, held, strict=True)], 1)
-        keys_BPA = torch.stack([k(h) for k, h in zip(self.keys, held, strict=True)], 1)
+        seen = [features.detach() if self.detach else features for _, features in answers]
+        queries_BPA = torch.stack([q(h) for q, h in zip(self.queries, seen, strict=True)], 1)
+        keys_BPA = torch.stack([k(h) for k, h in zip(self.keys, seen, strict=True)], 1)
         with torch.autocast(images.device.type, enabled=False):  # rows would not sum to 1
             scores_BPP = wide(queries_BPA) @ wide(keys_BPA).transpose(1, 2)
             attention_BPP = scores_BPP.softmax(dim=2)
@@ -58,7 +61,7 @@ class OKDDip(Together):
     width: int = 32
     """Size of queries and keys, at least 1."""
     detach: bool = True
-    """Whether what a peer says as a target carries no gradient back to it."""
+    """Whether what a peer says as a target, and whom it attends to, carry no gradient to it."""
 
     num_peers: ClassVar[range] = range(2, 100)
 
@@ -72,7 +75,7 @@ class OKDDip(Together):
         self, student: nn.Module, peers: Sequence[nn.Module], members: Members | None = None
     ) -> nn.Module:
         """The cohort and its attention."""
-        return AttentiveCohort(student, peers, self.width)
+        return AttentiveCohort(student, peers, self.width, self.detach)
 
     def loss(self, shown: Shown) -> Tensor:
         """The sum of all networks' losses."""

@@ -237,6 +237,15 @@ def test_attention_learns_though_its_targets_are_held_fast():
     assert all(q.weight.grad.abs().sum() > 0 for q in learner.queries)
 
 
+@pytest.mark.parametrize("detach", [True, False])
+def test_attention_reaches_features_only_where_the_option_says_so(detach):
+    learner = OKDDip(detach=detach).learner(network(0), [network(1), network(2)]).train()
+    _, also = learner(pictures().batch(torch.arange(8)))
+    weight = learner.peers[0][0].weight
+    (found,) = torch.autograd.grad(also["attention_BPP"][0, 0, 0], weight, allow_unused=True)
+    assert (found is None) is detach
+
+
 def test_attention_sums_to_1_in_half_precision_too():
     learner = OKDDip().learner(network(0), [network(1), network(2), network(3)]).train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -343,12 +352,23 @@ def test_equal_networks_have_no_divergence(name):
 def test_codistillation_sees_of_the_others_what_was_exchanged_last():
     learner = Codistillation(every=3).learner(network(0), [network(1)]).train()
     copies = []
-    for done in range(1, 5):
+    for done in range(1, 8):
         learner.after_step(done)
         copies.append(weights_of(learner.stale[1]))
         with torch.no_grad():
             learner.peers[0][0].weight += 0.1
-    assert copies[0] == copies[1] != copies[2] == copies[3]
+    assert copies[2] == copies[3] == copies[4] != copies[5] == copies[6]
+
+
+def test_codistillation_never_listens_to_untrained_copies():
+    """A burn-in may end before the first exchange is due."""
+    learner = Codistillation(every=50).learner(network(0), [network(1)]).train()
+    untrained = weights_of(learner.stale[1])
+    with torch.no_grad():
+        learner.peers[0][0].weight += 0.1
+    learner.after_step(1)
+    assert weights_of(learner.stale[1].network) == weights_of(learner.peers[0])
+    assert weights_of(learner.stale[1]) != untrained
 
 
 def test_codistillation_does_not_listen_during_the_burn_in():
