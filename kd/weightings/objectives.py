@@ -254,7 +254,7 @@ class _Rivals:
 
 
 class TieBrokenErrors:
-    """Error rate + 0.9 min(NLL / NLL of uniform weights, 1) / N.
+    """Error rate + 0.9 below_an_error(NLL / NLL of uniform weights) / N.
 
     The second term is less than one error, so it only orders candidates that are equally often
     wrong, and gives plateaus a slope.
@@ -270,8 +270,16 @@ class TieBrokenErrors:
         """Values of the candidates, whose rows are on the simplex."""
         if self.uniform_nll <= 0:  # already certain of every label
             return self.errors(weights_PK)
-        relative_P = np.minimum(self.nll(weights_PK) / self.uniform_nll, 1.0)
+        relative_P = below_an_error(self.nll(weights_PK) / self.uniform_nll)
         return self.errors(weights_PK) + self.share * relative_P
+
+
+def below_an_error(relative_P: np.ndarray) -> np.ndarray:
+    """The same up to 1, then ever slower up to 1.1: a single member's NLL is mostly above uniform
+    weights', and equally accurate members must still differ.
+    """
+    bent_P: np.ndarray = np.minimum(relative_P, 1.0) + 0.1 * (1 - 1 / np.maximum(relative_P, 1.0))
+    return bent_P
 
 
 class _AtTemperature:
@@ -295,8 +303,8 @@ class _AtTemperature:
         if measure != "accuracy":
             return _score(*at, measure, mixing)
         errors = _score(*at, "accuracy", mixing)
-        relative = min(_score(*at, "nll", mixing) / max(self.uniform_nll, 1e-300), 1.0)
-        return errors + TIE_BREAK / len(labels_N) * relative
+        relative = _score(*at, "nll", mixing) / max(self.uniform_nll, 1e-300)
+        return errors + TIE_BREAK / len(labels_N) * float(below_an_error(np.array(relative)))
 
 
 def temperature_of(unit: float) -> float:

@@ -71,6 +71,18 @@ def test_best_single_is_the_most_accurate_member_and_breaks_ties_by_nll():
     assert found.weights_K.argmax() == nlls.index(min(nlls))
 
 
+def test_best_single_breaks_ties_by_nll_though_all_together_beat_each():
+    """Each is wrong where the other is right, and the second is less sure of it."""
+    right = np.array([[2.0, 0.0], [0.0, 2.0]])
+    logits_KNC = np.stack([1.5 * right, right[:, ::-1]])
+    logits_KNC[0, 1], logits_KNC[1, 1] = 1.5 * right[1, ::-1], right[1]
+    labels_N = np.array([0, 1])
+    nlls = [score(w, logits_KNC, labels_N, "nll", "probabilities") for w in np.eye(2)]
+    together = score([0.5, 0.5], logits_KNC, labels_N, "nll", "probabilities")
+    assert together < nlls[1] < nlls[0]
+    assert BestSingle().find(logits_KNC, labels_N, names(2), 0).weights_K.tolist() == [0, 1]
+
+
 def test_fixed_weights_are_normalised_and_keep_the_members_order():
     logits_KNC, labels_N = random_logits(3, 30, 3)
     found = Fixed(weights={"c": 1.0, "a": 3.0, "b": 0.0}).find(logits_KNC, labels_N, names(3), 0)
