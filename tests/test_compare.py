@@ -178,6 +178,10 @@ def test_every_cell_has_the_same_budget_but_for_its_generations(here):
         for name in here.cells
     }
     assert seen["labels"] == seen["kd"] == seen["again"] == seen["born_again"] / 2
+    said = (here.folder / "report.md").read_text().splitlines()[0]
+    assert said == (
+        "2 seeds, 1 epochs for every cell (2 times that for born_again); mean ± deviation."
+    )
 
 
 def test_the_report_is_made_of_the_records(here):

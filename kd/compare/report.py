@@ -143,13 +143,22 @@ def markdown(record: Mapping[str, Any]) -> str:
                 f"{won} of {record['seeds']}",
             ]
         lines.append(f"| {shown(name, rows)} | {' | '.join([*figures, *gained])} |")
-    said = f"{record['seeds']} seeds, {record['epochs']} epochs for every cell; mean ± deviation."
+    budget = f"{record['epochs']} epochs for every cell{several(record, cells)}"
+    said = f"{record['seeds']} seeds, {budget}; mean ± deviation."
     notes = [NOTE]
     for key, sentence in NOTED.items():
         said_of = [f"{shown(name, rows)} in {num}" for name, num in record[key].items()]
         if names := ", ".join(said_of):
             notes.append(f"{sentence}: {names} seeds.")
     return "\n\n".join([said, "\n".join(lines), *notes]) + "\n"
+
+
+def several(record: Mapping[str, Any], cells: Sequence[str]) -> str:
+    """Which cells had that more than once, as one generation after another has."""
+    seen, usual = record["samples_seen"], record["samples_seen"][f"{CELL}{record['reference']}"]
+    longer = {shown(name, record["rows"]): seen[name] / usual for name in cells}
+    found = [f"{times:g} times that for {name}" for name, times in longer.items() if times > 1]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def shown(name: str, rows: Collection[str]) -> str:

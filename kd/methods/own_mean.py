@@ -35,6 +35,7 @@ class OwnMean(Learning):
     """Hard loss + ramp * weight * T^2 KL(running mean at T || student at T).
 
     Mean and student are shown the same view: a teacher costs no training, and no other network.
+    The student is kept, where the paper's figures are the mean's: `recipe.ema` keeps a mean.
     """
 
     kind: Literal["own_mean"] = "own_mean"

@@ -20,8 +20,10 @@ class ProKD(Together):
     """First the distance to what the teacher says at this point of its own training; then labels.
 
     The one peer is the teacher.  It learns from labels alone, step by step with the student, so
-    that the student meets every checkpoint of the teacher's trajectory in its turn and none need
-    be kept (this project's own reading).  Distance and annealing are those of `annealed`.
+    that the student meets the teacher's trajectory step by step and no checkpoint need be kept.
+    That trajectory is as long as the student's training: what the teacher becomes after
+    `regression` of it, the student never sees (this project's own reading; the paper's follows a
+    teacher that was trained before to its end).  Distance and annealing are those of `annealed`.
     """
 
     kind: Literal["prokd"] = "prokd"

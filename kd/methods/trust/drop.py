@@ -15,7 +15,10 @@ from kd.methods.trust.base import ByStudent
 
 @component
 class Drop(ByStudent):
-    """Each teacher stays for a batch with probability `keep`; never none of them."""
+    """Each teacher stays for a batch with probability `keep`; never none of them.
+
+    Those who stay share the whole weight: the paper's sum of losses grows weaker instead.
+    """
 
     kind: Literal["drop"] = "drop"
     keep: float = 0.75
