@@ -4,12 +4,13 @@ import signal
 import sys
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from kd import artifacts, manifest, params, stages
 from kd.component import component
 from kd.exporters import Int8, Trained
-from kd.methods import KD, CustomMethod, Labels
+from kd.methods import DML, KD, CustomMethod, Labels, OwnMean
 from kd.models import PlainCNN
 from kd.qat import fine_tuned
 from kd.roles import Role, learn
@@ -111,6 +112,35 @@ def test_a_users_method_is_one_object_from_its_learner_to_its_last_loss(here, mo
     seen = sys.modules.pop("mine_learner").Mine.seen
     assert len(seen) > 2
     assert len(set(map(id, seen))) == 1
+
+
+@component
+class Watching(OwnMean):
+    """OwnMean that notes which share of each batch had a label."""
+
+    shares: ClassVar[list[float]] = []
+
+    def loss(self, shown):
+        if len(shown.logits_BC) == 256:  # not those few by which memory is foretold
+            self.shares.append(float(shown.label_probs_BC.sum(dim=1).mean()))
+        return super().loss(shown)
+
+
+def test_whoever_learns_without_teachers_sees_the_pool_where_that_was_asked_for(here):
+    """In as many steps either way, and nobody asks for it unless told to."""
+    assert not OwnMean().pool
+    assert not DML().pool
+    seen = {}
+    for pool in (False, True):
+        Watching.shares.clear()
+        learn(role(method=Watching(pool=pool)), NullRun())
+        seen[pool] = Watching.shares[:]
+    num_train, num_pool = (
+        len(np.load(artifacts.folder("data") / name / "labels.npy")) for name in ("train", "pool")
+    )
+    assert len(seen[True]) == len(seen[False])
+    assert set(seen[False]) == {1.0}
+    assert np.mean(seen[True]) == pytest.approx(num_train / (num_train + num_pool), abs=0.1)
 
 
 @component

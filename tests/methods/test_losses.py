@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from kd.methods import hard_loss, label_probs, soft_loss
+from kd.methods.losses import constant
 from tests import reference
 
 
@@ -39,3 +40,19 @@ def test_hard_loss_equals_pytorch_where_all_are_labelled():
     torch.testing.assert_close(
         hard_loss(logits, label_probs(labels, 4)), F.cross_entropy(logits, labels)
     )
+
+
+def test_targets_in_half_precision_are_compared_in_single():
+    logits, targets = torch.randn(8, 5), torch.randn(8, 5).log_softmax(1).bfloat16()
+    whole = soft_loss(logits, targets.float(), 1.0)
+    torch.testing.assert_close(soft_loss(logits, targets, 1.0), whole, rtol=0, atol=0)
+
+
+def test_numbers_first_needed_in_inference_mode_may_enter_a_loss_that_learns():
+    """Teachers are asked in inference mode, and a gate learns from the weights they have there."""
+    given = (0.125, 0.875), torch.float32, torch.device("cpu")
+    with torch.inference_mode():
+        constant(*given)
+    factors = torch.ones(2, requires_grad=True)
+    (constant(*given) * factors).sum().backward()
+    assert factors.grad.tolist() == [0.125, 0.875]

@@ -19,6 +19,7 @@ from kd.methods import (
     mix,
     soft_loss,
 )
+from kd.methods.mixing import standardized
 from kd.methods.trust import Confidence, Correctness, Drop, Entropy, MinNorm, Unbiased
 from tests import reference
 from tests.checks_methods import CHECKS, B, C, K, batch, gradient_of, loss_of, unlabelled
@@ -56,6 +57,20 @@ def mixture(teachers, temperature, standardize=False):
     weights = [1 / len(rows)] * len(rows)
     images = range(len(rows[0]))
     return [reference.mixture([m[i] for m in rows], weights, temperature) for i in images]
+
+
+def test_standardized_logits_have_mean_0_and_deviation_1():
+    _, teachers, _ = batch(seed=3)
+    for ours, member in zip(standardized(teachers).tolist(), teachers.tolist(), strict=True):
+        for row, logits in zip(ours, member, strict=True):
+            assert row == pytest.approx(reference.standardized(logits))
+
+
+def test_logits_in_half_precision_are_standardized_and_mixed_in_single():
+    teachers = batch(seed=3)[1].bfloat16()
+    torch.testing.assert_close(standardized(teachers), standardized(teachers.float()))
+    mixed, wanted = (mix(z, (1 / K,) * K, 4.0, "logits") for z in (teachers, teachers.float()))
+    torch.testing.assert_close(mixed, wanted)
 
 
 def plain():

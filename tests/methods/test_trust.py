@@ -13,7 +13,7 @@ from kd.component import ConfigError
 from kd.ensemble import Ensemble
 from kd.methods import DKD, KD, MLKD, Members, SoftTargets, mix
 from kd.methods.losses import log_probs, soft_losses
-from kd.methods.mixing import combined
+from kd.methods.mixing import combined, standardized
 from kd.methods.taught import evened
 from kd.methods.trust import Confidence, Correctness, Drop, Entropy, MinNorm, Unbiased
 from kd.methods.trust.min_norm import min_norm
@@ -65,6 +65,20 @@ def test_trust_multiplies_the_weights_of_the_ensemble():
     torch.testing.assert_close(
         found[1], torch.tensor([0.5, 0.5, 0.0])
     )  # nobody is left: as before
+
+
+@pytest.mark.parametrize(
+    "trust", [Confidence(), Entropy(), Unbiased(biased="0"), Correctness(), MinNorm()]
+)
+def test_a_batch_may_be_taken_in_parts_where_trust_looks_at_each_image_alone(trust):
+    logits, teachers, labels = batch(seed=2)
+    method = KD(trust=trust)
+    halves = [
+        loss_of(method, logits[part], teachers[:, part], labels[part])
+        for part in (slice(B // 2), slice(B // 2, B))
+    ]
+    whole = loss_of(method, logits, teachers, labels)
+    assert method.by_image == torch.allclose(torch.stack(halves).mean(), whole, rtol=1e-6)
 
 
 def test_the_loss_is_that_of_the_mixture_by_image():
@@ -178,9 +192,11 @@ def test_min_norm_asks_for_the_gradient_at_the_students_logits():
     assert (weights == weights[0]).all()
 
 
-def test_members_are_compared_by_plain_kds_gradients_under_every_method():
+@pytest.mark.parametrize("standardize", [False, True])
+def test_members_are_compared_by_plain_kds_gradients_under_every_method(standardize):
     """T (p_student - p_member) is the gradient of T^2 KL, at the method's first temperature."""
     logits, teachers, labels = batch(seed=2)
+    compared = standardized if standardize else torch.clone
     seen = {}
 
     class Spy(MinNorm):
@@ -189,10 +205,10 @@ def test_members_are_compared_by_plain_kds_gradients_under_every_method():
             return super().factors(gradients_KBC, members)
 
     for method, temperature in ((KD, 4.0), (DKD, 4.0), (MLKD, MLKD().temperatures[0])):
-        loss_of(method(trust=Spy()), logits, teachers, labels)
+        loss_of(method(trust=Spy(), standardize=standardize), logits, teachers, labels)
         for each, member in zip(seen["gradients"], teachers, strict=True):
-            leaf = logits.clone().requires_grad_()
-            mixture = log_probs(member, temperature)
+            leaf = compared(logits).requires_grad_()
+            mixture = log_probs(compared(member), temperature)
             soft_losses(leaf, mixture, temperature).sum().backward()
             torch.testing.assert_close(temperature * each, leaf.grad, rtol=1e-5, atol=1e-6)
 
