@@ -397,10 +397,31 @@ def test_a_training_that_is_asked_to_stop_while_teachers_are_asked_stops_there()
     assert memory.saves == 0
 
 
-def test_the_running_mean_is_what_is_returned():
-    with_mean, _ = train(ema=0.5)
-    plain, _ = train()
-    assert weights_of(with_mean) != weights_of(plain)
+def test_the_running_mean_of_the_weights_after_each_step_is_what_is_returned():
+    model, seen = network(0), []
+
+    def look(done):
+        seen.append(model[-1].weight.detach().double().clone())
+
+    settings = {"seed": 0, "num_classes": CLASSES, "on_step": look}
+    with_mean, _ = fit(model, pictures(), recipe(ema=0.7), **settings)
+    wanted = torch.zeros_like(seen[0])
+    for step, weight in enumerate(seen):
+        stays = min(step / (step + 1), 0.7)
+        wanted = stays * wanted + (1 - stays) * weight
+    assert len(seen) == 15
+    torch.testing.assert_close(with_mean[-1].weight.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("longest", [0.01, 0.1])
+def test_a_long_gradient_is_cut_to_the_length_that_was_asked_for(longest):
+    plain = SGD(lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0)
+    settings = {"optimizer": plain, "schedule": Steps(milestones=()), "epochs": 1}
+    before, model = network(0), network(0)
+    train(model=model, epoch_steps=1, clip_norm=longest, **settings)
+    pairs = zip(before.parameters(), model.parameters(), strict=True)
+    moved = torch.cat([(old - new).flatten() for old, new in pairs]).detach()
+    assert float(moved.norm()) == pytest.approx(longest, rel=1e-3)
 
 
 def test_cached_and_online_targets_train_alike():
