@@ -102,6 +102,16 @@ def own_codistillation(k, z, also):
     return hard(z[k]) + soft(z[k], average, 1.0)
 
 
+def test_own_mean_equals_the_oracle():
+    logits, mean_BC = random(B, C), random(B, C, seed=1)
+    method = OwnMean(temperature=2.0, weight=0.7, rise=0.27)
+    given = shown(logits[None], progress=0.1, mean_BC=mean_BC)
+    wanted = hard(logits.tolist()) + 0.7 * RISE * soft(
+        logits.tolist(), softened(mean_BC.tolist(), 2.0), 2.0
+    )
+    assert float(method.loss(given)) == pytest.approx(wanted, rel=1e-5)
+
+
 def own_prokt(k, z, also):
     if k == 0:
         return 0.9 * soft(z[0], softened(z[1], 4.0), 4.0) + 0.1 * hard(z[0])
@@ -354,7 +364,9 @@ def test_codistillation_sees_of_the_others_what_was_exchanged_last():
     copies = []
     for done in range(1, 8):
         learner.after_step(done)
-        copies.append(weights_of(learner.stale[1]))
+        copies.append(weights_of(learner.stale[1].network))
+        if done == 3:
+            assert copies[-1] == weights_of(learner.peers[0])
         with torch.no_grad():
             learner.peers[0][0].weight += 0.1
     assert copies[2] == copies[3] == copies[4] != copies[5] == copies[6]
@@ -380,9 +392,10 @@ def test_codistillation_does_not_listen_during_the_burn_in():
 
 
 def test_the_running_mean_follows_by_its_decay_and_never_trains():
-    student = network(0)
-    mean_ = Frozen(student).train()
-    assert not any(module.training for module in mean_.modules())
+    student = network(0).train()
+    mean_ = Frozen(student)
+    assert not any(module.training for module in mean_.network.modules())
+    assert not any(module.training for module in mean_.train().modules())
     first = student[0].weight.clone()
     with torch.no_grad():
         student[0].weight += 1.0
@@ -440,6 +453,12 @@ def gated(seed=0, checkpoint=None, epochs=2):
     )[0]
 
 
+def test_without_teachers_there_is_no_gate():
+    """As in the first generation of a born-again student."""
+    student = network()
+    assert Gated().learner(student, []) is student
+
+
 def test_a_gated_student_resumes_to_the_same_bits():
     whole, memory = gated(), Memory(stop_after=1)
     with pytest.raises(KeyboardInterrupt):
@@ -493,8 +512,9 @@ def test_a_gate_that_is_quite_sure_has_a_finite_gradient():
 
 def test_a_new_gate_leaves_the_ensembles_weights_as_they_are():
     logits, teachers = random(B, C), random(2, B, C, seed=1)
-    zero = {"gate_weight": torch.zeros(2, 4).double(), "gate_bias": torch.zeros(2).double()}
     members = Members(("a", "b"), (0.25, 0.75))
+    new = Gated().learner(network(), [], members).gate.double().requires_grad_(False)
+    zero = {"gate_weight": new.weight, "gate_bias": new.bias}
     labels = torch.zeros(B, C)
     rows = teachers.transpose(0, 1).flatten(1)
     ours = Gated(alpha=1.0).loss(Shown(logits, labels, rows, members, 0.5, also=zero))

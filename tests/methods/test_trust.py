@@ -248,9 +248,13 @@ def test_nobody_is_taught_by_an_unknown_biased_member_or_by_it_alone(biased, wei
         fit(network(), pictures(), recipe(), seed=0, num_classes=CLASSES, **taught)
 
 
-def test_dropped_members_sit_out_a_whole_batch_and_never_all_of_them():
+@pytest.mark.parametrize("keep", [0.5, 0.8])
+def test_dropped_members_sit_out_a_whole_batch_and_never_all_of_them(keep):
     torch.manual_seed(0)
-    seen = torch.stack([Drop(keep=0.5).factors(torch.zeros(3, 4, 5), MEMBERS) for _ in range(200)])
+    seen = torch.stack(
+        [Drop(keep=keep).factors(torch.zeros(3, 4, 5), MEMBERS) for _ in range(200)]
+    )
     assert (seen == seen[:, :1]).all()
     assert ((seen[:, 0] > 0).sum(1) >= 1).all()
-    assert seen.mean() == pytest.approx(0.5 + 0.5**3, abs=0.06)  # an empty draw keeps all
+    expected = keep + (1 - keep) ** 3  # an empty draw keeps all
+    assert seen.mean() == pytest.approx(expected, abs=0.06)
