@@ -89,6 +89,65 @@ def test_rand1_and_best1_breed_what_the_papers_say():
                 assert len({slot, base, plus, minus}) == 4
 
 
+@pytest.mark.parametrize(("strategy", "top"), [("current-to-best1", 1), ("jade", 3), ("shade", 3)])
+def test_other_strategies_move_from_their_own_place_towards_one_of_the_best(strategy, top):
+    """With CR = 1: own + F (one of the best - own) + F (plus - minus)."""
+    rules = {"strategy": strategy, "F": 0.7, "CR": 1.0, "p": 0.3, "bounds": "reflect"}
+    search = evolution(0, 3, **rules)
+    rows = search.rows_PD = 0.5 + 0.1 * (search.rows_PD - 0.5)  # so that no bound is crossed
+    search.values_P, search.violations_P = SLOTS[::-1].astype(float), NONE.copy()
+    search._scales = lambda rng: (np.full(10, 0.7), np.ones(10))
+    towards = set()
+    for generation in range(1, 9):
+        for slot, row in enumerate(search.propose(generation).rows_PD):
+            sources = [
+                (best, plus, minus)
+                for best in range(10)
+                for plus in range(10)
+                for minus in range(10)
+                if np.allclose(
+                    rows[slot] + 0.7 * (rows[best] - rows[slot] + rows[plus] - rows[minus]),
+                    row,
+                    atol=1e-12,
+                )
+                and len({slot, plus, minus}) == 3
+            ]
+            assert len(sources) >= 1
+            towards.update(best for best, *_ in sources if len(sources) == 1)
+    assert towards == set(range(10 - top, 10))
+
+
+def test_rates_of_crossover_that_are_all_0_are_remembered_as_0():
+    search = evolution(0, 3)
+    told(search, search.propose(0), NONE)
+    drawn = search.propose(1)
+    told(search, dataclasses.replace(drawn, CR_P=NONE), NONE - 1)
+    assert search.memory_CR[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("population_size", 4, None),
+        ("F", 0.01, 2.0),
+        ("CR", 0.0, 1.0),
+        ("p", 0.01, 1.0),
+        ("memory_size", 1, None),
+        ("archive_rate", 0.0, None),
+        ("seed", 0, None),
+    ],
+)
+def test_rules_are_taken_up_to_their_bounds_and_refused_beyond_them(name, least, most):
+    step = 0.01 if isinstance(least, float) else 1
+    edges = [least] if most is None else [least, most]
+    beyond = [least - step] if most is None else [least - step, most + step]
+    for value in edges:
+        assert getattr(Rules(**{"population_size": 10, name: value}), name) == value
+    for value in beyond:
+        with pytest.raises(ValueError, match=f"{name} is"):
+            Rules(**{"population_size": 10, name: value})
+
+
 def test_equal_values_replace_but_earn_no_credit_and_fill_no_archive():
     search = evolution(0, 3)
     told(search, search.propose(0), NONE)
@@ -220,6 +279,7 @@ def test_convergence_is_scipys_criterion():
     assert has_converged(np.array([1.0, 1.01]), NONE, relative=0.01, absolute=0)
     assert not has_converged(np.array([1.0, 1.1]), NONE, relative=0.01, absolute=0)
     assert has_converged(np.array([1.0, 1.1]), NONE, relative=0, absolute=0.051)
+    assert has_converged(np.ones(2), NONE, relative=0, absolute=0)
     assert not has_converged(np.array([1.0, np.inf]), NONE, relative=1, absolute=1)
     assert not has_converged(np.ones(2), np.array([0, 1e-9]), relative=1, absolute=1)
 

@@ -55,6 +55,17 @@ def test_a_temperature_column_divides_all_logits(measure, mixing):
         assert expected - 1e-12 <= value <= expected * (1 + 1e-9) + slack
 
 
+@pytest.mark.parametrize("mixing", get_args(Mixing))
+@pytest.mark.parametrize("measure", get_args(Measure))
+def test_a_column_that_stands_for_temperature_1_changes_nothing(measure, mixing):
+    """Ties included, which go to the smaller NLL with a temperature as well."""
+    given = *random_logits(3, 30, 4), measure, mixing
+    weights_PK = candidates(20, 3)
+    with_column_PD = np.column_stack([weights_PK, np.full(len(weights_PK), 0.5)])
+    found_P = objective_on(*given, temperature=True)(with_column_PD)
+    np.testing.assert_allclose(found_P, objective_on(*given)(weights_PK), rtol=1e-9)
+
+
 def test_temperatures_span_an_eighth_to_eight():
     assert [temperature_of(u) for u in (0, 0.5, 1)] == pytest.approx([1 / 8, 1, 8])
 
@@ -127,6 +138,17 @@ def test_nll_survives_members_that_give_a_label_no_chance(dtype, rel):
     values = MixtureNLL(logits_KNC, labels_N, dtype)(np.array([[w, 1 - w] for w in shares]))
     alone = score([1, 0], logits_KNC, labels_N, "nll", "probabilities")
     np.testing.assert_allclose(values, [alone - np.log(w) for w in shares], rtol=rel)
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(np.float64, 1e-9), (np.float32, 1e-5)])
+def test_nll_survives_a_sample_whose_label_no_member_gives_a_chance(dtype, rel):
+    logits_KNC, labels_N = random_logits(2, 20, 3)
+    logits_KNC[:, 0] = [-3000.0 * (c == labels_N[0]) for c in range(3)]
+    logits_KNC[1, 0, labels_N[0]] = -2999.0
+    value = MixtureNLL(logits_KNC, labels_N, dtype)(np.array([[0.5, 0.5]]))
+    rest = score([0.5, 0.5], logits_KNC[:, 1:], labels_N[1:], "nll", "probabilities")
+    lost = 2999 + np.log(2) - np.log(0.5 + 0.5 * np.exp(-1))
+    np.testing.assert_allclose(value, [(19 * rest + lost) / 20], rtol=rel)
 
 
 def test_float32_likelihoods_are_good_to_a_ten_millionth():
