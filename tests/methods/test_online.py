@@ -426,6 +426,23 @@ def test_untrained_weights_leave_no_trace_in_a_running_mean(decay):
         assert kept[n] == pytest.approx(last)
 
 
+def test_a_training_brings_the_running_mean_up_to_date_after_each_step():
+    method, seen = OwnMean(decay=0.7), []
+    learner = learner_of(method)
+
+    def look(done):
+        seen.append(learner.student[-1].weight.detach().double().clone())
+
+    settings = {"seed": 0, "num_classes": CLASSES, "method": method, "on_step": look}
+    fit(learner, pictures(labelled=20), recipe(epochs=2), **settings)
+    wanted = torch.zeros_like(seen[0])
+    for step, weight in enumerate(seen):
+        stays = min(step / (step + 1), 0.7)
+        wanted = stays * wanted + (1 - stays) * weight
+    found = learner.mean.network[-1].weight.double()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_features_are_what_the_last_layer_is_given():
     student, images = network(), pictures().batch(torch.arange(4))
     logits, features = with_features(student, images)
