@@ -80,7 +80,7 @@ def test_a_comparison_may_be_laid_over_another(tmp_path):
     (tmp_path / "longer.yaml").write_text(yaml.safe_dump(raw))
     below = Comparison(tmp_path / "params.compare.yaml")
     longer = Comparison(tmp_path / "longer.yaml")
-    assert (longer.about.name, longer.num_seeds, longer.about.reference) == ("longer", 2, "kd")
+    assert (longer.about.name, longer.about.seeds, longer.about.reference) == ("longer", 2, "kd")
     assert longer.cells == (*below.cells, "dkd")
     assert longer.params[1].student.recipe == replace(below.params[1].student.recipe, epochs=2)
     assert longer.params[1].baselines["kd"].teachers == "teacher"

@@ -315,9 +315,10 @@ def test_trap_24_what_is_kept_is_the_student_without_teachers_or_peers():
 
 @pytest.mark.parametrize("path", sorted(PROJECT.glob("params.compare*.yaml")), ids=str)
 def test_trap_25_every_comparison_has_its_controls_and_shows_the_worst_class(path):
+    from kd.compare.plan import read_with_base
     from kd.compare.report import MEASURES
 
-    cells = yaml.safe_load(path.read_text())["cells"]
+    cells = read_with_base(path)["cells"]
     assert any(cell["teachers"] == "none" for cell in cells.values())
     assert "test_worst_class_accuracy" in MEASURES
 
