@@ -115,7 +115,7 @@ def test_a_users_method_is_one_object_from_its_learner_to_its_last_loss(here, mo
 
 
 @component
-class Watching(OwnMean):
+class Sharing(OwnMean):
     """OwnMean that notes which share of each batch had a label."""
 
     shares: ClassVar[list[float]] = []
@@ -132,9 +132,9 @@ def test_whoever_learns_without_teachers_sees_the_pool_where_that_was_asked_for(
     assert not DML().pool
     seen = {}
     for pool in (False, True):
-        Watching.shares.clear()
-        learn(role(method=Watching(pool=pool)), NullRun())
-        seen[pool] = Watching.shares[:]
+        Sharing.shares.clear()
+        learn(role(method=Sharing(pool=pool)), NullRun())
+        seen[pool] = Sharing.shares[:]
     num_train, num_pool = (
         len(np.load(artifacts.folder("data") / name / "labels.npy")) for name in ("train", "pool")
     )
