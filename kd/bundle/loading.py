@@ -1,6 +1,6 @@
 """How each format is loaded on a phone, for the model card: Kotlin, Swift, Python, C++.
 
-infra/samples holds whole programs; these are their few lines that touch the runtime.
+samples/ holds whole programs; these are their few lines that touch the runtime.
 """
 
 from collections.abc import Mapping
@@ -49,6 +49,7 @@ import OnnxRuntimeBindings  // github.com/microsoft/onnxruntime-swift-package-ma
 
 let env = try ORTEnv(loggingLevel: .warning)
 let session = try ORTSession(env: env, modelPath: path, sessionOptions: nil)
+// data is NSMutableData of $values: the tensor keeps it, and copies nothing
 let input = try ORTValue(tensorData: data, elementType: .$onnx_swift, shape: [$shape])
 let found = try session.run(
     withInputs: ["$input": input], outputNames: ["$output"], runOptions: nil)
@@ -68,19 +69,19 @@ const float* $output = found[0].GetTensorData<float>();
     },
     ".tflite": {
         "Kotlin": """
-// implementation("com.google.ai.edge.litert:litert:1.4.0")
+// implementation("com.google.ai.edge.litert:litert:2.3.0")
 val interpreter = Interpreter(File(path))
 val $output = Array(1) { FloatArray($classes) }
-interpreter.run($values, $output)  // a direct ByteBuffer, shape ($shape)
+interpreter.run($values, $output)  // a direct ByteBuffer in nativeOrder(), shape ($shape)
 """,
         "Swift": """
-import TensorFlowLite
+import TensorFlowLite  // CocoaPods: TensorFlowLiteSwift
 
 let interpreter = try Interpreter(modelPath: path)
 try interpreter.allocateTensors()
 try interpreter.copy(data, toInputAt: 0)
 try interpreter.invoke()
-let $output = try interpreter.output(at: 0).data
+let $output = try interpreter.output(at: 0).data  // of Float
 """,
         "Python": READER,
         "C++": """

@@ -1,6 +1,6 @@
 // Classifies pictures with a bundle's model.pte:  classify BUNDLE PICTURE...
 //
-// Pictures are binary PGM (grey) or PPM (colour) files of the size that the bundle asks for.
+// Pictures are binary PGM (grey) or PPM (colour) files of any size.
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +8,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -35,6 +36,10 @@ std::vector<float> numbers(const std::string& json, const std::string& key) {
   return {std::istream_iterator<float>(words), {}};
 }
 
+int number(const std::string& json, const std::string& key) {
+  return std::stoi(json.substr(json.find(':', json.find("\"" + key + "\":")) + 1));
+}
+
 struct Picture {
   int height, width, channels;
   std::vector<uint8_t> pixels; // height, width, channels
@@ -53,6 +58,69 @@ Picture read_picture(const std::string& path) {
   if (picture.pixels.size() != size_t(height) * width * picture.channels)
     throw std::runtime_error(path + " is cut short");
   return picture;
+}
+
+// The pixels that one of the result is made of, from `from` on, and their weights in 2^-22.
+struct Tap {
+  int from;
+  std::vector<int> weights;
+  template <typename Value> uint8_t sum(Value value) const {
+    int sum = 1 << 21, at = from;
+    for (const int weight : weights) sum += weight * value(at++);
+    return uint8_t(std::clamp(sum >> 22, 0, 255));
+  }
+};
+
+std::vector<Tap> taps(int length, int square, int side) {
+  const double scale = double(square) / side, reach = std::max(scale, 1.0);
+  std::vector<Tap> made;
+  for (int at = 0; at < side; ++at) {
+    const double centre = (length - square) / 2.0 + (at + 0.5) * scale;
+    const int from = std::max(0, int(centre - reach + 0.5));
+    const int to = std::min(length, int(centre + reach + 0.5));
+    std::vector<double> shares;
+    for (int pixel = from; pixel < to; ++pixel)
+      shares.push_back(std::max(0.0, 1 - std::abs((pixel - centre + 0.5) / reach)));
+    const double sum = std::accumulate(shares.begin(), shares.end(), 0.0);
+    made.push_back({from, {}});
+    for (const double share : shares)
+      made.back().weights.push_back(int(0.5 + share / sum * (1 << 22)));
+  }
+  return made;
+}
+
+// Grey by luminance, or grey repeated in three channels.
+Picture coloured(const Picture& picture, int channels) {
+  if (picture.channels == channels) return picture;
+  Picture made{picture.height, picture.width, channels, {}};
+  for (size_t at = 0; at < picture.pixels.size(); at += picture.channels) {
+    const uint8_t* pixel = &picture.pixels[at];
+    if (channels == 1)
+      made.pixels.push_back((19595 * pixel[0] + 38470 * pixel[1] + 7471 * pixel[2] + 0x8000) >> 16);
+    else
+      made.pixels.insert(made.pixels.end(), 3, *pixel);
+  }
+  return made;
+}
+
+// The centre square, resized by a triangle filter as wide as a pixel of the result: the bytes that
+// classify.py makes, give or take one.
+Picture fitted(const Picture& picture, int side) {
+  const int square = std::min(picture.width, picture.height), channels = picture.channels;
+  const auto across = taps(picture.width, square, side), down = taps(picture.height, square, side);
+  std::vector<uint8_t> narrow;
+  for (int y = 0; y < picture.height; ++y)
+    for (const Tap& tap : across)
+      for (int channel = 0; channel < channels; ++channel)
+        narrow.push_back(tap.sum([&](int x) {
+          return picture.pixels[(size_t(y) * picture.width + x) * channels + channel];
+        }));
+  Picture made{side, side, channels, {}};
+  for (const Tap& tap : down)
+    for (int at = 0; at < side * channels; ++at)
+      made.pixels.push_back(
+          tap.sum([&](int y) { return narrow[size_t(y) * side * channels + at]; }));
+  return made;
 }
 
 // (pixel / 255 - mean) / std, channels first.
@@ -78,6 +146,7 @@ int main(int argc, char** argv) try {
   if (argc < 3) throw std::runtime_error("usage: classify BUNDLE PICTURE...");
   const std::string bundle = argv[1], form = read(bundle + "/preprocessing.json");
   const auto mean = numbers(form, "mean"), std = numbers(form, "std");
+  const int side = number(form, "height");
   const bool inside = form.find("\"inside_the_graph\": true") != std::string::npos;
   std::vector<std::string> labels;
   std::istringstream lines(read(bundle + "/labels.txt"));
@@ -85,9 +154,7 @@ int main(int argc, char** argv) try {
 
   Module module(bundle + "/model.pte");
   for (int which = 2; which < argc; ++which) {
-    Picture picture = read_picture(argv[which]);
-    if (picture.channels != int(mean.size()))
-      throw std::runtime_error(std::string(argv[which]) + " has other channels than the bundle");
+    Picture picture = fitted(coloured(read_picture(argv[which]), int(mean.size())), side);
     const int h = picture.height, w = picture.width, c = picture.channels;
     std::vector<float> values = normalised(picture, mean, std);
     auto input = inside ? from_blob(picture.pixels.data(), {1, h, w, c}, ScalarType::Byte)
@@ -97,6 +164,7 @@ int main(int argc, char** argv) try {
     const auto output = result->at(0).toTensor();
     std::vector<float> scores(
         output.const_data_ptr<float>(), output.const_data_ptr<float>() + output.numel());
+    if (labels.size() != scores.size()) throw std::runtime_error("labels.txt is another file's");
     if (!inside) softmax(scores);
     const size_t best = std::max_element(scores.begin(), scores.end()) - scores.begin();
     std::cout << labels.at(best) << '\t' << scores[best] << '\n';

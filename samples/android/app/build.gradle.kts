@@ -11,9 +11,9 @@ android {
         targetSdk = 36
         ndk { abiFilters += listOf("arm64-v8a", "x86_64") }
     }
-    // Each bundle becomes a folder of assets: executorch/, onnx/.
+    // Each bundle becomes a folder of assets: executorch/, onnx/, ...
     sourceSets["main"].assets.srcDir("../../../artifacts/exports")
-    androidResources { noCompress += listOf("pte", "onnx") }
+    androidResources { noCompress += listOf("pte", "onnx", "tflite") }
 }
 
 kotlin { jvmToolchain(17) }
@@ -21,5 +21,6 @@ kotlin { jvmToolchain(17) }
 dependencies {
     implementation("org.pytorch:executorch-android:1.5.1")
     implementation("com.microsoft.onnxruntime:onnxruntime-android:1.31.1")
+    implementation("com.google.ai.edge.litert:litert:2.3.0")
     implementation("androidx.activity:activity-ktx:1.10.1")
 }

@@ -1,5 +1,6 @@
 import CoreGraphics
 import CoreML
+import CoreVideo
 import ExecuTorch
 import Foundation
 
@@ -87,15 +88,42 @@ public final class CoreMLClassifier: Classifier {
 
     /// The picture as the file takes it: as an image where it says so, else as numbers.
     private func value(of picture: CGImage) throws -> MLFeatureValue {
+        let pixels = try pixels(of: picture)
         let input = model.modelDescription.inputDescriptionsByName[bundle.form.input.name]
         if let image = input?.imageConstraint {
-            return try MLFeatureValue(cgImage: picture, constraint: image)
+            return MLFeatureValue(pixelBuffer: try buffer(of: pixels, image.pixelFormatType))
         }
-        let numbers = bundle.normalised(try pixels(of: picture))
         let array = try MLMultiArray(
             shape: bundle.shape.map { NSNumber(value: $0) }, dataType: .float32)
-        for (at, number) in numbers.enumerated() { array[at] = NSNumber(value: number) }
+        for (at, number) in bundle.normalised(pixels).enumerated() {
+            array[at] = NSNumber(value: number)
+        }
         return MLFeatureValue(multiArray: array)
+    }
+
+    /// An image of just these pixels: of other sizes Core ML makes its own, by another crop and scale
+    /// than the student learned from, and without white behind what is transparent.
+    private func buffer(of pixels: [UInt8], _ format: OSType) throws -> CVPixelBuffer {
+        let (side, channels) = (bundle.form.picture.height, bundle.form.picture.channels)
+        var made: CVPixelBuffer?
+        CVPixelBufferCreate(nil, side, side, format, nil, &made)
+        guard let buffer = made else { throw ClassifierError.unreadablePicture }
+        CVPixelBufferLockBaseAddress(buffer, [])
+        defer { CVPixelBufferUnlockBaseAddress(buffer, []) }
+        let memory = CVPixelBufferGetBaseAddress(buffer)!.assumingMemoryBound(to: UInt8.self)
+        let stride = CVPixelBufferGetBytesPerRow(buffer)
+        for at in 0..<side * side {
+            let start = at / side * stride
+            if channels == 1 {
+                memory[start + at % side] = pixels[at]
+            } else {  // blue, green, red, opacity
+                for channel in 0..<3 {
+                    memory[start + 4 * (at % side) + 2 - channel] = pixels[3 * at + channel]
+                }
+                memory[start + 4 * (at % side) + 3] = 255
+            }
+        }
+        return buffer
     }
 }
 

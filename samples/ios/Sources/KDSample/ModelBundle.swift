@@ -55,31 +55,8 @@ public struct ModelBundle {
         }
     }
 
-    /// A picture's bytes in the order height, width, channels: centre crop, resize, RGB or grey.
+    /// A picture's bytes as the bundle wants them, in the order height, width, channels.
     public func pixels(of picture: CGImage) -> [UInt8]? {
-        let (width, height) = (form.picture.width, form.picture.height)
-        let grey = form.picture.channels == 1
-        let stored = grey ? 1 : 4
-        let shorter = CGFloat(min(picture.width, picture.height))
-        let crop = CGRect(
-            x: (CGFloat(picture.width) - shorter) / 2, y: (CGFloat(picture.height) - shorter) / 2,
-            width: shorter, height: shorter)
-        var bytes = [UInt8](repeating: 255, count: width * height * stored)
-        let drawn = bytes.withUnsafeMutableBytes { memory -> Bool in
-            guard
-                let square = picture.cropping(to: crop),
-                let context = CGContext(
-                    data: memory.baseAddress, width: width, height: height, bitsPerComponent: 8,
-                    bytesPerRow: width * stored,
-                    space: grey ? CGColorSpaceCreateDeviceGray() : CGColorSpaceCreateDeviceRGB(),
-                    bitmapInfo: grey
-                        ? CGImageAlphaInfo.none.rawValue : CGImageAlphaInfo.noneSkipLast.rawValue)
-            else { return false }
-            context.interpolationQuality = .medium
-            context.draw(square, in: CGRect(x: 0, y: 0, width: width, height: height))
-            return true
-        }
-        guard drawn else { return nil }
-        return grey ? bytes : bytes.indices.filter { $0 % 4 != 3 }.map { bytes[$0] }
+        fitted(picture, side: form.picture.height, channels: form.picture.channels)
     }
 }

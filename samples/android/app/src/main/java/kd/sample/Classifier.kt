@@ -7,8 +7,10 @@ import ai.onnxruntime.OrtSession
 import org.pytorch.executorch.EValue
 import org.pytorch.executorch.Module
 import org.pytorch.executorch.Tensor
+import org.tensorflow.lite.Interpreter
 import java.io.Closeable
 import java.nio.ByteBuffer
+import java.nio.ByteOrder
 import java.nio.FloatBuffer
 import kotlin.math.exp
 
@@ -67,6 +69,27 @@ class OnnxClassifier(private val bundle: ModelBundle) : Classifier(bundle) {
             )
 
     override fun close() = session.close()
+}
+
+class LiteRTClassifier(private val bundle: ModelBundle) : Classifier(bundle) {
+    private val interpreter = Interpreter(bundle.file)
+
+    override fun scores(pixels: ByteArray): FloatArray {
+        val found = arrayOf(FloatArray(bundle.labels.size))
+        interpreter.run(input(pixels), found)
+        return found[0]
+    }
+
+    private fun input(pixels: ByteArray): ByteBuffer {
+        if (bundle.insideTheGraph) return memory(pixels.size).put(pixels)
+        val values = bundle.normalised(pixels)
+        return memory(4 * values.size).apply { asFloatBuffer().put(values) }
+    }
+
+    private fun memory(size: Int): ByteBuffer =
+        ByteBuffer.allocateDirect(size).order(ByteOrder.nativeOrder())
+
+    override fun close() = interpreter.close()
 }
 
 /** Probabilities; the largest score is taken off first, so that no power overflows. */

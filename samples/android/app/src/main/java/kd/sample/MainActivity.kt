@@ -2,8 +2,8 @@ package kd.sample
 
 import android.content.res.AssetManager
 import android.graphics.Bitmap
+import android.graphics.ColorSpace
 import android.graphics.ImageDecoder
-import android.media.ThumbnailUtils
 import android.net.Uri
 import android.os.Bundle
 import android.widget.Button
@@ -12,7 +12,13 @@ import android.widget.TextView
 import androidx.activity.ComponentActivity
 import androidx.activity.result.contract.ActivityResultContracts.GetContent
 import java.io.File
+import java.io.IOException
 import kotlin.concurrent.thread
+import kotlin.math.ceil
+import kotlin.math.sqrt
+
+/** Pixels, of 4 bytes each in memory; larger pictures are decoded at a half, a third, ... */
+private const val LARGEST = 50_000_000
 
 /** One button: choose a picture, see what each bundle in the app's assets makes of it. */
 class MainActivity : ComponentActivity() {
@@ -37,10 +43,15 @@ class MainActivity : ComponentActivity() {
 
     private fun classify(uri: Uri) {
         thread {
+            val picture = try {
+                decoded(uri)
+            } catch (error: IOException) {
+                return@thread runOnUiThread { answer.text = "No picture: ${error.message}" }
+            }
             val lines = assets.list("").orEmpty().filter(::isBundle).map { name ->
                 val bundle = ModelBundle(copied(assets, name, File(filesDir, name)))
                 classifier(bundle).use { opened ->
-                    val pixels = pixels(decoded(uri), bundle)
+                    val pixels = pixels(picture, bundle)
                     val began = System.nanoTime()
                     val guess = opened.classify(pixels)
                     val took = (System.nanoTime() - began) / 1e6
@@ -52,31 +63,31 @@ class MainActivity : ComponentActivity() {
     }
 
     private fun isBundle(name: String) =
-        assets.list(name).orEmpty().any { it == "model.pte" || it == "model.onnx" }
+        assets.list(name).orEmpty().any { it in setOf("model.pte", "model.onnx", "model.tflite") }
 
-    private fun classifier(bundle: ModelBundle) =
-        if (bundle.file.extension == "pte") ExecuTorchClassifier(bundle) else OnnxClassifier(bundle)
+    private fun classifier(bundle: ModelBundle) = when (bundle.file.extension) {
+        "pte" -> ExecuTorchClassifier(bundle)
+        "onnx" -> OnnxClassifier(bundle)
+        else -> LiteRTClassifier(bundle)
+    }
 
+    /** The picture in sRGB, turned upright as its camera recorded. */
     private fun decoded(uri: Uri): Bitmap =
-        ImageDecoder.decodeBitmap(ImageDecoder.createSource(contentResolver, uri)) { decoder, _, _ ->
-            decoder.isMutableRequired = true // in memory that getPixels can read
+        ImageDecoder.decodeBitmap(ImageDecoder.createSource(contentResolver, uri)) { decoder, info, _ ->
+            decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE // memory that getPixels can read
+            decoder.setTargetColorSpace(ColorSpace.get(ColorSpace.Named.SRGB))
+            val times = info.size.width.toDouble() * info.size.height / LARGEST
+            decoder.setTargetSampleSize(ceil(sqrt(times)).toInt()) // 1 but for giants
         }
 }
 
-/** A picture as the bundle wants it: centre crop, resize, RGB or grey. */
-fun pixels(picture: Bitmap, bundle: ModelBundle): ByteArray {
-    val square = ThumbnailUtils.extractThumbnail(picture, bundle.side, bundle.side)
-    val colours = IntArray(bundle.side * bundle.side)
-    square.getPixels(colours, 0, bundle.side, 0, 0, bundle.side, bundle.side)
-    return ByteArray(colours.size * bundle.channels) { at ->
-        val colour = colours[at / bundle.channels]
-        val (red, green, blue) = listOf(16, 8, 0).map { colour shr it and 0xff }
-        when {
-            bundle.channels == 1 -> (299 * red + 587 * green + 114 * blue) / 1000
-            else -> listOf(red, green, blue)[at % 3]
-        }.toByte()
+/** A picture as the bundle wants it. */
+fun pixels(picture: Bitmap, bundle: ModelBundle): ByteArray =
+    pixels(picture.width, picture.height, bundle.side, bundle.channels) { y ->
+        IntArray(picture.width).also {
+            picture.getPixels(it, 0, picture.width, 0, y, picture.width, 1)
+        }
     }
-}
 
 /** The files of an assets folder, as files: ExecuTorch opens paths. */
 fun copied(assets: AssetManager, name: String, into: File): File {
