@@ -55,7 +55,7 @@ def _use(form: Mapping[str, Any]) -> str:
     side, channels = picture["height"], picture["channels"]
     prepared = (
         f"A picture is {side} x {side} pixels with {channels} channel{'s' * (channels > 1)} "
-        f"({picture['colour_order']}), uint8; made by {picture['made_by']}."
+        f"({picture['colour_order']}), uint8, made so: {picture['made_by']}."
     )
     normalised = (
         "The graph normalises it itself."
@@ -89,6 +89,7 @@ def _how_good(parity: Mapping[str, Any]) -> str:
     return (
         f"{_verified(parity)}\n\n"
         "| | |\n| --- | --- |\n"
+        f"| runtime | {parity['runtime']} |\n"
         f"| accuracy | {accuracy:.4f} ± {error:.4f} (n = {num}) |\n"
         f"| the network's own, before export | {parity['eager_val_accuracy']:.4f} |\n"
         f"{_fine_tuned(parity)}"
@@ -155,5 +156,7 @@ def _limits(parity: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         "- It was chosen on the validation images above, so its accuracy there is a little too "
         "good; the project's report has the test images'.\n"
         "- Its probabilities are as sure as training left them; nothing has calibrated them.\n"
-        "- Pictures unlike those it learned from (other cameras, light, crops) were not tried."
+        "- Pictures unlike those it learned from (other cameras, light, crops) were not tried.\n"
+        "- It carries no licence of its own: what the pictures, and weights that a network began "
+        "from, are licensed for holds for it, too."
     )

@@ -12,6 +12,7 @@ Apple's devices alone, and so not here.
 Shapes: N pictures, H W picture, C classes.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -34,8 +35,12 @@ class Classifier:
         """Args: the bundle's folder, and how many threads the runtime may use.
 
         ExecuTorch has one number of threads for all files of a process.
+
+        Raises:
+            ValueError: a file is missing or altered, or does not run here.
         """
         folder = Path(folder)
+        check(folder, "preprocessing.json", "labels.txt")
         self.form = json.loads((folder / "preprocessing.json").read_text("utf-8"))
         self.labels = np.array((folder / "labels.txt").read_text("utf-8").split("\n")[:-1])
         if len(self.labels) != self.form["output"]["shape"][-1]:
@@ -43,6 +48,7 @@ class Classifier:
         path = folder / self.form["file"]
         if path.suffix not in RUNTIMES:
             raise ValueError(f"{path.name} does not run here; these do: {', '.join(RUNTIMES)}")
+        check(folder, path.name)
         self._call = RUNTIMES[path.suffix](path, self.form, threads)
 
     def predict(
@@ -87,6 +93,16 @@ class Classifier:
         scale = (1 / (255 * std)).astype(np.float32)
         values_NHWc = (images_NHWc.astype(np.float32) - (255 * mean).astype(np.float32)) * scale
         return np.ascontiguousarray(values_NHWc.transpose(0, 3, 1, 2))
+
+
+def check(folder: Path, *names: str) -> None:
+    """Refuse files that are not those of SHA256SUMS: cut short, or another bundle's."""
+    lines = (folder / "SHA256SUMS").read_text("utf-8").splitlines()
+    for name in names:
+        if f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" not in lines:
+            raise ValueError(
+                f"{folder / name} is not the file of SHA256SUMS: copy the folder again"
+            )
 
 
 def softmax(logits_NC: "NDArray[Any]") -> "NDArray[np.float64]":
@@ -169,6 +185,9 @@ def read(path: str, form: dict[str, Any]) -> "NDArray[np.uint8]":
 
     Turned upright, laid over white, its centre square cut out and resized: to the pixel what the
     network was trained and judged on.
+
+    Raises:
+        ValueError: its pixels are 32-bit numbers, whose white nobody knows.
     """
     from PIL import Image, ImageOps
 
@@ -178,6 +197,8 @@ def read(path: str, form: dict[str, Any]) -> "NDArray[np.uint8]":
         image.load()
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{path} has {image.mode!r} pixels; save it with 8 or 16 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -205,7 +226,7 @@ def main(files: list[str]) -> int:
             raise
         print("error: Pillow reads the pictures: pip install pillow", file=sys.stderr)
         return 1
-    except OSError as error:
+    except Exception as error:  # Pillow and each runtime have their own
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

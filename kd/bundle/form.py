@@ -7,6 +7,12 @@ from kd.component import Refused
 from kd.manifest import Manifest
 
 FORMAT = 1
+MADE_BY = (
+    "turned upright (EXIF); transparency over white; {}; centre crop to a square; resize by a "
+    "triangle filter as wide as a pixel of the result (Pillow's BILINEAR), for pictures that have "
+    "not this size"
+)
+"""What training does to a picture, for {} as colours: kd.data.pictures."""
 
 
 def preprocessing(parity: Mapping[str, Any], student: Manifest) -> dict[str, Any]:
@@ -30,7 +36,9 @@ def preprocessing(parity: Mapping[str, Any], student: Manifest) -> dict[str, Any
             "colour_order": "grey" if student.channels == 1 else "RGB",
             "type": "uint8",
             "layout": "NHWC",
-            "made_by": "centre crop to a square, bilinear resize; transparency over white",
+            "made_by": MADE_BY.format(
+                "0.299 R + 0.587 G + 0.114 B" if student.channels == 1 else "RGB"
+            ),
         },
         "inside_the_graph": inside,
         "formula": "(pixel / 255 - mean) / std, per channel",

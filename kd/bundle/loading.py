@@ -23,13 +23,15 @@ val input = $executorch_kotlin
 val $output = module.forward(EValue.from(input))[0].toTensor().dataAsFloatArray
 """,
         "Swift": """
-import ExecuTorch  // github.com/pytorch/executorch, branch swiftpm-1.5.1, with backend_xnnpack
+import ExecuTorch  // github.com/pytorch/executorch, branch swiftpm-1.5.1, iOS 17
+// Link backend_xnnpack, kernels_optimized and kernels_quantized, too, with -all_load.
 
 let module = Module(filePath: path)
 let $output: Tensor<Float> = try module.forward(Tensor<$swift>($values, shape: [$shape]))
 """,
         "Python": READER,
         "C++": """
+// Link XNNPACK's backend and the optimized and quantized kernels, whole: see samples/cpp.
 executorch::extension::Module module("$file");
 auto input = executorch::extension::from_blob($values.data(), {$shape}$executorch_type);
 auto result = module.forward(input);
@@ -98,7 +100,7 @@ const float* $output = interpreter->typed_output_tensor<float>(0);
     ".mlpackage": {
         "Kotlin": NO_ANDROID,
         "Swift": """
-import CoreML
+import CoreML  // iOS 16, macOS 13 and later
 
 let model = try await MLModel(contentsOf: MLModel.compileModel(at: url))
 let input = try MLDictionaryFeatureProvider(dictionary: ["$input": value])

@@ -258,8 +258,40 @@ def test_the_files_of_an_export_that_is_a_folder_count_one_by_one(tmp_path):
 
 def test_labels_of_another_file_are_refused_by_the_reader(spare):
     (spare.folder / "labels.txt").write_text("cat\ndog\n")
+    checksums.write(spare.folder)
     with pytest.raises(ValueError, match="has 2 labels, which are another file's"):
         Classifier(spare.folder)
+
+
+@pytest.mark.parametrize("name", ["labels.txt", "model.onnx", "preprocessing.json"])
+def test_a_bundle_with_a_file_of_another_is_refused_by_the_reader(spare, tmp_path, name):
+    whole = (spare.folder / name).read_bytes()
+    (spare.folder / name).write_bytes(whole[:-10])
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    said = f"{name} is not the file of SHA256SUMS: copy the folder again"
+    with pytest.raises(ValueError, match=said):
+        Classifier(spare.folder)
+    shown, told, status = classify(spare.folder, f"{tmp_path}/black.png")
+    assert (shown, told, status) == ([], [f"error: {spare.folder}/{said}"], 1)
+
+
+def test_a_picture_that_training_refuses_is_refused_by_the_reader_in_one_line(made, tmp_path):
+    Image.new("F", (8, 8)).save(tmp_path / "deep.tif")
+    said = f"error: {tmp_path}/deep.tif has 'F' pixels; save it with 8 or 16 bits a channel"
+    assert classify(made.folder, f"{tmp_path}/deep.tif") == ([], [said], 1)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "giant.png")
+    shown, told, status = classify(made.folder, f"{tmp_path}/giant.png")
+    assert (shown, status, len(told)) == ([], 1, 1)
+    assert "400000000 pixels" in told[0]
+
+
+def test_a_card_says_what_becomes_of_a_picture_and_where_the_file_ran(made):
+    text = (made.folder / "MODEL_CARD.md").read_text("utf-8")
+    assert "turned upright (EXIF); transparency over white; RGB; centre crop" in text
+    assert f"| runtime | {made.parity['runtime']} |" in text
+    assert "no licence of its own" in text
+    grey = replace(made.student, channels=1)
+    assert "0.299 R" in preprocessing(made.parity, grey)["picture"]["made_by"]
 
 
 @pytest.mark.parametrize(
