@@ -3,6 +3,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from torch import nn
 from torchvision import models
 
 from kd.component import ConfigError
@@ -107,6 +108,21 @@ def test_a_corrupt_file_of_weights_is_named(cached: Path) -> None:
 def test_a_model_with_auxiliary_logits_returns_one_tensor_in_training() -> None:
     model = TorchvisionModel(name="googlenet", args={"init_weights": False})
     build_model(model, channels=3, image_size=32, num_classes=2)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "mnasnet0_5"])
+def test_batch_norms_know_the_images_after_some_dozens_of_steps(name: str) -> None:
+    torch.manual_seed(0)
+    model = TorchvisionModel(name=name).build(channels=3, image_size=32, num_classes=3)
+    norm = next(each for each in model.modules() if isinstance(each, nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3))))
+    model.train()
+    with torch.no_grad():
+        for _ in range(50):
+            model(3 + torch.rand(4, 3, 32, 32))
+    assert norm.running_mean is not None
+    torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0), rtol=0.02, atol=0.02)
 
 
 def test_a_vision_transformer_takes_the_size_of_the_images() -> None:
