@@ -117,8 +117,9 @@ def exporting(what: str) -> Iterator[None]:
     except (ConfigError, OSError, MemoryError):
         raise
     except Exception as error:  # each exporter has its own
+        root = error.__cause__ or error  # torch.onnx's own says but which step it was
         raise ConfigError(
-            f"the network cannot become {what}: {type(error).__name__}: {reason(error)}; "
+            f"the network cannot become {what}: {type(root).__name__}: {reason(root)}; "
             "it must do the same steps whatever the image shows, with operators of this format"
         ) from error
 
