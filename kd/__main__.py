@@ -1,7 +1,7 @@
 """`python -m kd STAGE [NAME]`, `kd check`, `kd bench`, `kd lineage`, `kd promote`: no logic.
 
-dvc.yaml calls it, one process for one stage; nothing heavy is imported before the arguments and
-params.yaml are known to be good.
+dvc.yaml runs it, one process per stage; nothing heavy is imported until the arguments and
+params.yaml have been checked.
 """
 
 import argparse
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Run a stage in this process, or in a warm one where the flow keeps one; the exit status."""
+    """Run a command in the warm process if there is one, else here; return the exit status."""
     signals.end_quietly()
     argv = sys.argv[1:]
-    if os.getcwd() not in sys.path:  # the user's own code: `kd`, unlike `python -m kd`, has it not
+    if os.getcwd() not in sys.path:  # for user code: the `kd` script, unlike `python -m`, lacks it
         sys.path.insert(0, os.getcwd())
     if "KD_RANKS" in os.environ:
         launch.become_rank()
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def run(argv: list[str]) -> int:
-    """Do what the arguments say; 2 where the input is at fault, 1 for a failure."""
+    """Run a command; return 0, 2 for invalid input or 1 for another failure."""
     from kd.component import ConfigError, Refused
 
     arguments = parser().parse_args(argv)
@@ -61,36 +61,34 @@ def run(argv: list[str]) -> int:
 
 
 def refused(reason: str, status: int) -> int:
-    """Say why this ends with `status`; of several processes that do, the first says it."""
+    """Print why this process exits with `status`, unless another rank has printed it."""
     if launch.falls_first(status):
         print(f"error: {reason}", file=sys.stderr)
     return status
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
+    """Build the argument parser."""
     made = argparse.ArgumentParser(
-        prog="kd", description="Run one stage of the pipeline, or look at an exported file."
+        prog="kd", description="Run one stage of the pipeline, or inspect an exported file."
     )
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage in STAGES:
-        one = commands.add_parser(stage, help="a stage; dvc.yaml says what it reads")
+        one = commands.add_parser(stage, help="a stage; dvc.yaml lists its inputs")
         if stage in FAMILIES:
-            one.add_argument("name", help=f"which one of params.yaml's {stage}")
-    commands.add_parser("check", help="whether params.yaml can be used, without running anything")
-    bench = commands.add_parser("bench", help="measure an exported file here")
+            one.add_argument("name", help=f"a key of params.yaml's {stage}")
+    commands.add_parser("check", help="check params.yaml without running anything")
+    bench = commands.add_parser("bench", help="measure an exported file on this machine")
     bench.add_argument("file", type=Path, help="an exported file: .onnx, .pte, ...")
-    bench.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="pictures a call")
-    bench.add_argument("--threads", type=positive, nargs="+", default=[1], help="of the runtime")
-    bench.add_argument("--seconds", type=float, default=1.0, help="for each row of the table")
-    lineage = commands.add_parser(
-        "lineage", help="where a file comes from: student, teachers, data"
-    )
+    bench.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="images per call")
+    bench.add_argument("--threads", type=positive, nargs="+", default=[1], help="runtime threads")
+    bench.add_argument("--seconds", type=float, default=1.0, help="spent on each row")
+    lineage = commands.add_parser("lineage", help="trace a file to its student, teachers and data")
     lineage.add_argument(
         "file", type=Path, help="an exported file, a bundle, a model.safetensors, or a SHA-256"
     )
     promote = commands.add_parser(
-        "promote", help="register the student, and make it champion if it beats the present one"
+        "promote", help="register the student, and make it champion if it beats the current one"
     )
     promote.add_argument(
         "--replace", action="store_true", help="make it champion without a comparison"
@@ -100,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise ValueError
@@ -108,9 +106,9 @@ def positive(text: str) -> int:
 
 
 def check_experiment() -> None:
-    """Say that params.yaml is all right, where it is, and the models and methods that it names.
+    """Check params.yaml, the models and methods that it names, and artifacts/ for leftovers.
 
-    What a key made that was taken out lies in artifacts/ still, and is nothing to DVC.
+    DVC does not delete what was made for a key that is no longer in params.yaml.
     """
     from kd import params as experiment
     from kd import workspace
@@ -122,24 +120,24 @@ def check_experiment() -> None:
 
 
 def bench_file(arguments: argparse.Namespace) -> None:
-    """Print what an exported file costs on this machine."""
+    """Print an exported file's speed, memory and size here."""
     from kd import bench
 
     around = bench.surroundings(arguments.file)
     record = bench.measure(arguments.file, arguments.batch, arguments.threads, arguments.seconds)
     print(bench.table(record))
-    print(f"\nIt lies {around}.")
+    print(f"\nIt is {around}.")
 
 
 def trace_file(file: Path) -> None:
-    """Print where a file comes from."""
+    """Print a file's lineage."""
     from kd import lineage
 
     print(lineage.tell(file))
 
 
 def promote_student(url: str | None, replace: bool) -> None:
-    """Register the student of artifacts/, decide who is champion, and publish its exports."""
+    """Register the student in artifacts/, decide who is champion, and publish its exports."""
     from kd import params as experiment
     from kd import tracking
 
@@ -159,7 +157,7 @@ def promote_student(url: str | None, replace: bool) -> None:
         "student",
         params=experiment.of_stage(params, "student", ""),
         tags={**stages.tags("student"), "kd.sha256": sha256},
-        resume=True,  # the run that trained it, where there is one
+        resume=True,  # the run that trained it, if there is one
     ) as run:
         print(promotion.promote(run, compare=not replace))
         if url:
@@ -169,7 +167,7 @@ def promote_student(url: str | None, replace: bool) -> None:
 
 
 def run_stage(stage: str, name: str) -> None:
-    """Check the experiment, open the tracking run, and do the stage's work."""
+    """Check the experiment, open the tracking run, and run the stage."""
     from kd import artifacts, tracking, workspace
     from kd import params as experiment
     from kd.component import ConfigError
@@ -185,13 +183,13 @@ def run_stage(stage: str, name: str) -> None:
     spread(stage, name, devices_of(params, stage, name))
     tracked = params.tracking and launch.is_first()
     if tracked:
-        tracking.start()[0].close()  # MLflow is imported elsewhere while torch is imported here
+        tracking.start()[0].close()  # the recorder imports MLflow while we import torch
 
     import torch
 
     from kd import stages
 
-    torch.set_num_threads(1)  # sums must not depend on the machine; a recipe may set its own
+    torch.set_num_threads(1)  # sums must not depend on the machine; a recipe sets its own
     started = time.time()
     with tracking.run(
         stage,
@@ -207,7 +205,7 @@ def run_stage(stage: str, name: str) -> None:
 
 
 def devices_of(params: "Params", stage: str, name: str) -> int:
-    """How many devices share the training of a stage; 1 where it trains nothing."""
+    """How many devices share the training of a stage; 1 if it trains nothing."""
     if stage == "teacher":
         return params.teacher.recipe.devices
     if stage == "assistants":
@@ -216,7 +214,7 @@ def devices_of(params: "Params", stage: str, name: str) -> int:
 
 
 def spread(stage: str, name: str, devices: int) -> None:
-    """Have one process for each device run the stage in our place; the first of them writes."""
+    """Run the stage as one rank per device if there are several; only the first one prints."""
     if devices > 1 and "LOCAL_RANK" not in os.environ:
         sys.stdout.flush()
         command = [sys.executable, "-m", "kd", stage, *name.split()]

@@ -1,6 +1,6 @@
-"""Where each stage keeps what it makes: folders, atomic writes, JSON records, tensors.
+"""Where the stages store their results: folders, atomic writes, JSON records, tensors.
 
-Nothing here is a pickle: tensors are safetensors files, records are JSON, tables are CSV.
+Nothing is pickled: tensors are safetensors or .npy files, records JSON, other tables CSV.
 """
 
 import csv
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock  # PyTorch itself needs it
+from filelock import FileLock  # a dependency of PyTorch
 from torch import Tensor, nn
 
 from kd import FAMILIES, git
 from kd.component import ConfigError
-from kd.disk import atomic as atomic  # handed on, to whoever uses artifacts
+from kd.disk import atomic as atomic  # re-exported, as are those below
 from kd.disk import sha256 as sha256
 from kd.ensemble import digest_of_tensors
 from kd.train import Epoch
@@ -33,9 +33,9 @@ from kd.workspace import ROOT as ROOT
 from kd.workspace import folder as folder
 
 MACHINE = Path(".kd/machine")
-"""What was measured on this machine, and decides how it trains."""
+"""Measurements on this machine that decide how it trains."""
 TARGETS = Path(".kd/targets")
-"""Members' logits; whoever is taught by the same members shares them."""
+"""Members' logits, shared by all networks with the same teachers."""
 LEARNING = (
     "roles.py",
     "train",
@@ -49,11 +49,11 @@ LEARNING = (
 
 
 class ArtifactError(ConfigError):
-    """A file that an earlier stage should have made is missing, damaged or someone else's."""
+    """A file from an earlier stage is missing, damaged, or not the one that is needed."""
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record, keys in the order given, floats to their last bit."""
+    """Write a record, keeping the order of keys and every bit of a float."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
-        ArtifactError: the file is missing or no JSON object; the message names the stage to run.
+        ArtifactError: the file is missing or not a JSON object; names the stage to run.
     """
     try:
         record = json.loads(path.read_text())
@@ -71,17 +71,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): {remedy(path)}") from None
     if not isinstance(record, dict):
-        raise ArtifactError(f"{path} holds no record: {remedy(path)}")
+        raise ArtifactError(f"{path} is not a record: {remedy(path)}")
     return record
 
 
 def data_record() -> dict[str, Any]:
-    """What the stage `data` noted of the images that it prepared."""
+    """The record of the images that the stage `data` prepared."""
     return read_json(DATA / "data.json")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows that share their keys as a table with a header."""
+    """Write rows with the same keys as a CSV with a header."""
     with atomic(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -89,7 +89,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def write_curves(path: Path, history: Sequence[Epoch]) -> None:
-    """Write the epochs that were validated as a table, one row each."""
+    """Write the validated epochs as a CSV, one row each."""
     write_csv(
         path,
         [
@@ -119,7 +119,7 @@ def write_tensors(
             plain[name] = tensor.clone()
         seen.add(storage)
     with atomic(path) as temporary:
-        temporary.write_bytes(save(plain, dict(metadata or {})))  # an OSError if the disk is full
+        temporary.write_bytes(save(plain, dict(metadata or {})))  # raises OSError on a full disk
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,7 +150,7 @@ def code_digest(names: Sequence[str] = LEARNING, own: Sequence[str] = ()) -> str
 
     Args:
         names: Files and folders of this package.
-        own: SHA-256 of each file of the user's that takes part.
+        own: SHA-256 of each source file of the user's own.
     """
     package = Path(__file__).parent
     whole = hashlib.sha256()
@@ -163,27 +163,27 @@ def code_digest(names: Sequence[str] = LEARNING, own: Sequence[str] = ()) -> str
 
 
 def save_model(path: Path, model: nn.Module) -> str:
-    """Write a model's parameters and buffers, its own alone; the file's SHA-256."""
+    """Write a model's parameters and buffers; return the file's SHA-256."""
     write_tensors(path, model.state_dict())
     return sha256(path)
 
 
 def load_model(path: Path, model: nn.Module) -> nn.Module:
-    """Put a file's parameters and buffers into `model`, in evaluation mode.
+    """Load a file's parameters and buffers into `model`; return it in eval mode.
 
     Raises:
-        ArtifactError: the file is missing, damaged, or another model's.
+        ArtifactError: the file is missing, damaged, or for another model.
     """
     tensors, _ = read_tensors(path)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ArtifactError(f"{path} is another model's ({error}): {remedy(path)}") from None
+        raise ArtifactError(f"{path} is for another model ({error}): {remedy(path)}") from None
     return model.eval()
 
 
 def remedy(path: Path) -> str:
-    """Which stage makes a file of the artifacts folder."""
+    """How to make a missing or damaged file again."""
     if ROOT.name not in path.parts:
         return "delete it and run the stage again"
     stage, *rest = path.parts[path.parts.index(ROOT.name) + 1 :]
@@ -192,26 +192,26 @@ def remedy(path: Path) -> str:
 
 
 def state_path(run_name: str, inputs: object, suffix: str) -> Path:
-    """Where a stage keeps, until its result is written, what it goes on from should it be killed.
+    """The file from which a killed stage resumes; it exists until the result is written.
 
     Args:
-        run_name: Whose state it is.
-        inputs: All that decides the result, as plain data.
-        suffix: Of the file.
+        run_name: The stage's.
+        inputs: Everything that decides the result, as plain data.
+        suffix: The file's.
     """
     return CHECKPOINTS / run_name / f"{digest(inputs)[:32]}{suffix}"
 
 
 class DiskCheckpoint:
-    """fit()'s state on disk, valid for one set of inputs.
+    """fit()'s checkpoints on disk, valid for one set of inputs.
 
-    The state is one safetensors file whose metadata hold the epochs done, the machine, and the
-    checksum of all that, so state and history cannot come apart.  The one before stays beside it:
-    should the newest fail its checksum, training goes on from there, and without either afresh.
+    A checkpoint is one safetensors file whose metadata hold the epochs done, the machine, and a
+    checksum over everything, so state and history cannot diverge.  The previous one is kept: if
+    the newest is damaged, training resumes from that one; if both are, it starts over.
     """
 
     def __init__(self, run_name: str, inputs: object) -> None:
-        """Args: whose state it is, and all that decides the result, as plain data."""
+        """Args: the run name, and all that decides the result, as plain data."""
         self.path = state_path(run_name, inputs, ".safetensors")
         self.before = self.path.with_suffix(".before")
 
@@ -223,11 +223,11 @@ class DiskCheckpoint:
                     return read_state(path)
                 except ArtifactError as error:
                     print(f"warning: {error}", flush=True)
-                    path.unlink()  # or the next save would put it in the place of a good one
+                    path.unlink()  # else the next save would replace a good one by it
         return None
 
     def save(self, state: dict[str, Tensor], history: list[Epoch]) -> None:
-        """Replace the state by this one, atomically, and keep the last."""
+        """Write a checkpoint atomically, and keep the previous one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self.path.replace(self.before)
@@ -239,54 +239,54 @@ class DiskCheckpoint:
         write_tensors(self.path, state, {**metadata, "checksum": checksum_of(state, metadata)})
 
     def remove(self) -> None:
-        """Forget the states, once the result is written."""
+        """Delete the checkpoints, once the result is written."""
         self.path.unlink(missing_ok=True)
         self.before.unlink(missing_ok=True)
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[Epoch]]:
-    """A checkpoint's tensors and epochs; another machine's are taken with a warning.
+    """A checkpoint's tensors and epochs; warns if another machine wrote them.
 
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: the file is damaged, or for other inputs.
     """
     state, metadata = read_tensors(path)
     if metadata.pop("checksum", None) != checksum_of(state, metadata):
-        raise ArtifactError(f"{path} fails its checksum: it is dropped")
+        raise ArtifactError(f"{path} fails its checksum: ignoring it")
     if metadata.get("inputs") != path.stem:
-        raise ArtifactError(f"{path} is another training's, put under this name: it is dropped")
+        raise ArtifactError(f"{path} is another training's checkpoint, renamed: ignoring it")
     there, here = json.loads(metadata["machine"]), machine()
     if other := [name for name in here if here[name] != there.get(name)]:
         changes = ", ".join(f"{name} {there.get(name)}, here {here[name]}" for name in other)
-        print(f"warning: {path} is of another machine ({changes}): its sums may round differently")
+        print(f"warning: {path} is from another machine ({changes}): sums may round differently")
     return state, [Epoch(**row) for row in json.loads(metadata["history"])]
 
 
 def checksum_of(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over a checkpoint's tensors and what stands beside them."""
+    """SHA-256 over a checkpoint's tensors and metadata."""
     return digest({**metadata, "tensors": digest_of_tensors(state)})
 
 
 class DiskTables:
-    """Members' logits on disk, each under the digest of all that decides them.
+    """A disk cache of members' logits, keyed by a digest of everything that decides them.
 
-    A table is a .npy file, mapped into memory, and beside it a record that names what it was
-    made from and its SHA-256; without a record that fits, it is as good as none.
+    A table is a memory-mapped .npy file, with a record beside it of what it was made from and its
+    SHA-256; without a matching record, it is a cache miss.
     """
 
     cpu_seconds = 0.0
-    """What this process spent on making tables, which whoever comes later finds made."""
+    """What this process spent on making tables; a cache hit costs nothing."""
 
     def table(
         self, record: Mapping[str, object], shape: tuple[int, ...], fill: Callable[[Tensor], None]
     ) -> Tensor:
-        """The float16 table that `record` names; made by `fill` where there is none."""
+        """The float16 table that `record` describes; on a cache miss, `fill` makes it."""
         import numpy as np
 
         whole = {**record, "code": code_digest(), "shape": list(shape)}
         path = TARGETS / f"{digest(whole)[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # students that train side by side want the same
+        with FileLock(path.with_suffix(".lock")):  # students trained in parallel need the same
             if not is_of(path, whole):
                 check_space(path.parent, 2 * math.prod(shape))
                 with atomic(path) as temporary:
@@ -298,18 +298,18 @@ class DiskTables:
                     made.flush()
                 write_json(path.with_suffix(".json"), {**whole, "sha256": sha256(path)})
             for used in (path, path.with_suffix(".json")):
-                os.utime(used)  # where reading leaves no trace, housekeeping would take it for old
-        # "c": changes, which nobody makes, would stay private; torch warns of read-only memory.
+                os.utime(used)  # under noatime, housekeeping would think them unused
+        # "c" (copy-on-write): nothing writes to it, but torch warns about read-only memory.
         return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def claim(path: Path) -> None:
-    """Have the disk set aside what a sparse file will hold; full, it would kill us by SIGBUS.
+    """Allocate a sparse file's space now: later, a full disk would kill us with SIGBUS.
 
     Raises:
-        OSError: it has no room for that.
+        OSError: the disk is full.
     """
-    if hasattr(os, "posix_fallocate"):  # macOS has none
+    if hasattr(os, "posix_fallocate"):  # not on macOS
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
@@ -317,12 +317,12 @@ def claim(path: Path) -> None:
 def remembered(
     topic: str, question: Mapping[str, Any], ask: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """An answer that this machine was asked for once, under .kd; by `ask` where it never was.
+    """The result of a measurement on this machine, cached under .kd.
 
     Args:
-        topic: What kind of question it is.
-        question: All that the answer depends on, as plain data.
-        ask: Finds the answer.
+        topic: What is measured; the cache's folder.
+        question: Everything that the result depends on, as plain data.
+        ask: Measures it; called on a cache miss.
     """
     path = MACHINE / topic / f"{digest(question)[:32]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,7 +333,7 @@ def remembered(
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement's answer depends on beside the question."""
+    """The software and hardware that results on this machine depend on."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -344,7 +344,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name; Python knows it on few systems, Linux in a file."""
+    """The processor's name: on Linux from /proc, since Python rarely knows it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -352,7 +352,7 @@ def processor() -> str:
 
 
 def is_of(table: Path, record: Mapping[str, object]) -> bool:
-    """Whether a table is there, whole, and was made from what `record` says."""
+    """Whether a table exists, is intact, and was made from `record`."""
     try:
         found = read_json(table.with_suffix(".json"))
         return found == {**record, "sha256": sha256(table)}
@@ -361,13 +361,13 @@ def is_of(table: Path, record: Mapping[str, object]) -> bool:
 
 
 def check_space(folder: Path, wanted: int) -> None:
-    """Refuse to start what could not be written.
+    """Refuse to start if the disk lacks `wanted` bytes.
 
     Raises:
         ArtifactError: names the folder and what it needs.
     """
     free = shutil.disk_usage(folder).free
-    if free < wanted + 2**26:  # and something for records
+    if free < wanted + 2**26:  # and some for records
         raise ArtifactError(
             f"{folder.absolute()} has {free / 2**20:.0f} MiB free and needs "
             f"{wanted / 2**20 + 64:.0f}: free some space (`make clean` drops old checkpoints and "
@@ -376,13 +376,13 @@ def check_space(folder: Path, wanted: int) -> None:
 
 
 def write_run_record(run_name: str, started: float, run_id: str | None, url: str | None) -> None:
-    """Note what a run's artifacts must not hold, since it differs each time: when, where, by what.
+    """Write down what differs between equal runs, and so stays out of artifacts: when and where.
 
     Args:
-        run_name: The stage, and its name where it has one.
+        run_name: The stage, and its name if it has one.
         started: Seconds since 1970.
-        run_id: The tracking run's; None where it was not tracked.
-        url: Where that run is shown.
+        run_id: The tracking run's; None if there is none.
+        url: That run's page.
     """
     commit, dirty = git.state(Path()) or (None, None)
     record = {

@@ -1,8 +1,8 @@
-"""What an exported file costs here: time by batch and threads, memory, size.
+"""Measure an exported file here: time by batch and threads, memory, size.
 
     kd bench FILE [--batch 1 8] [--threads 1 2] [--seconds 1]
 
-Milliseconds of a desktop rank files; only the phone gives the phone's.
+Times on a desktop only rank files; measure a phone's on the phone.
 """
 
 import importlib
@@ -27,19 +27,19 @@ RUNTIMES = {
     ".pte": "executorch.runtime",
     ".tflite": "ai_edge_litert.interpreter",
 }
-"""Imported before memory is looked at: a phone's app holds a runtime of another size anyway."""
+"""Imported before memory is measured: the runtime in a phone's app has another size anyway."""
 ELSEWHERE = {".mlpackage": "runs on Apple's devices alone: measure it there, with Xcode"}
-"""Formats whose runtime is on no machine that runs this."""
+"""Formats whose runtime is on no machine that runs this code."""
 RECORDED: dict[str, Any] = {"batches": (1, 8), "threads": (1,), "seconds": 0.25}
-"""Of a bundle's benchmark.json: the stage that writes it has one thread to itself."""
+"""Settings for a bundle's benchmark.json; the stage that writes it has one thread."""
 
 
 def load(path: Path, threads: int = 1) -> Runner:
-    """The file in its own runtime, having run once.
+    """Load the file in its runtime, and run it once.
 
     Raises:
-        ConfigError: there is no such file, it is of no known format or damaged, its runtime is
-            not installed, or it takes no picture.
+        ConfigError: the file does not exist, has no known format, is damaged or takes no images,
+            or its runtime is not installed.
     """
     formats = {cls.suffix: cls for cls in get_args(Exporter)}
     if not path.exists():
@@ -48,12 +48,12 @@ def load(path: Path, threads: int = 1) -> Runner:
         raise ConfigError(f"{path} {ELSEWHERE[path.suffix]}")
     if path.suffix not in formats:
         known = ", ".join(formats)
-        raise ConfigError(f"{path} is no exported file: known are {known}")
+        raise ConfigError(f"{path} is not an exported file (known: {known})")
     runner: Runner = formats[path.suffix]().load(path, threads)
     try:
         runner(runner.blank(1))
     except Exception as error:  # each runtime has its own
-        raise ConfigError(f"{path} is no classifier of pictures ({reason(error)})") from error
+        raise ConfigError(f"{path} is not an image classifier ({reason(error)})") from error
     return runner
 
 
@@ -64,19 +64,19 @@ def measure(
     seconds: float = 1.0,
     eager: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """What benchmark.json holds.
+    """Measure what benchmark.json records.
 
     Args:
         path: The exported file.
-        batches: Pictures a call.
+        batches: Images per call.
         threads: Threads of the runtime, and of eager.
         seconds: How long each row is measured.
-        eager: What the file was made from, measured side by side with it on the same input.
+        eager: The network that was exported, measured alternately with it on the same input.
 
     Returns:
-        file, sha256, size_bytes, rows (batch, threads, median_ms, p90_ms, n, and eager_median_ms,
-        eager_p90_ms where there is one), peak_mb (of a process that runs the file once) and of
-        that own_mb (since just before the file was loaded).
+        file, sha256, size_bytes, rows (batch, threads, median_ms, p90_ms, n; with eager also
+        eager_median_ms and eager_p90_ms) and, on Linux, peak_mb (of a process that runs the file
+        once) and own_mb (its growth since before it loaded the file).
 
     Raises:
         ConfigError: as `load`.
@@ -101,9 +101,9 @@ def measure(
 
 
 def record(path: Path, eager: nn.Module) -> dict[str, float]:
-    """Write benchmark.json beside an export, and give the figures that exports are compared by.
+    """Write benchmark.json beside an export; return the figures that exports are compared by.
 
-    Neither is there where the runtime is not.
+    Does nothing if the runtime is not here.
     """
     if path.suffix in ELSEWHERE:
         return {}
@@ -123,7 +123,7 @@ def recorded(folder: Path) -> dict[str, float]:
 
 
 def memory(path: Path) -> dict[str, float]:
-    """Memory of a fresh process that loads the file and runs it; nothing where Linux is not."""
+    """Memory of a fresh process that loads the file and runs it; empty if not on Linux."""
     if not Path("/proc/self/clear_refs").exists():
         return {}
     package_root = str(Path(__file__).resolve().parents[1])
@@ -135,13 +135,13 @@ def memory(path: Path) -> dict[str, float]:
         check=False,
     )
     if done.returncode:
-        raise ConfigError(f"{path} could not be run in a process of its own: {done.stderr[-500:]}")
+        raise ConfigError(f"{path} could not be run in a separate process: {done.stderr[-500:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def memory_here(path: Path) -> dict[str, float]:
-    """This process's peak, and what of it came with loading and running the file."""
+    """This process's peak, and how much of it loading and running the file added."""
     importlib.import_module(RUNTIMES[path.suffix])
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
@@ -151,7 +151,7 @@ def memory_here(path: Path) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was measured as text for a terminal."""
+    """The measurements as text for a terminal."""
     columns = list(found["rows"][0])
     rows = [[_cell(row[key]) for key in columns] for row in found["rows"]]
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
@@ -169,10 +169,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def surroundings(path: Path) -> str:
-    """Whether the file lies in a bundle, all of which is there and as it was written.
+    """Say whether the file is in a bundle, after verifying that bundle's checksums.
 
     Raises:
-        ArtifactError: it does, and something is missing, altered or foreign.
+        ArtifactError: a file of the bundle is missing, altered or foreign.
     """
     if not (path.parent / checksums.SUMS).exists():
         return "alone: no labels, preprocessing or checksums beside it"
@@ -184,7 +184,7 @@ def _cell(value: float) -> str:
 
 
 def _status(key: str) -> float:
-    """A figure of this process in /proc, in MB."""
+    """A field of /proc/self/status, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 

@@ -1,4 +1,4 @@
-"""Who plays which role: params.yaml and the weights that were found, as the roles to be learned.
+"""Turn params.yaml and the ensemble weights that were found into the roles to train.
 
 K members, N images, C classes.
 """
@@ -18,7 +18,7 @@ from kd.roles import Role, seed_of
 
 
 def assistant_role(params: Params, name: str) -> Role:
-    """An assistant under the teacher, or under those before it in its chain."""
+    """An assistant, taught by the network above it or, if dense, by its chain."""
     section = params.assistants[name]
     chain = params.chain(name)
     above = chain if section.dense else chain[:1]
@@ -36,7 +36,7 @@ def assistant_role(params: Params, name: str) -> Role:
 
 
 def baseline_role(params: Params, name: str) -> Role:
-    """The student under other teachers, or by another method."""
+    """The student with other teachers, or with another method."""
     section = params.baselines[name]
     names = teachers_named(section.teachers, tuple(params.assistants))
     weights_by_name = dict.fromkeys(names, 1 / max(1, len(names)))
@@ -52,7 +52,7 @@ def baseline_role(params: Params, name: str) -> Role:
 
 
 def taught_student(params: Params) -> Role:
-    """The student under the weighted ensemble of the assistants that were weighed."""
+    """The student, taught by the weighted ensemble and the teacher's own share."""
     record = artifacts.read_json(artifacts.ROOT / "weights/weights.json")
     mixing = record["weighting"].get("mixing", "probabilities")
     check_weighed(record["sha256"])
@@ -69,7 +69,7 @@ def student_role(
     teachers: dict[str, float],
     mixing: Mixing,
 ) -> Role:
-    """The student under these teachers; its seed is one for the student and all its baselines."""
+    """The student with these teachers; it and all its baselines share one seed."""
     method = section.method or params.student.method
     return Role(
         run_name=run_name,
@@ -91,7 +91,7 @@ def listens(method: Method) -> bool:
 
 
 def by_run_name(weights_by_name: Mapping[str, float]) -> dict[str, float]:
-    """Weights of the teacher and of assistants, by run name."""
+    """The same weights, keyed by run name instead of name."""
     return {
         each if each == "teacher" else f"assistants/{each}": weight
         for each, weight in weights_by_name.items()
@@ -99,10 +99,10 @@ def by_run_name(weights_by_name: Mapping[str, float]) -> dict[str, float]:
 
 
 def val_logits(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Validation logits (K, N, C) of assistants, as they were weighed, and of the teacher; labels.
+    """Validation logits (K, N, C), the assistants' as the stage `weights` kept them; labels.
 
     Raises:
-        ArtifactError: an assistant is not the one that was weighed.
+        ArtifactError: an assistant was trained again since then.
     """
     tensors, metadata = artifacts.read_tensors(artifacts.ROOT / "weights/val_logits.safetensors")
     members = json.loads(metadata["members"])
@@ -117,7 +117,7 @@ def val_logits(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
 
 
 def check_weighed(sha256_by_name: Mapping[str, str]) -> None:
-    """Refuse weights that were found for other assistants than those now here."""
+    """Refuse weights that were found for other assistants than the current ones."""
     for name, sha256 in sha256_by_name.items():
         if manifest.read(artifacts.folder(f"assistants/{name}")).sha256 != sha256:
             raise artifacts.ArtifactError(

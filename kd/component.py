@@ -1,9 +1,9 @@
-"""@component: the configuration of a thing is the thing.
+"""@component: one class is both configuration and code.
 
 A component is a frozen, keyword-only dataclass.  Its fields are what a user may write in
 params.yaml, its ``__post_init__`` refuses values out of range, and its methods do the work.
 ``kind`` names it: ``Method = KD | Labels`` is at once the type and the registry, and
-params.yaml says which member of the union it wants by ``kind: kd``.
+params.yaml picks a member of the union with ``kind: kd``.
 
     @component
     class Dropout:
@@ -33,19 +33,19 @@ C = TypeVar("C")
 
 
 class ConfigError(ValueError):
-    """What a user wrote cannot be used.  The message names the key or file, and the remedy."""
+    """The user's input is unusable.  The message names the key or file, and the remedy."""
 
 
 class Refused(RuntimeError):
-    """The work was done, but its result must not count.  The message says why."""
+    """The work was done, but its result is rejected.  The message says why."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def component(cls: type[C]) -> type[C]:
     """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys and wrong types.
 
-    Keys and types are checked where text becomes objects (kd/params.py), which reads
-    `__pydantic_config__`; this module needs nothing but the standard library.
+    Keys and types are checked when params.yaml is parsed (kd/params.py, which looks for
+    `__pydantic_config__`); this module needs only the standard library.
     """
     made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     made.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
@@ -59,33 +59,33 @@ def require(holds: bool, field: str, value: object, wanted: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says; the error's own name where it says nothing."""
+    """The first line of an error's message; its repr if it has no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory is lacking.
+    """Whether an error means out of memory.
 
-    PyTorch's allocator raises torch.OutOfMemoryError for it; the driver, cuBLAS, cuDNN and the
-    host's allocator are known by their words alone.
+    Only PyTorch's GPU allocator has a class for it (torch.OutOfMemoryError); errors of the
+    driver, cuBLAS, cuDNN and the host's allocator are recognised by their text.
     """
     lacking = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
     return any(words in str(error) for words in lacking)
 
 
 def source_of(thing: object) -> str:
-    """SHA-256 of the file that holds a class's or function's code; "" where it has none in Python.
+    """SHA-256 of the file that defines a class or function; "" if there is no such Python file.
 
-    What that file imports is not looked at.
+    What that file imports is not included.
     """
     try:
         return sha256(Path(inspect.getfile(thing)))  # type: ignore[arg-type]
-    except (TypeError, OSError):  # built in, or typed at a prompt
+    except (TypeError, OSError):  # built in, or defined at a prompt
         return ""
 
 
 def own_sources(settings: object) -> list[str]:
-    """SHA-256 of the files of the user's own code that plain settings name, at any depth."""
+    """SHA-256 of each file of the user's code that plain settings name, at any depth."""
     if not isinstance(settings, Mapping):
         return []
     if settings.get("kind") == "custom":
@@ -94,10 +94,10 @@ def own_sources(settings: object) -> list[str]:
 
 
 def load_object(path: str) -> Any:
-    """The object that `path`, written "package.module:Name", names in the user's own code.
+    """Import what `path`, of the form "package.module:Name", names in the user's own code.
 
     Raises:
-        ConfigError: the path has another form, the module cannot be imported, or has no such name.
+        ConfigError: the path is malformed, or the module cannot be imported or lacks the name.
     """
     module_name, _, name = path.partition(":")
     require(bool(module_name and name), "path", path, 'of the form "package.module:Name"')
@@ -111,7 +111,7 @@ def load_object(path: str) -> Any:
 
 
 def import_failure(module_name: str, error: Exception) -> str:
-    """What importing a module raised, and at which line of the user's."""
+    """Describe a failed import, with the line in the user's code."""
     if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
         remedy = "run from the folder that holds it, or install it"
         return f"cannot import {module_name} ({error}); {remedy}"
@@ -122,7 +122,7 @@ def import_failure(module_name: str, error: Exception) -> str:
 
 
 def raised(error: Exception) -> str:
-    """What was raised, at which line of the user's own code, and what it says."""
+    """An error's class, its line in the user's own code, and its message."""
     package = f"{Path(__file__).parent}/"
     libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), package, "<frozen ")
     frames = traceback.extract_tb(error.__traceback__)
@@ -132,7 +132,7 @@ def raised(error: Exception) -> str:
 
 
 def own_file(path: str) -> Path | None:
-    """The file in this folder that a path's module stands in; None for what is installed."""
+    """The file of a path's module if it is in this folder; None if it is installed."""
     module = importlib.import_module(path.partition(":")[0])
     file = Path(getattr(module, "__file__", None) or "/").resolve()
     installed = file.is_relative_to(Path(sysconfig.get_path("purelib")).resolve())
@@ -142,17 +142,17 @@ def own_file(path: str) -> Path | None:
 def bound_object(
     path: str, args: Mapping[str, Any], offered: Mapping[str, Any]
 ) -> functools.partial[Any]:
-    """What `path` names, ready to be called with `args`, and with those of `offered` it names.
+    """The callable that `path` names, bound to `args` and to those of `offered` that it takes.
 
     Raises:
-        ConfigError: it cannot be found, or does not take such arguments.
+        ConfigError: it cannot be found, or does not take these arguments.
     """
     factory = load_object(path)
     if not callable(factory):
         raise ConfigError(f"path {path!r} names a {type(factory).__name__}, not a function")
     try:
         signature = inspect.signature(factory)
-    except ValueError:  # some that are built in have none
+    except ValueError:  # some builtins have none
         return functools.partial(factory, **args)
     parameters = signature.parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
@@ -166,10 +166,10 @@ def bound_object(
 
 
 def call_object(path: str, args: Mapping[str, Any], offered: Mapping[str, Any]) -> Any:
-    """What comes of calling what `path` names; see `bound_object`.
+    """Call what `path` names, and return the result; see `bound_object`.
 
     Raises:
-        ConfigError: it cannot be found, or called so.
+        ConfigError: it cannot be found, or the call fails.
     """
     call = bound_object(path, args, offered)
     try:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and known by their checksum."""
+"""Atomic writes, checksums, and remedies for disk errors."""
 
 import errno
 import hashlib
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, which becomes `path` when the block ends well.
+    """Yield a temporary sibling to write to, which replaces `path` if the block succeeds.
 
-    A crash leaves either the old file or the new one, never a half.
+    A crash leaves either the old file or the new one, never half a file.
     """
     for left_over in path.parent.glob(f".{path.name}.*.tmp"):
         if not lives(int(left_over.suffixes[-2][1:])):  # its process was killed
@@ -29,7 +29,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def lives(process: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Whether a process exists on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -40,16 +40,16 @@ def lives(process: int) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, which is never in memory as a whole."""
+    """SHA-256 of a file's content, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remedy(error: OSError) -> str | None:
-    """What went wrong with a file, and what to do; None where it is nothing that people expect."""
+    """What went wrong with a file, and what to do; None if the error is an unexpected one."""
     if error.errno in (errno.EACCES, errno.EROFS):
         return f"{error}: change its owner or mode, and run it again"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or shutil.disk_usage(".").free <= 2**20:  # numpy's errors have no number
-        return f"the disk is full ({error}); nothing half-written was kept"
+    if full or shutil.disk_usage(".").free <= 2**20:  # numpy's errors have no errno
+        return f"the disk is full ({error}); no partial file was kept"
     return None

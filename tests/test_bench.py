@@ -64,7 +64,7 @@ def test_a_file_whose_checksum_does_not_match_is_not_measured(tmp_path, capsys):
         ("model.onnx", b"no model", "is damaged or not an ONNX model"),
         ("model.onnx", b"", "is damaged or not an ONNX model"),
         ("model.mlpackage", b"x", "runs on Apple's devices alone"),
-        ("photo.jpg", b"x", r"photo\.jpg is no exported file: known are \.pte, \.onnx"),
+        ("photo.jpg", b"x", r"photo\.jpg is not an exported file \(known: \.pte, \.onnx"),
         ("gone.onnx", None, r"gone\.onnx does not exist"),
     ],
 )
@@ -79,8 +79,8 @@ def test_what_is_no_exported_file_is_refused_in_a_line(tmp_path, capsys, name, c
 @pytest.mark.parametrize(
     ("shape", "kind", "told"),
     [
-        ([1, 3, 8, 8], "INT64", "is no classifier of pictures"),
-        ([1, 3, "height", "width"], "FLOAT", "is no classifier of pictures"),
+        ([1, 3, 8, 8], "INT64", "is not an image classifier"),
+        ([1, 3, "height", "width"], "FLOAT", "is not an image classifier"),
         ([1, 5], "FLOAT", "is damaged or not an ONNX model"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_runtime_that_says_nothing_is_quoted_by_its_error_s_name(exported, mon
         raise NotImplementedError
 
     monkeypatch.setattr(Onnx, "load", load)
-    with pytest.raises(ConfigError, match=r"classifier of pictures \(NotImplementedError\(\)\)"):
+    with pytest.raises(ConfigError, match=r"image classifier \(NotImplementedError\(\)\)"):
         bench.load(exported / "model.onnx")
 
 
