@@ -19,8 +19,8 @@ from kd.methods import Members, Mixing
 class Ensemble:
     """Trained networks that teach, and how much each of them counts.
 
-    Members are put into evaluation mode and their parameters frozen: without the first, their
-    batch statistics drift even under no_grad; without the second, each step builds their graph.
+    Members are put in eval mode and their parameters frozen: otherwise their batch statistics
+    would drift even under no_grad, and each step would build their autograd graph.
     """
 
     members: tuple[nn.Module, ...]
@@ -29,7 +29,7 @@ class Ensemble:
     mixing: Mixing = "probabilities"
     """What is averaged; see `kd.methods.Members`."""
     names: tuple[str, ...] = ()
-    """One for each member; by default their positions."""
+    """One per member; by default their positions."""
 
     def __post_init__(self) -> None:
         same = len(self.members) == len(self.weights_K) > 0
@@ -50,11 +50,11 @@ class Ensemble:
             return torch.stack([member(images_B).float() for member in self.members])
 
     def described(self) -> Members:
-        """What a method may know of the members."""
+        """What a method may know about the members."""
         return Members(self.names, self.weights_K, self.mixing)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all members' parameters and buffers: unchanged as long as none learns."""
+        """SHA-256 over all members' parameters and buffers: unchanged unless one is trained."""
         return digest_of_tensors(
             {
                 f"{index}/{name}": tensor
@@ -65,7 +65,7 @@ class Ensemble:
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over named tensors, whatever their order and device."""
+    """SHA-256 over named tensors; their order and device do not matter."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

@@ -1,9 +1,9 @@
-"""How good a classifier is: figures from logits and labels, nothing printed, nothing stored.
+"""Metrics of a classifier, from its logits and labels; nothing is printed or stored.
 
-Every function takes *logits*, and log-probabilities serve as well (an ensemble's, say):
-log-softmax leaves log-probabilities as they are.  Probabilities do not: take their logarithm.
-The predicted class is that of the largest logit, of the lowest index where several are equal.
-Figures are computed in float64 whatever the logits' type, and shares lie in [0, 1].
+Wherever a function takes *logits*, log-probabilities (an ensemble's, say) work as well, since
+log-softmax leaves them unchanged.  Probabilities do not: take their logarithm.
+The predicted class is that of the largest logit, and of the lowest index in a tie.
+Metrics are computed in float64 whatever the logits' type; fractions lie in [0, 1].
 
 Shapes: N samples, B samples of one batch, C classes.
 """
@@ -23,10 +23,10 @@ from kd.data import Images
 
 @dataclass(frozen=True)
 class Scores:
-    """What one set of logits is worth on one set of labelled samples."""
+    """The metrics of one set of logits on one set of labelled samples."""
 
     accuracy: float
-    """Share of samples whose predicted class is their label."""
+    """Fraction of samples whose predicted class is their label."""
     nll: float
     """Mean negative log-likelihood of the label, in nats."""
     ece: float
@@ -48,14 +48,14 @@ class Bin:
 
 
 def scores(logits_NC: Tensor, labels_N: Tensor) -> Scores:
-    """Accuracy, likelihood, calibration and the worst class of `logits_NC`.
+    """Accuracy, NLL, calibration error and worst-class accuracy.
 
     Args:
         logits_NC: Logits or log-probabilities.
         labels_N: Class indices in [0, C), on the same device.
 
     Raises:
-        ValueError: no samples, shapes that do not fit, or a label outside [0, C).
+        ValueError: no samples, mismatched shapes, or a label outside [0, C).
     """
     _check(logits_NC, labels_N)
     log_probs_NC = logits_NC.double().log_softmax(1)
@@ -68,14 +68,14 @@ def scores(logits_NC: Tensor, labels_N: Tensor) -> Scores:
 
 
 def correct(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
-    """Which samples are predicted rightly: (N,) of bool."""
+    """Which samples are classified correctly: (N,) bool."""
     return logits_NC.argmax(1) == labels_N
 
 
 def agreement(logits_NC: Tensor, other_NC: Tensor) -> float:
-    """Share of samples for which both predict the same class."""
+    """Fraction of samples for which both predict the same class."""
     if logits_NC.shape != other_NC.shape or not len(logits_NC):
-        raise ValueError(f"no agreement of {_shape(logits_NC)} with {_shape(other_NC)}")
+        raise ValueError(f"no agreement between {_shape(logits_NC)} and {_shape(other_NC)}")
     return (logits_NC.argmax(1) == other_NC.argmax(1)).double().mean().item()
 
 
@@ -122,14 +122,14 @@ def paired_difference(a_N: Tensor, b_N: Tensor) -> tuple[float, float]:
     smaller than that of two separate accuracies.
 
     Args:
-        a_N: One figure for each sample: whether it is `correct`, or its NLL.
-        b_N: The same figure of the other classifier, for the same samples in the same order.
+        a_N: One number for each sample: whether it is `correct`, or its NLL.
+        b_N: The same for the other classifier, with the same samples in the same order.
 
     Returns:
-        Mean and standard error; the error is infinite for one sample, which shows nothing.
+        Mean and standard error; the error is infinite for a single sample.
     """
     if a_N.shape != b_N.shape or not len(a_N):
-        raise ValueError(f"no pairs in {_shape(a_N)} and {_shape(b_N)}")
+        raise ValueError(f"cannot form pairs of {_shape(a_N)} and {_shape(b_N)}")
     difference_N = a_N.double() - b_N.double()
     mean, num_samples = difference_N.mean().item(), len(difference_N)
     if num_samples == 1:
@@ -138,11 +138,11 @@ def paired_difference(a_N: Tensor, b_N: Tensor) -> tuple[float, float]:
 
 
 def discordant(a_N: Tensor, b_N: Tensor) -> tuple[int, int]:
-    """How many samples a alone predicts rightly, and how many b alone.
+    """How many samples only a gets right, and how many only b.
 
     Args:
-        a_N: Which samples the one predicts rightly, bool.
-        b_N: Which of the same the other does.
+        a_N: Which samples the first classifier gets right, bool.
+        b_N: The same for the second.
     """
     return int((a_N & ~b_N).sum()), int((b_N & ~a_N).sum())
 
@@ -151,24 +151,24 @@ def mcnemar(gained: int, lost: int) -> float:
     """McNemar's exact one-sided test of one classifier being better than another.
 
     Args:
-        gained: How many samples the one alone predicts rightly.
-        lost: How many the other alone.
+        gained: How many samples only the one gets right.
+        lost: How many only the other does.
 
     Returns:
-        The chance that a fair coin shows heads `gained` times or more in `gained + lost` tosses.
+        p: the chance of at least `gained` heads in `gained + lost` tosses of a fair coin.
     """
     tosses, ways, total = gained + lost, 1, 0
-    for heads in range(lost + 1):  # as many tails or fewer: the same by symmetry, in exact numbers
+    for heads in range(lost + 1):  # by symmetry, the chance of at most `lost` heads; exactly
         total += ways
         ways = ways * (tosses - heads) // (heads + 1)
     return float(Fraction(total, 2**tosses))
 
 
 def holm(chances: Mapping[str, float]) -> dict[str, float]:
-    """Each p, as all of them together allow (Holm, 1979, Scandinavian Journal of Statistics 6).
+    """Holm's correction of p for several comparisons (1979, Scandinavian Journal of Statistics 6).
 
     Args:
-        chances: p of each comparison for itself, by its name.
+        chances: Uncorrected p of each comparison, by name.
     """
     found: dict[str, float] = {}
     least = 0.0
@@ -181,8 +181,8 @@ def holm(chances: Mapping[str, float]) -> dict[str, float]:
 def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> Tensor:
     """The model's logits for all of `images`, in their order: (N, C) float32.
 
-    The model runs in eval mode and is left as it was found, module by module.  Where a GPU has no
-    room for a batch (by default `images.at_once`), it is given half as many images at once.
+    The model runs in eval mode; afterwards each module is back in its own mode.  If it runs out
+    of memory, the batch size (by default `images.at_once`) is halved.
     """
     batch_size = batch_size or images.at_once
     indices_N = torch.arange(len(images))
@@ -191,7 +191,7 @@ def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> 
             batches = [
                 model(images.batch(i, None)).float() for i in torch.split(indices_N, batch_size)
             ]
-        # Cloned outside of inference mode: the caller may use the logits in a graph.
+        # Cloned outside of inference mode so that the caller may backpropagate.
         return torch.cat(batches).clone()
     except RuntimeError as error:
         if batch_size == 1 or not is_out_of_memory(error):
@@ -201,7 +201,7 @@ def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> 
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module is in the mode it was in (some may be frozen)."""
+    """Switch to eval mode; afterwards restore each module's mode (some may be frozen)."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -219,7 +219,7 @@ def _worst_class_accuracy(counts_CC: Tensor) -> float:
 
 def _check(logits_NC: Tensor, labels_N: Tensor) -> None:
     if logits_NC.ndim != 2 or labels_N.shape != logits_NC.shape[:1] or not len(labels_N):
-        raise ValueError(f"no labels {_shape(labels_N)} for logits {_shape(logits_NC)}")
+        raise ValueError(f"labels {_shape(labels_N)} do not fit logits {_shape(logits_NC)}")
     if labels_N.min() < 0 or labels_N.max() >= logits_NC.shape[1]:
         raise ValueError(
             f"labels from {int(labels_N.min())} to {int(labels_N.max())} "

@@ -1,4 +1,4 @@
-"""The test split, opened once: every network of the experiment on the same images.
+"""Test every network of the experiment on the test split, which is opened only here.
 
 N samples, K members, C classes.
 """
@@ -25,7 +25,7 @@ from kd.report import UNIFORM, WEIGHTED, Paired, Test
 
 
 def examine(params: Params) -> Test:
-    """What every network, and the two ensembles, make of the test images."""
+    """Test every network, and the two ensembles, on the same images."""
     test = Images.load(artifacts.DATA, "test")
     logits = {
         name: predict(manifest.load(artifacts.folder(name))[0], test) for name in run_names(params)
@@ -57,7 +57,7 @@ def run_names(params: Params) -> list[str]:
 
 
 def ensembles(logits: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Log-probs (N, C) of the uniform and of the weighted ensemble of assistants."""
+    """Log-probs (N, C) of the uniform and the weighted ensemble of assistants."""
     record = artifacts.read_json(artifacts.ROOT / "weights/weights.json")
     logits_KNC = torch.stack([logits[f"assistants/{name}"] for name in record["members"]])
     mixing = record["weighting"].get("mixing", "probabilities")
@@ -71,7 +71,7 @@ def ensembles(logits: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def figures(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> dict[str, float]:
-    """One row of the table's test columns."""
+    """The test columns of a row of the table."""
     found = scores(logits_NC, labels_N)
     return {
         "test_accuracy": found.accuracy,
@@ -83,14 +83,14 @@ def figures(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> dict[str
 
 
 def paired(right_N: Tensor, other_N: Tensor) -> Paired:
-    """How much more often the first is right, on the same images."""
+    """How much more often the first is right on the same images."""
     difference, standard_error = paired_difference(right_N, other_N)
     gained, lost = discordant(right_N, other_N)
     return Paired(difference=difference, standard_error=standard_error, gained=gained, lost=lost)
 
 
 def latencies(params: Params) -> dict[str, float]:
-    """Median milliseconds for one image on one thread, all candidates in turns of one run."""
+    """Median milliseconds for one image on one thread, measured in turns in a single run."""
     example = Images.load(artifacts.DATA, "test").batch(torch.tensor([0]))
     eager = {name: manifest.load(artifacts.folder(name))[0] for name in run_names(params)}
     files = {}
@@ -104,7 +104,7 @@ def latencies(params: Params) -> dict[str, float]:
 
 
 def names_of(params: Params) -> report.Names:
-    """What the report's table consists of."""
+    """What the rows of the report are."""
     return report.Names(
         assistants=list(params.assistants),
         baselines=list(params.baselines),

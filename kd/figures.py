@@ -1,4 +1,4 @@
-"""Pictures of records: data in, a matplotlib Figure out, the same bytes every time.
+"""Plots of records: data in, a matplotlib Figure out, the same bytes every time.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
@@ -57,7 +57,7 @@ STYLE = {
 
 
 def _style() -> AbstractContextManager[None]:
-    """This house's settings, whatever the user's own are."""
+    """This project's settings, ignoring the user's own."""
     import matplotlib
 
     settings: Any = {**matplotlib.rcParamsDefault, **STYLE}
@@ -65,7 +65,7 @@ def _style() -> AbstractContextManager[None]:
 
 
 def _styled(draw: Callable[P, "Figure"]) -> Callable[P, "Figure"]:
-    """Draw in this house's style."""
+    """Make `draw` use this project's style."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> "Figure":
@@ -76,20 +76,20 @@ def _styled(draw: Callable[P, "Figure"]) -> Callable[P, "Figure"]:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG without the time and the program's version in it."""
+    """Write a figure as PNG, without matplotlib's version in it."""
     with _style():
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a CSV file whose cells are all numbers, as the functions below take them."""
+    """The rows of a CSV file of numbers, as the functions below take them."""
     with path.open(newline="") as file:
         return [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
 
 
 @_styled
 def learning(curves_by_name: Mapping[str, Sequence[Row]]) -> "Figure":
-    """Validation accuracy by epoch, a line for each network.
+    """Validation accuracy by epoch, one line per network.
 
     Args:
         curves_by_name: Rows of each network's curves.csv: epoch, val_accuracy.
@@ -134,10 +134,10 @@ def confusion(confusion_CC: Sequence[Sequence[int]], class_names: Sequence[str])
 
 @_styled
 def reliability(rows: Sequence[Row]) -> "Figure":
-    """Accuracy against confidence: on the diagonal a network knows what it knows.
+    """Accuracy against confidence: a calibrated network is on the diagonal.
 
     Args:
-        rows: One a bin that has images: confidence and accuracy (means in it, shares), count.
+        rows: One per non-empty bin: its mean confidence and accuracy, in [0, 1], and its count.
     """
     figure, (above, below) = _axes(
         2, 1, size=(4.8, 5.4), sharex=True, gridspec_kw={"height_ratios": [3, 1]}
@@ -157,7 +157,7 @@ def convergence(rows: Sequence[Row]) -> "Figure":
     """The search's objective by generation: best, median and worst of the population.
 
     Args:
-        rows: Of convergence.csv: generation, evaluations, best, median, worst.
+        rows: From convergence.csv: generation, evaluations, best, median, worst.
     """
     figure, axes = _axes(size=(6, 3.8))
     generations = [row["generation"] for row in rows]
@@ -174,7 +174,7 @@ def convergence(rows: Sequence[Row]) -> "Figure":
 
 @_styled
 def weights(record: Mapping[str, Any]) -> "Figure":
-    """How much each member counts, a bar for each weight set.
+    """Each member's weight, one bar per weight set.
 
     Args:
         record: weights.json: members, and sets with their weights by member.
@@ -200,7 +200,7 @@ def weights_path(rows: Sequence[Row]) -> "Figure":
     """The best weights by generation, stacked to 1.
 
     Args:
-        rows: Of path.csv: generation, and one column for each member.
+        rows: From path.csv: generation, and one column per member.
     """
     figure, axes = _axes(size=(6, 3.8))
     members = [key for key in rows[0] if key != "generation"]
@@ -228,8 +228,8 @@ def simplex_map(
         logits_KNC: Of three members.
         labels_N: Class indices.
         members: Their names, in that order.
-        path: Of path.csv: generation, and one column for each member.
-        tried: Of tried.csv: every candidate, one column for each member.
+        path: From path.csv: generation, and one column per member.
+        tried: From tried.csv: every candidate, one column per member.
     """
     import numpy as np
 
@@ -265,7 +265,7 @@ def sizes(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Test accuracy against size on disk, every network of the table.
 
     Args:
-        rows: Of report.json: name, role, size_bytes, test_accuracy.
+        rows: From report.json: name, role, size_bytes, test_accuracy.
     """
     figure, axes = _axes(size=(7.5, 4.6))
     for role, (colour, marker) in ROLES.items():
@@ -286,9 +286,9 @@ def sizes(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def _name_points(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write each network's name beside its point; names at one size stand in a column."""
+    """Write each network's name beside its point; names at the same size are stacked."""
     low, high = axes.get_ylim()
-    lines = (high - low) / 22  # what a line of text takes
+    lines = (high - low) / 22  # height of a line of text
     last: dict[float, float] = {}
     for row in sorted(rows, key=lambda row: float(row["test_accuracy"])):
         x, y = row["size_bytes"] / 1e6, 100 * row["test_accuracy"]
@@ -302,7 +302,7 @@ def _name_points(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
 def _axes(
     rows: int = 1, columns: int = 1, *, size: tuple[float, float], **options: Any
 ) -> "tuple[Figure, Any]":
-    """A figure that belongs to no global list, and its axes."""
+    """A figure, without pyplot's global state, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")

@@ -1,11 +1,11 @@
-"""What git says of the code that runs."""
+"""What git says about the running code."""
 
 import subprocess
 from pathlib import Path
 
 
 def state(root: Path) -> tuple[str, bool] | None:
-    """The commit, and whether files differ from it; None where there is no git or no commit."""
+    """The commit, and whether files differ from it; None if there is no git or no commit."""
     commit = ask(root, "rev-parse", "HEAD")
     if not commit:
         return None
@@ -21,7 +21,7 @@ def changed(root: Path) -> list[str]:
 
 
 def ask(root: Path, *words: str) -> str:
-    """What `git WORDS` prints, nothing where it fails or is not installed."""
+    """What `git WORDS` prints; "" if it fails or git is not installed."""
     try:
         done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
     except OSError:

@@ -1,8 +1,8 @@
-"""Several processes (ranks) that train one network, started and ended as if they were one.
+"""Run several processes (ranks) that train one network as if they were a single process.
 
-torchrun's library starts and watches them.  What is added here is what people and tools see: one
-error where all ranks fail, the exit status that a lone process would have, and no time limit for
-a rank that saves its state because it was told to stop.
+torchrun's library starts and watches them.  This module makes them look like one process: a
+single error message if all ranks fail, the exit status that one process would have, and ample
+time for a rank to save a checkpoint when it is told to stop.
 """
 
 import logging
@@ -17,13 +17,13 @@ from types import TracebackType
 from kd import signals
 
 PATIENCE = 7 * 24 * 3600
-"""Seconds that ranks told to stop are given, before torchrun kills them; torch 2.11 knows 30."""
+"""Seconds before torchrun kills ranks that were told to stop; torch 2.11's default is 30."""
 TOLD = "told"
-"""The file by which ranks agree who tells of a failure; it holds the exit status."""
+"""The file by which ranks agree on who reports a failure; it holds the exit status."""
 
 
 def run(command: Sequence[str], count: int) -> int:
-    """Run `command` as `count` ranks, and hand them the signals that we get.
+    """Run `command` as `count` ranks, forwarding signals to them.
 
     Returns:
         The exit status that one process would have: that of the rank which failed first.
@@ -35,7 +35,7 @@ def run(command: Sequence[str], count: int) -> int:
     environ = dict(os.environ)
     usual = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     heeded = [each.name for each, handler in usual.items() if handler != signal.SIG_IGN]
-    logging.disable()  # torchrun would tell of each failure again
+    logging.disable()  # torchrun would report each failure again
     with tempfile.TemporaryDirectory(prefix="kd-ranks-", ignore_cleanup_errors=True) as folder:
         os.environ["KD_RANKS"] = folder
         os.environ["KD_LAUNCHER"] = str(os.getpid())
@@ -47,7 +47,7 @@ def run(command: Sequence[str], count: int) -> int:
             run_id="kd",
             max_restarts=0,
             rdzv_backend="c10d",
-            # A file: what launchers tell one another is pickled, and a port is open to everyone.
+            # A file, not a port: launchers exchange pickles, and a port is open to everyone.
             rdzv_endpoint=f"{folder}/launchers",
             rdzv_configs={"store_type": "file", "keep_alive_interval": 3600},
             local_addr="localhost",
@@ -74,12 +74,12 @@ def run(command: Sequence[str], count: int) -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and tells: the only one, or rank 0."""
+    """Whether this process writes files and messages: it is the only one, or rank 0."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def become_rank() -> None:
-    """Live no longer than who started us, and leave it to the first rank that fails to say why."""
+    """Die with the launcher, and report an uncaught error only if this rank is first to fail."""
     signals.end_with(int(os.environ["KD_LAUNCHER"]))
     sys.excepthook = tell
 
@@ -87,20 +87,20 @@ def become_rank() -> None:
 def tell(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None = None
 ) -> None:
-    """Print an exception that nobody caught, where it is for this rank to tell."""
+    """Print an uncaught exception if it is this rank's to report."""
     if not issubclass(kind, KeyboardInterrupt) and falls_first(1):
         sys.__excepthook__(kind, error, trace)
 
 
 def falls_first(status: int) -> bool:
-    """Whether it is for this process, which ends with `status`, to say why.
+    """Whether this process, which exits with `status`, should report why.
 
-    It is for a lone process, and for the first of several ranks: the others end for the same
+    A lone process should, and of several ranks the first to fail: the others fail for the same
     reason, or because it did.
     """
     if "KD_RANKS" not in os.environ:
         return True
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the first to be gone ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends us by it when the first is gone
     try:
         with Path(os.environ["KD_RANKS"], TOLD).open("x") as told:
             told.write(str(status))

@@ -1,9 +1,9 @@
-"""Where a file comes from: from its checksum back to student, teachers, data, code and commit.
+"""Trace a file from its checksum back to student, teachers, data, code and commit.
 
     kd lineage artifacts/exports/onnx/model.onnx
     kd lineage 3f786850e387550fdab836ed7e6dc881de23001b5a9f2c1d8e7f6a5b4c3d2e1f
 
-Everything is read from the records beside the files; nothing is computed but checksums.
+Everything is read from the records beside the files; only checksums are computed.
 """
 
 import json
@@ -23,7 +23,7 @@ from kd.workspace import check_root
 LOCK = Path("dvc.lock")
 CHECKSUM = re.compile("[0-9a-fA-F]{64}")
 SHOWN = 16
-"""Characters of a checksum that are shown of what is not asked for itself."""
+"""Characters shown of any checksum but that of the file asked about."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class Found:
     """A file of this workspace, known by its checksum."""
 
     run_name: str
-    """Of the stage that made it: exports/onnx, student, assistants/large."""
+    """The stage that made it: exports/onnx, student, assistants/large."""
     network: Manifest
     """The network that it is, or was exported from."""
     verified: str = ""
-    """What is known of an export's comparison with its network."""
+    """For an export, how it compared with its network."""
 
 
 def tell(file: Path) -> str:
     """The lineage of an exported file, a bundle or a model.safetensors, as text.
 
     Args:
-        file: It, or its SHA-256 where the file itself is elsewhere.
+        file: Its path, or its SHA-256 if the file is elsewhere.
 
     Raises:
         ConfigError: there is no such file, no record in this workspace has its checksum, or
-            this is no workspace.
+            this is not a workspace.
     """
     sha256 = _checksum(file)
     found = find(sha256)
@@ -54,7 +54,7 @@ def tell(file: Path) -> str:
         if not artifacts.ROOT.exists():
             check_root()
         raise ConfigError(
-            f"{file} (SHA-256 {sha256}) is of no record in {artifacts.ROOT.resolve()}: it was "
+            f"{file} (SHA-256 {sha256}) matches no record in {artifacts.ROOT.resolve()}: it was "
             "made elsewhere, changed since, or made before the last run of its stage (check out "
             "the commit whose dvc.lock had it, then `dvc checkout`). MLflow finds it by the tag "
             "kd.export_sha256"
@@ -64,7 +64,7 @@ def tell(file: Path) -> str:
 
 
 def _checksum(file: Path) -> str:
-    """Of a file, of what a bundle is about, or given instead of a file."""
+    """SHA-256 of a file or of a bundle's model, or one given instead."""
     if not file.exists():
         if CHECKSUM.fullmatch(file.name):
             return file.name.lower()
@@ -79,7 +79,7 @@ def _checksum(file: Path) -> str:
 
 
 def find(sha256: str) -> Found | None:
-    """What this workspace knows of a checksum: an export, or a trained network."""
+    """The export or trained network with this checksum, if this workspace has it."""
     for path in sorted(artifacts.ROOT.glob("exports/*/parity.json")):
         parity = artifacts.read_json(path)
         if parity.get("sha256") == sha256:
@@ -100,7 +100,7 @@ def _run_name(record: Path) -> str:
 
 
 def _chain(found: Found) -> Iterator[str]:
-    """Who taught whom, a line for each network, its teachers below it and to the right."""
+    """Who taught whom, one line per network, with its teachers indented below it."""
     if found.verified:
         yield f"{found.run_name}: {found.verified}"
     yield from _network(found.network, "  " if found.verified else "")
@@ -125,7 +125,7 @@ def _network(network: Manifest, indent: str, weight: str = "") -> Iterator[str]:
 
 
 def _present(run_name: str) -> Manifest | None:
-    """The network that now stands under a name."""
+    """The network that now has a run name, if any."""
     try:
         return manifest.read(artifacts.ROOT / run_name)
     except ArtifactError:
@@ -137,7 +137,7 @@ def _data(network: Manifest) -> Iterator[str]:
     path = artifacts.DATA / "data.json"
     record = artifacts.read_json(path) if path.exists() else {}
     if record.get("data_hash") != network.data_hash:
-        yield "  (not the data here now)"
+        yield "  (other data is here now)"
         return
     counts = ", ".join(f"{name} {split['count']:,}" for name, split in record["splits"].items())
     yield f"  {_flat(record['dataset'])}; {counts}"
@@ -155,7 +155,7 @@ def _flat(record: Mapping[str, Any] | None) -> str:
 
 
 def _made(found: Found) -> Iterator[str]:
-    """When, from which commit, and under which hashes DVC keeps it."""
+    """When and from which commit it was made, and its hashes in DVC."""
     names = dict.fromkeys([found.run_name, found.network.name])
     for name in names:
         path = artifacts.ROOT / "runs" / f"{name}.json"
@@ -172,7 +172,7 @@ def _made(found: Found) -> Iterator[str]:
 
 
 def _locked(run_name: str) -> dict[str, str]:
-    """DVC's hash by output of a stage, but for run records; nothing where DVC did not run it."""
+    """DVC's hash of each output of a stage but its run record; empty if DVC did not run it."""
     if not LOCK.exists():
         return {}
     stage = params.read_yaml(LOCK).get("stages", {}).get(run_name.replace("/", "@"), {})

@@ -25,7 +25,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that is needed to use a trained network, and all that it was made from."""
+    """What is needed to use a trained network, and what it was made from."""
 
     format: int = FORMAT
     name: str
@@ -38,22 +38,22 @@ class Manifest:
     image_size: int
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
-    """Per channel, of pixels in [0, 1]: what is taken from an image before the network sees it."""
+    """Per channel, for pixels in [0, 1]: subtracted from an image before the network sees it."""
     std: tuple[float, ...]
-    """Per channel, of pixels in [0, 1]: what the rest is divided by."""
+    """Per channel, for pixels in [0, 1]: divides what remains."""
     data_hash: str
     teachers: tuple[Origin, ...]
-    """Who taught it, in the order of `weights_K`; empty where it learned from labels alone."""
+    """Its teachers, in the order of `weights_K`; empty if it learned from labels alone."""
     weights_K: tuple[float, ...]
-    """How much each teacher counted."""
+    """Each teacher's weight."""
     mixing: str
-    """What of the teachers was averaged: probabilities or logits."""
+    """What the weights averaged: probabilities or logits."""
     method: dict[str, Any] | None
-    """How it learned, as plain data; None where labels alone taught it."""
+    """How it learned, as plain data; None if from labels alone."""
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The networks that learned along with it: their models, as plain data."""
+    """The models of the networks trained along with it, as plain data."""
     generations: int = 1
-    """How often it was trained; each further generation was taught by the last alone."""
+    """How often it was trained, each time after the first taught only by the one before."""
     recipe: dict[str, Any]
     seed: int
     sha256: str = ""
@@ -72,7 +72,7 @@ class Manifest:
         """The network, untrained; or another model, such as a peer's, for the same images.
 
         Raises:
-            ArtifactError: another version of the code wrote the model, and this one has no such.
+            ArtifactError: another version of the code wrote it, and this one lacks that model.
             ConfigError: it cannot be built, or does not turn such images into logits.
         """
         plain = self.model if model is None else model
@@ -94,7 +94,7 @@ class Manifest:
 
 
 def save(folder: Path, module: nn.Module, manifest: Manifest) -> Manifest:
-    """Write a trained network and its manifest; the manifest with the weights' SHA-256."""
+    """Write a trained network and its manifest; return the latter with the weights' SHA-256."""
     digest = artifacts.save_model(folder / "model.safetensors", module)
     manifest = replace(manifest, sha256=digest)
     artifacts.write_json(folder / "manifest.json", asdict(manifest))
@@ -102,11 +102,11 @@ def save(folder: Path, module: nn.Module, manifest: Manifest) -> Manifest:
 
 
 def load(folder: Path) -> tuple[nn.Module, Manifest]:
-    """A trained network in evaluation mode on the CPU, and its manifest.
+    """A trained network in eval mode on the CPU, and its manifest.
 
     Raises:
-        ArtifactError: a file is missing or damaged, the weights are not the manifest's, or this
-            code does not know the model.
+        ArtifactError: a file is missing or damaged, the weights do not match the manifest, or
+            this code does not know the model.
     """
     manifest = read(folder)
     weights = folder / "model.safetensors"
@@ -139,16 +139,16 @@ def read(folder: Path, name: str = "manifest.json") -> Manifest:
 
 
 def _frozen(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with JSON's lists as tuples."""
+    """The record with JSON's lists turned into tuples."""
     return {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
 
 
 def check_lineage(members: Iterable[Manifest], present: Mapping[str, str], data_hash: str) -> None:
-    """Refuse members that were made from other data or by other teachers than those now here.
+    """Refuse members that learned from other data or other teachers than those now here.
 
     Args:
-        members: Who is about to teach.
-        present: SHA-256 of the weights that now stand under each run name.
+        members: The networks about to teach.
+        present: SHA-256 of the weights that each run name now has.
         data_hash: Of the data about to be learned from.
 
     Raises:

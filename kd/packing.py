@@ -1,4 +1,4 @@
-"""What an exporter is given: the trained student, calibration pictures, and a first look before.
+"""What an exporter is given: the trained student and calibration images; and a trial run of it.
 
 N images, H W image, channels last.
 """
@@ -16,7 +16,7 @@ from kd.models import Model, build_model
 
 
 def student_to_export(exporter: Exporter) -> tuple[Trained, Manifest]:
-    """The trained student with what its file needs, and its manifest."""
+    """The trained student with what an export needs, and its manifest."""
     module, described = manifest.load(artifacts.folder("student"))
     trained = Trained(
         module=module,
@@ -31,7 +31,7 @@ def student_to_export(exporter: Exporter) -> tuple[Trained, Manifest]:
 
 
 def calibration(int8: Int8 | None) -> Tensor | None:
-    """As many training pictures as asked for, spread evenly over train and pool; None for None."""
+    """Training images to calibrate int8, spread evenly over train and pool; None without int8."""
     if int8 is None:
         return None
     num = int8.calibration_images
@@ -47,10 +47,10 @@ def calibration(int8: Int8 | None) -> Tensor | None:
 
 
 def try_export(model: Model, *, channels: int, image_size: int, num_classes: int) -> None:
-    """Trace the student untrained, so that one that no format can take is found before training.
+    """Trace the untrained student, to find out before training if no format can take it.
 
     Raises:
-        ConfigError: what it does depends on the values in an image.
+        ConfigError: it cannot be traced (say, if it branches on pixels).
     """
     shape = {"channels": channels, "image_size": image_size, "num_classes": num_classes}
     module = build_model(model, **shape)
