@@ -104,7 +104,7 @@ def latencies(params: Params) -> dict[str, float]:
 
 
 def names_of(params: Params) -> report.Names:
-    """What the rows of the report are."""
+    """The names that the report needs."""
     return report.Names(
         assistants=list(params.assistants),
         baselines=list(params.baselines),

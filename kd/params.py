@@ -1,9 +1,9 @@
 """params.yaml -> typed Params.  The only importer of yaml and pydantic.
 
-What the file alone shows to be wrong is found here, before data is read, and named by its path in
-the file ("student.method.temperature"), with the nearest valid key where a key is unknown.  What
-takes one's own code or torchvision to be seen, every stage finds before it begins (`check_own`);
-what takes the images' size and classes, the data stage before it writes anything (`read_data` in
+Errors that the file alone reveals are found here, before data is read, and named by their path in
+the file ("student.method.temperature"), with the nearest valid key if a key is unknown.  Checks
+that need the user's own code or torchvision run before every stage (`check_own`); those that need
+the images' size and classes run in the data stage before it writes anything (`read_data` in
 kd/stages.py).
 """
 
@@ -29,21 +29,21 @@ from kd.weightings import Fixed, Weighting
 from kd.workspace import check_root
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-"""Names become folders, DVC stages and MLflow runs: what all three of them take."""
+"""Names become folders, DVC stages and MLflow runs; these are valid in all three."""
 RESERVED = ("teacher", "generation", "value", "temperature")
-"""What no assistant can be called: the teacher, and other columns of the tables of weights."""
+"""Names that no assistant may have: the teacher's, and other columns of the weight tables."""
 
 
 @component
 class DataParams:
-    """Which images, in which form, divided how."""
+    """Which images, in which form, split how."""
 
     source: str = "kd/data"
-    """The path that DVC watches: the folder of one's own pictures; for public data, which never
-    change, the code that reads them."""
+    """The path that DVC watches: an image folder; or for public data, which never change, the
+    code that reads them."""
     dataset: Dataset
     image_size: int
-    """Height and width in pixels that every image is brought to."""
+    """Height and width in pixels to which every image is resized."""
     channels: Literal[1, 3]
     """1: grey, 3: colour."""
     splits: Splits = Splits()
@@ -52,9 +52,9 @@ class DataParams:
         require(self.image_size >= 4, "image_size", self.image_size, "at least 4 pixels")
         if isinstance(self.dataset, ImageFolder):
             root = self.dataset.root
-            require(self.source == root, "source", self.source, f"{root!r}, as dataset.root is")
+            require(self.source == root, "source", self.source, f"{root!r}, as in dataset.root")
         if isinstance(self.dataset, CustomDataset):
-            wanted = "the path that your data set changes with: its files, or its code"
+            wanted = "a path for DVC to watch: your data set's files, or its code"
             require(self.source != "kd/data", "source", self.source, wanted)
 
 
@@ -68,15 +68,15 @@ class TeacherParams:
 
 @component
 class LearnerParams:
-    """The student: a network that learns from others."""
+    """A student or assistant: it learns from others."""
 
     model: Model
     method: Method
     recipe: Recipe
     peers: dict[str, Model] = field(default_factory=dict)
-    """Networks that learn along with it, by name; for methods that need peers."""
+    """Networks trained along with it, by name; for methods that need peers."""
     generations: int = 1
-    """How often it is trained, at least 1; each further generation is taught by the last alone."""
+    """How often it is trained, at least 1; later generations are taught only by the previous."""
 
     def __post_init__(self) -> None:
         check_peers(self.method, self.peers)
@@ -86,10 +86,10 @@ class LearnerParams:
 
 @component
 class StudentParams(LearnerParams):
-    """The student, under the weighted ensemble of assistants where its method needs teachers."""
+    """The student, taught by the weighted ensemble of assistants if its method needs teachers."""
 
     teacher_share: float = 0.0
-    """What the teacher itself counts beside the assistants, who share the rest; in [0, 1]."""
+    """Weight of the teacher itself, in [0, 1]; the assistants share the rest."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,12 +98,12 @@ class StudentParams(LearnerParams):
 
 @component
 class AssistantParams(LearnerParams):
-    """An assistant, and where it stands in the chain from the teacher to the student."""
+    """An assistant, and its place in the chain from the teacher to the student."""
 
     taught_by: str
     """teacher, or another assistant as assistants/NAME."""
     dense: bool = False
-    """Taught by all that are before it in the chain, the teacher included, in equal parts (DGKD);
+    """Taught by everyone before it in the chain, the teacher included, with equal weights (DGKD);
     else by `taught_by` alone (TAKD)."""
 
 
@@ -115,7 +115,7 @@ class BaselineParams:
     """none; the teacher alone; all assistants; both; or a list of names, the teacher's being
     "teacher"."""
     weighting: Weighting | None = None
-    """How much each of several teachers counts; null: all alike, for a list alone."""
+    """How several teachers are weighted; null, for a list only: equally."""
     method: Method | None = None
     """null: the student's."""
     peers: dict[str, Model] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class BaselineParams:
             wanted = f"none with method.kind {self.method.kind}, which needs no teachers"
             require(listens or self.teachers == "none", "teachers", self.teachers, wanted)
         else:
-            require(not self.peers, "peers", sorted(self.peers), "given with a method alone")
+            require(not self.peers, "peers", sorted(self.peers), "given only with a method")
         require(self.generations >= 1, "generations", self.generations, "at least 1")
 
 
@@ -151,28 +151,28 @@ def teachers_named(asked: str | tuple[str, ...], assistants: tuple[str, ...]) ->
 
 
 def check_trust(method: Method, recipe: Recipe, generations: int, path: str) -> None:
-    """Refuse a way of trusting teachers that cannot be followed, at the section's `path`."""
+    """Refuse a `trust` that the recipe or the generations of the section at `path` rule out."""
     trust = getattr(method, "trust", None)
     if getattr(trust, "reads_labels", False):
         wanted = f"0 with {join(path, 'method.trust')}: a mixed image has no label of its own"
         require(recipe.mixup == 0, "recipe.mixup", recipe.mixup, wanted)
     if isinstance(trust, Unbiased):
-        wanted = "1 with method.trust unbiased: later generations have one teacher, the last"
+        wanted = "1 with method.trust unbiased: later generations have only one teacher"
         require(generations == 1, join(path, "generations"), generations, wanted)
 
 
 def check_peers(method: Method, peers: Mapping[str, Model]) -> None:
     """Refuse too many or too few peers for a method."""
-    wanted = f"{method.num_peers.start} networks at least, {method.num_peers.stop - 1} at most"
+    wanted = f"at least {method.num_peers.start} and at most {method.num_peers.stop - 1} networks"
     require(len(peers) in method.num_peers, "peers", sorted(peers), f"{wanted} ({method.kind})")
 
 
 @component
 class ReportParams:
-    """What the closing table measures beside accuracy."""
+    """What the report measures besides accuracy."""
 
     latency_seconds: float = 3.0
-    """How long latency is measured, all networks and files together, in turns; above 0."""
+    """Time to measure the latency of all networks and files together, in turns; above 0."""
 
     def __post_init__(self) -> None:
         require(self.latency_seconds > 0, "latency_seconds", self.latency_seconds, "above 0")
@@ -180,15 +180,15 @@ class ReportParams:
 
 @component
 class Params:
-    """One experiment: the whole of params.yaml, its top-level keys the stages."""
+    """One experiment: all of params.yaml, whose sections are the stages."""
 
     seed: int = 0
-    """Decides every random choice; another seed is another repetition of the experiment."""
+    """Decides every random choice; another seed repeats the experiment independently."""
     tracking: bool = True
-    """Log to MLflow; off trains without it."""
+    """Whether to log to MLflow."""
     code: str = "kd/data"
-    """The file or folder of the user's own code, which DVC watches for every stage; where there is
-    none, code of ours that every stage watches anyway."""
+    """The file or folder of the user's own code, which DVC watches for every stage; if there is
+    none, a folder of ours on which every stage depends anyway."""
     data: DataParams
     teacher: TeacherParams
     assistants: dict[str, AssistantParams]
@@ -204,10 +204,10 @@ class Params:
         for section in ("assistants", "baselines", "exports"):
             require(bool(getattr(self, section)), section, {}, "at least one")
             for name in getattr(self, section):
-                wanted = "a name of small letters, digits, - and _"
+                wanted = "a name of lowercase letters, digits, - and _"
                 require(bool(NAME.fullmatch(name)), f"{section}.{name}", name, wanted)
         for name in self.assistants:
-            wanted = f"another name: {', '.join(RESERVED)} name the teacher and columns of tables"
+            wanted = f"another name: {', '.join(RESERVED)} are reserved"
             require(name not in RESERVED, f"assistants.{name}", name, wanted)
             self.chain(name)
         for name, baseline in self.baselines.items():
@@ -220,7 +220,7 @@ class Params:
         self.check_teachers()
 
     def check_fixed(self) -> None:
-        """Refuse weights given by hand for others than the members that are weighed."""
+        """Refuse fixed weights that are not given for exactly the members."""
         everyone = tuple(self.assistants)
         places: list[tuple[str, Weighting | None, tuple[str, ...]]] = [
             ("weights", self.weights, everyone)
@@ -231,11 +231,11 @@ class Params:
         for path, weighting, members in places:
             if isinstance(weighting, Fixed):
                 fits = set(weighting.weights) == set(members)
-                wanted = f"given for {', '.join(members)}, and nobody else"
+                wanted = f"given for {', '.join(members)} and no others"
                 require(fits, f"{path}.weights", weighting.weights, wanted)
 
     def check_teachers(self) -> None:
-        """Refuse what a network cannot ask of those who teach it."""
+        """Refuse settings that do not suit a network's teachers."""
         everyone = tuple(self.assistants)
         for name, assistant in self.assistants.items():
             above = [each.removeprefix("assistants/") for each in self.chain(name)]
@@ -260,19 +260,19 @@ class Params:
         trust = getattr(method, "trust", None)
         if isinstance(trust, Unbiased):
             key = f"{path}.method.trust.biased"
-            wanted = f"one of {sorted(teachers)}, who teach here"
+            wanted = f"one of {sorted(teachers)}, the teachers"
             require(trust.biased in teachers, key, trust.biased, wanted)
-            wanted = "one of several teachers: who is biased does not teach"
+            wanted = "one of several teachers: the biased one does not teach"
             require(len(teachers) > 1, key, trust.biased, wanted)
         models = {"teacher": self.teacher.model} | {n: a.model for n, a in self.assistants.items()}
         alike = all(models[each] == models[teachers[0]] for each in teachers)
-        wanted = f"online or cached: {', '.join(teachers)} are not of one architecture"
+        wanted = f"online or cached: {', '.join(teachers)} differ in architecture"
         fits = alike or recipe.targets != "stacked"
         where = path if isinstance(section, LearnerParams) else "student"
         require(fits, f"{where}.recipe.targets", recipe.targets, wanted)
 
     def learners(self) -> dict[str, tuple[Model, Method | None, Mapping[str, Model]]]:
-        """What learns, how (None: from labels) and along with whom, by its path in the file."""
+        """Each learner's model, method (None: labels) and peers, by its path in the file."""
         found: dict[str, tuple[Model, Method | None, Mapping[str, Model]]] = {
             "teacher": (self.teacher.model, None, {}),
             "student": (self.student.model, self.student.method, self.student.peers),
@@ -286,17 +286,17 @@ class Params:
         return found
 
     def chain(self, name: str) -> tuple[str, ...]:
-        """Run names of all that are before an assistant, its own teacher first.
+        """Run names of everyone before an assistant, its own teacher first.
 
         Raises:
-            ConfigError: an assistant is taught by nobody known, or by itself in the end.
+            ConfigError: `taught_by` names nobody, or the chain is a cycle.
         """
         found: list[str] = []
         above = self.assistants[name].taught_by
         while above != "teacher":
             key, _, other = above.rpartition("/")
             known = key == "assistants" and other in self.assistants
-            wanted = "teacher, or assistants/NAME of another one that leads to the teacher"
+            wanted = "teacher, or assistants/NAME of another whose chain ends there"
             fits = known and other != name and above not in found
             require(fits, f"assistants.{name}.taught_by", above, wanted)
             found.append(above)
@@ -318,10 +318,10 @@ def load(path: Path = Path("params.yaml")) -> Params:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping in a YAML file, as plain data.
+    """Read the mapping in a YAML file.
 
     Raises:
-        ConfigError: no such file, not YAML, a key given twice, or no mapping.
+        ConfigError: no such file, not YAML, a key given twice, or not a mapping.
     """
     try:
         raw = yaml.load(path.read_text(), _Loader)
@@ -330,15 +330,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no mapping of stages to settings")
+        raise ConfigError(f"{path} does not map stages to settings")
     return raw
 
 
 def parse(raw: Mapping[str, Any]) -> Params:
-    """Check plain data and make Params of it; `recipe` gives every role's recipe its defaults."""
+    """Check plain data and turn it into Params; `recipe` holds defaults for each role's recipe."""
     raw = dict(raw)
     defaults = raw.pop("recipe", {})
-    build(Recipe, defaults, "recipe")  # so that an error in it is named once, where it stands
+    build(Recipe, defaults, "recipe")  # so that an error in it is reported once, where it is
     for section in ("teacher", "student"):
         if isinstance(raw.get(section), dict):
             raw[section] = with_recipe(raw[section], defaults)
@@ -352,14 +352,14 @@ def parse(raw: Mapping[str, Any]) -> Params:
 
 
 def check_own(params: Params, stage: str = "") -> None:
-    """Find what is named elsewhere than in this file: the user's own models and methods, models of
-    torchvision's, and for the stage `data` the data set.
+    """Look up what params.yaml only names: the user's own models and methods, torchvision's
+    models, and for the stage `data` the data set.
 
-    All of them, whatever the stage needs, so that nothing is trained before another stage finds a
-    typing error.  The data set may be out of reach where networks are trained.
+    All of them, whatever the stage needs, so that a typo is found before anything is trained.
+    Only the data set is left out: it may be missing where networks are trained.
 
     Raises:
-        ConfigError: names the key of what cannot be found, or called so, or is not watched.
+        ConfigError: names the key of what cannot be found, or be called so, or is not watched.
     """
     found: dict[str, Dataset | Model | Method | None] = {}
     for path, (model, method, peers) in params.learners().items():
@@ -379,16 +379,16 @@ def check_own(params: Params, stage: str = "") -> None:
 
 
 def check_watched(key: str, path: str, code: str, source: str) -> None:
-    """Refuse a file of the user's own, at the section's `key`, that neither path covers."""
+    """Refuse code of the user's own, named at `key`, whose file is in neither path."""
     file = own_file(path)
     if file and not any(file.is_relative_to(Path(each).resolve()) for each in (code, source)):
         check_root()
         where = f"{file.relative_to(Path.cwd().resolve())}, or a folder that holds it"
-        require(False, "code", code, f"{where}: {key} is there, and DVC is to watch it")
+        require(False, "code", code, f"{where}: {key} is there, and DVC must watch it")
 
 
 BARE = {"weights": "weighting", "exports": "export"}
-"""Stages whose section is one component, and what to call it where all stages' keys meet."""
+"""Stages whose section is a single component, and its key in the result of `of_stage`."""
 
 
 def of_stage(params: Params, stage: str, name: str) -> dict[str, Any]:
@@ -417,7 +417,7 @@ def overlay(below: Any, above: Any) -> Any:
 
 
 def build(wanted: Any, raw: Any, path: str) -> Any:
-    """An object of type `wanted` from plain data; components and mappings of them by field.
+    """Turn plain data into an object of type `wanted`, recursing into components and mappings.
 
     Raises:
         ConfigError: names the path of what is wrong.
@@ -452,7 +452,7 @@ def build_component(members: list[Any], raw: Any, path: str) -> Any:
     known = {each.name: each for each in fields(cls)}
     for name in raw:
         if name not in known:
-            raise ConfigError(f"{join(path, name)} is no known key{nearest(name, known)}")
+            raise ConfigError(f"{join(path, name)} is not a known key{nearest(name, known)}")
     missing = [
         name
         for name, each in known.items()
@@ -485,21 +485,21 @@ def join(path: str, name: str) -> str:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """What the user may have meant, or all that there is, as the end of a sentence."""
+    """The nearest known name, or else all of them, as the end of a sentence."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def tuples(raw: Any) -> Any:
-    """Plain data with YAML's lists as tuples, the form in which frozen components hold them."""
+    """Plain data with YAML's lists turned into tuples, as frozen components hold them."""
     if isinstance(raw, list):
         return tuple(tuples(entry) for entry in raw)
     return raw
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which YAML would silently take the last."""
+    """SafeLoader that refuses duplicate keys, of which it would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -512,7 +512,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # YAML 1.1 takes 1e-3 for a word; YAML 1.2, and users, for a number
+_Loader.add_implicit_resolver(  # 1e-3 is a string in YAML 1.1, a number in YAML 1.2 and to users
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),

@@ -1,4 +1,4 @@
-"""What people see of a training while it runs: a bar on a terminal, lines elsewhere."""
+"""Training progress on the screen: a bar on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -9,10 +9,10 @@ from kd.train import Epoch
 
 
 class Progress:
-    """A line for each epoch, and on a terminal a bar below them that moves with each step."""
+    """A line per epoch and, on a terminal, a bar below them that moves with each step."""
 
     def __init__(self, name: str, epochs: int, steps: int) -> None:
-        """Args: who learns, its epochs, and the steps of each."""
+        """Args: the run name, its epochs, and steps per epoch."""
         self.name = name
         self.epochs = epochs
         self.steps = steps
@@ -37,16 +37,16 @@ class Progress:
             self.bar.stop()
 
     def step(self, done: int) -> None:
-        """Tell of a step; `done` are done."""
+        """Show that `done` steps are done."""
         if self.first is None:
-            self.first = done  # where a resumed run set out; its first step may have compiled
+            self.first = done  # nonzero if resumed; the first step may include compilation
             self.started = time.monotonic()
         self.done = done
         if self.bar:
             self.bar.update(self.task, completed=done)
 
     def epoch(self, epoch: Epoch) -> None:
-        """Tell of an epoch."""
+        """Show an epoch."""
         gone = self.done - (self.first or 0)
         left = self.epochs * self.steps - self.done
         seconds = (time.monotonic() - self.started) * left / max(1, gone)
@@ -62,10 +62,10 @@ class Progress:
 
 
 def terminal_bar() -> Any:
-    """A bar that shows steps, their speed and the time left; None where rich is not installed."""
+    """A bar that shows steps, time elapsed and time left; None if rich is not installed."""
     try:
         from rich import progress
-    except ImportError:  # a machine with PyTorch alone
+    except ImportError:  # on a machine with only PyTorch
         return None
     return progress.Progress(
         progress.TextColumn("{task.description}"),

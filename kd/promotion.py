@@ -1,18 +1,17 @@
-"""Who is champion: a new student takes over if it beats the present one by more than noise.
+"""Who is champion: a new student takes over if it beats the current one by more than noise.
 
     kd promote
 
-The student stage decides it, `kd promote` decides it again, and both come here.  Everything goes
-by the SHA-256 of the student's weights: whoever is registered keeps its version, and the same two
-students on the same images get the same decision.  So it does no harm to repeat any of it, and
-what a crash left half done is done by the next time.
+The student stage and `kd promote` both decide it here.  A student is identified by the SHA-256 of
+its weights: once registered it keeps its version, and the same two students on the same images
+get the same decision.  So every step is idempotent, and the next call completes what a crash left
+half done.
 
-Both networks predict the present validation images, here and now, and are compared in pairs by
-McNemar's exact test.  Where the images are others than those that the champion was chosen on, it
-may have learned from some of them; it is registered with a hash of each image that it has seen,
-and those are left out.  Where the two cannot be compared, the champion stays until
-`kd promote --replace`; so it does against one that was champion before, or a comparison would undo
-what somebody did who moved the alias back.
+Both networks predict the current validation images, and are compared in pairs by McNemar's exact
+test.  If these are not the images that the champion was chosen on, it may have learned from some
+of them: it is registered with a hash of each image that it has seen, and those are left out.  If
+the two cannot be compared, the champion stays until `kd promote --replace`.  It also stays if the
+student was champion before: a comparison must not undo a rollback, done by moving the alias back.
 
 N samples, H W image, channels last.
 """
@@ -43,17 +42,17 @@ EXPORTS = artifacts.ROOT / "exports"
 SEEN = "seen.npy"
 """Beside a registered student: a hash of each image that it learned from."""
 BOTH_WAYS = ("ptq_val_accuracy", "qat_val_accuracy")
-"""In parity.json where int8 was reached by calibration alone and by fine-tuning."""
+"""In parity.json if int8 was tried by calibration alone and by fine-tuning."""
 REMEDY = "to replace it, run `kd promote --replace`"
 BEFORE = "it was champion before, and only `kd promote --replace` makes it so again"
-"""Ends each decision on a student that is champion no longer, and so is remembered by it."""
+"""Ends each decision on a former champion, which `was_champion` recognises by it."""
 TRIES = 10
-"""How often to decide again because another student became champion meanwhile."""
+"""How often to decide again if another student becomes champion meanwhile."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a comparison."""
+    """The result of a comparison."""
 
     decision: str
     """For people; begins with "champion", "challenger" or "not compared"."""
@@ -65,13 +64,13 @@ def promote(run: Run, *, compare: bool = True) -> str:
 
     Args:
         run: The student's own.
-        compare: False makes it champion whatever the present one can do.
+        compare: False makes it champion without a comparison.
 
     Returns:
         The decision.
 
     Raises:
-        TrackingError: MLflow does not answer.
+        TrackingError: MLflow does not answer, or the champion keeps changing.
         ArtifactError: there is no student, or it cannot be run here.
     """
     described = manifest.read(STUDENT)
@@ -79,7 +78,7 @@ def promote(run: Run, *, compare: bool = True) -> str:
     if challenger is None:
         register(run)
         challenger = run.registered(REGISTERED_NAME, described.sha256)
-        assert challenger  # `register` would have said why not
+        assert challenger  # `register` would have raised
     complete(run, challenger)
     for _ in range(TRIES):
         champion = run.champion(REGISTERED_NAME)
@@ -88,7 +87,7 @@ def promote(run: Run, *, compare: bool = True) -> str:
         )
         if run.promote(REGISTERED_NAME, challenger, champion, found.decision, found.wins):
             return f"version {challenger.number}: {found.decision or 'champion already'}"
-    raise TrackingError("the registry", f"the champion changed {TRIES} times while it was asked")
+    raise TrackingError("the registry", f"the champion changed {TRIES} times meanwhile")
 
 
 def register(run: Run) -> None:
@@ -107,7 +106,7 @@ def register(run: Run) -> None:
 
 
 def complete(run: Run, version: Version) -> None:
-    """Log those exports of the student that its version does not point at, after a loss."""
+    """Log the student's exports that its version does not point at, say after a crash."""
     for folder in sorted(path.parent for path in EXPORTS.glob(f"*/{checksums.SUMS}")):
         made_from = manifest.read(folder, "student.json").sha256
         sha256 = artifacts.read_json(folder / "parity.json")["sha256"]
@@ -117,7 +116,7 @@ def complete(run: Run, version: Version) -> None:
 
 
 def log_export(run: Run, folder: Path) -> dict[str, float]:
-    """Log the export in a bundle's folder; the figures that exports are compared by."""
+    """Log a bundle's export; return the figures that exports are compared by."""
     parity = artifacts.read_json(folder / "parity.json")
     figures = {
         "val_accuracy": parity["val_accuracy"],
@@ -145,13 +144,13 @@ def judge(
     *,
     compare: bool = True,
 ) -> Verdict:
-    """Whether the student in artifacts/student is to replace the champion.
+    """Whether the student in artifacts/student replaces the champion.
 
     Args:
         challenger: Its version in the registry.
-        champion: The one to beat; None where there is none.
-        fetch: Brings the champion's files; called only where they are needed.
-        compare: False has it replace the champion in any case.
+        champion: The one to beat; None if there is none.
+        fetch: Downloads the champion's files; called only if needed.
+        compare: False lets it replace the champion in any case.
 
     Raises:
         ConfigError: the challenger itself cannot be run.
@@ -169,8 +168,8 @@ def judge(
 
 
 def tried(champion: Version, fetch: Callable[[Version], Path]) -> Verdict:
-    """The verdict on the student in artifacts/student by the validation images; see `judge`."""
-    ours, student = manifest.load(STUDENT)  # its own faults are not the champion's
+    """Compare the student in artifacts/student on the validation images; see `judge`."""
+    ours, student = manifest.load(STUDENT)  # its own errors are not the champion's
     try:
         folder = fetch(champion)
         theirs, holder = manifest.load(folder)
@@ -191,12 +190,12 @@ def tried(champion: Version, fetch: Callable[[Version], Path]) -> Verdict:
 
 
 def was_champion(version: Version) -> bool:
-    """Whether a version, by the last decision on it, is champion or was it once."""
+    """Whether a version is or was champion, by the last decision on it."""
     return version.decision.startswith("champion") or version.decision.endswith(BEFORE)
 
 
 def no_more(found: Verdict) -> Verdict:
-    """The verdict on a student that was champion before: it does not win by a comparison again."""
+    """The verdict on a former champion: it cannot win by a comparison again."""
     decision = found.decision
     if found.wins:
         decision = decision.replace("champion", "challenger", 1)
@@ -204,13 +203,13 @@ def no_more(found: Verdict) -> Verdict:
 
 
 def compared(new_N: Tensor, old_N: Tensor, champion: str, num_val: int) -> Verdict:
-    """The verdict on two students by what each predicts rightly.
+    """The verdict on two students by what each gets right.
 
     Args:
-        new_N: Of the challenger: which images it predicts rightly.
-        old_N: Of the champion, for the same images.
+        new_N: Which images the challenger gets right.
+        old_N: The same for the champion.
         champion: Its version.
-        num_val: How many validation images there are; those that are missing it has learned from.
+        num_val: How many validation images there are, with those that it has learned from.
     """
     if not len(new_N):
         return Verdict(
@@ -226,14 +225,14 @@ def compared(new_N: Tensor, old_N: Tensor, champion: str, num_val: int) -> Verdi
     decision = (
         f"{'champion' if wins else 'challenger'}: accuracy {accuracies[0]} against "
         f"{accuracies[1]} of version {champion} on {on} validation images{unknown}; "
-        f"right where that errs {gained} times, wrong where it is right {lost} times, "
+        f"it alone is right on {gained}, the champion alone on {lost}, "
         f"p = {p:.3g} ({LEVEL} or less is needed)"
     )
     return Verdict(decision, wins)
 
 
 def fits(student: Manifest, holder: Manifest) -> None:
-    """See that the champion answers the same question.
+    """Check that the champion has the same classes and images.
 
     Raises:
         ValueError: says what differs.
@@ -241,7 +240,7 @@ def fits(student: Manifest, holder: Manifest) -> None:
     for what in ("class_names", "channels", "image_size"):
         old, new = getattr(holder, what), getattr(student, what)
         if old != new:
-            raise ValueError(f"its {what} {old} are not {new}")
+            raise ValueError(f"its {what} is {old}, not {new}")
 
 
 def seen() -> NDArray[np.uint64]:
@@ -251,14 +250,14 @@ def seen() -> NDArray[np.uint64]:
 
 
 def unseen(val: Images, path: Path) -> Tensor:
-    """Which of the validation images are not among those whose hashes a file holds."""
+    """Which validation images have no hash in a file; all if there is no file."""
     if not path.exists():
         return torch.ones(len(val), dtype=torch.bool)
     return torch.from_numpy(~np.isin(hashes(val), np.load(path)))
 
 
 def hashes(images: Images) -> NDArray[np.uint64]:
-    """64 bits for each image: of a million, two that differ agree with a chance of 3e-8."""
+    """64 bits for each image: the chance of a collision among a million is 3e-8."""
     parts = (images.pixels_NHWC, *images.beyond_NHWC)
     rows = (row.numpy().tobytes() for pixels_NHWC in parts for row in pixels_NHWC)
     short = (hashlib.blake2b(row, digest_size=8).digest() for row in rows)

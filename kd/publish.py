@@ -1,10 +1,10 @@
-"""The champion's exports, where others fetch them: a folder or a bucket.
+"""Publish the champion's exports to a folder or a bucket.
 
     kd promote --publish /srv/models          # or s3://bucket/models, with s3fs installed
 
-Each bundle goes to a folder of its own, named by its checksum, which is never written again once
-it is whole.  champion.json names the champion's folders and is replaced last, in one step: a
-reader who follows it finds the old champion's bundles or the new one's, whole.
+Each bundle goes to a folder of its own, named by its checksum, which is never written to again
+once complete.  champion.json names the champion's folders and is replaced last, in one step, so
+its readers find either the old champion's bundles or the new one's, complete.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ POINTER = "champion.json"
 
 
 def champion(run: Run, registered_name: str, url: str) -> str:
-    """See that the champion's exports are at `url`, and that champion.json names them.
+    """Publish the champion's exports at `url`, and point champion.json at them.
 
     Args:
-        run: Any run with the registry.
-        registered_name: Whose champion.
-        url: A folder, or whatever else fsspec writes to.
+        run: Any run with a registry.
+        registered_name: The registered model.
+        url: A folder, or any URL that fsspec can write to.
 
     Returns:
         What was done, in a line.
 
     Raises:
         TrackingError: MLflow does not answer.
-        ArtifactError: a bundle came damaged from the store; nothing changed for readers.
-        OSError: the place cannot be written.
+        ArtifactError: a downloaded bundle is damaged; nothing changed for readers.
+        OSError: `url` cannot be written to.
     """
     version = run.champion(registered_name)
     uris = exports(version) if version else {}
@@ -58,7 +58,7 @@ def champion(run: Run, registered_name: str, url: str) -> str:
 
 
 def exports(version: Version) -> dict[str, str]:
-    """The models in MLflow that are exports of a version, by name."""
+    """The MLflow URIs of a version's exports, by name."""
     tags = {key.removeprefix("kd.export."): uri for key, uri in version.tags.items()}
     return {
         name: uri
@@ -76,7 +76,7 @@ class Place:
         self.root = root.rstrip("/")
 
     def read(self) -> dict[str, Any]:
-        """What champion.json says; nothing where there is none."""
+        """What champion.json holds; empty if there is none."""
         path = f"{self.root}/{POINTER}"
         if not self.files.exists(path):
             return {}
@@ -84,11 +84,11 @@ class Place:
         return record
 
     def holds(self, record: dict[str, Any]) -> bool:
-        """Whether every bundle that a champion.json names is here, whole."""
+        """Whether every bundle that a champion.json names is here, complete."""
         return all(self._is_whole(folder) for folder in record["exports"].values())
 
     def add(self, bundle: Path) -> str:
-        """Copy a bundle, SHA256SUMS last; the name of its folder here."""
+        """Copy a bundle, SHA256SUMS last; return its folder's name."""
         names = [*checksums.check(bundle), checksums.SUMS]
         folder = hashlib.sha256((bundle / checksums.SUMS).read_bytes()).hexdigest()[:32]
         if not self._is_whole(folder):

@@ -1,10 +1,9 @@
-"""Quantisation-aware distillation: the student learns on, as before, with int8 simulated.
+"""Quantisation-aware distillation: the student is trained further, with int8 simulated.
 
-The same teachers with the same weights, the same method and loop; only the network rounds its
-weights and activations as the exported file will, so that it learns to do without what rounding
-takes.  After several generations it is one more: taught by the last, which is the student itself.
-What comes out is an ordinary network again, which any format quantises as it would the
-original.
+Teachers, weights, method and training loop stay the same; only the network rounds its weights and
+activations as the exported file will, so that it learns to compensate.  If the student had several
+generations, this is one more: taught by the last, which is the student itself.  The result is an
+ordinary network again, which any format quantises as it would the original.
 """
 
 from collections.abc import Callable
@@ -29,28 +28,27 @@ from kd.roles import (
 from kd.train.device import prepare
 
 SOURCES = (*artifacts.LEARNING, "qat.py", "exporters/pt2e.py")
-"""What decides what is learned here."""
+"""Code that decides what is learned."""
 
 
 def when_called_for(
     int8: Int8 | None, trained: Trained, role: Role, run_name: str
 ) -> Callable[[Parity], Trained | None]:
-    """What `export_and_check` asks, once it knows what calibration alone has cost.
+    """A callback for `export_and_check`: fine-tune if calibration alone lost too much.
 
     Args:
-        int8: The format's settings; None where it has none.
+        int8: The format's settings; None if it has none.
         trained: The network that was exported.
         role: How that network was trained.
         run_name: The export's.
 
     Raises:
-        ConfigError: its method trains other networks along with it, which is not done in int8.
+        ConfigError: it has peers, which cannot be trained along with it in int8.
     """
     if int8 and int8.qat_when_loss_above is not None and role.peers:
         raise ConfigError(
-            "int8.qat_when_loss_above is set, but student.peers learn along with the student, "
-            "which is not done with int8 simulated: set it to null, or take a method with "
-            "fixed teachers"
+            "int8.qat_when_loss_above is set, but student.peers cannot learn along with a student "
+            "whose int8 is simulated: set it to null, or use a method with fixed teachers"
         )
 
     def answer(parity: Parity) -> Trained | None:
@@ -64,7 +62,7 @@ def when_called_for(
 
 
 def fine_tuned(int8: Int8, trained: Trained, role: Role, run_name: str) -> Trained:
-    """The network after some epochs under its teachers with int8 simulated.
+    """Train the network further under its teachers with int8 simulated.
 
     Raises:
         ArtifactError: a teacher is missing or is not the one that taught the network.
@@ -85,14 +83,14 @@ def fine_tuned(int8: Int8, trained: Trained, role: Role, run_name: str) -> Train
     checkpoint = checkpoint_of(described, role.generations)
     student = simulated(trained.module, trained.image_shape)
     with asked_to_stop() as stop:
-        # Without a look at the validation split: simulated ranges would take note of it.
+        # No validation: the simulated ranges would adapt to the validation images.
         taught(student, role, described, ensemble, checkpoint, stop)
     checkpoint.remove()
     return replace(trained, module=with_weights_of(student.cpu(), trained.module))
 
 
 def gentle(recipe: Recipe, int8: Int8) -> Recipe:
-    """The student's recipe, shorter, at a lower rate, on one device; no mean, plain arithmetic."""
+    """The student's recipe, but shorter, at a lower rate, on one device, without EMA, in fp32."""
     optimizer = replace(recipe.optimizer, lr=recipe.optimizer.lr * int8.qat_lr)
     return replace(
         recipe,

@@ -380,7 +380,7 @@ def test_edited_code_and_pictures_of_the_users_own_make_their_units_stale(tmp_pa
         ({"compare": RAW["compare"] | {"reference": "dkd"}}, "compare.reference is 'dkd'"),
         ({"compare": RAW["compare"] | {"seeds": 1}}, "compare.seeds is 1; it must be at least 2"),
         ({"cells": {"kd": {"teachers": "teacher", "method": {"kind": "kdd"}}}}, "did you mean"),
-        ({"studen": {}}, "studen is no known key"),
+        ({"studen": {}}, "studen is not a known key"),
     ],
 )
 def test_a_wrong_comparison_is_refused_before_any_work(tmp_path, changes, said):

@@ -133,12 +133,12 @@ def test_where_networks_are_trained_the_data_set_may_be_out_of_reach(mine, raw):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("sead", 1, "sead is no known key; did you mean 'seed'?"),
-        ("student.metod", {}, "student.metod is no known key; did you mean 'method'?"),
+        ("sead", 1, "sead is not a known key; did you mean 'seed'?"),
+        ("student.metod", {}, "student.metod is not a known key; did you mean 'method'?"),
         (
             "student.method.temprature",
             2,
-            "student.method.temprature is no known key; did you mean",
+            "student.method.temprature is not a known key; did you mean",
         ),
         ("student.method.temperature", "hot", "student.method.temperature is 'hot'"),
         ("student.method.temperature", 0, "student.method.temperature is 0"),

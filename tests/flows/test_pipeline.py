@@ -74,7 +74,7 @@ def test_a_folder_below_the_projects_root_is_refused_and_left_as_it_is(toy: Toy)
     ("old", "new", "said"),
     [
         ("taught_by: teacher", "taught_by: techer", "assistants.large.taught_by is 'techer'"),
-        ("weights:\n", "wieghts:\n", "wieghts is no known key; did you mean 'weights'?"),
+        ("weights:\n", "wieghts:\n", "wieghts is not a known key; did you mean 'weights'?"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused_before_dvc_stumbles_over_it(
