@@ -1,4 +1,4 @@
-"""Recipe: how long, how fast and in what way a network is trained, whatever its role."""
+"""Recipe: how long, how fast and in what way a network is trained, in any role."""
 
 import math
 from collections.abc import Iterable
@@ -18,9 +18,9 @@ class SGD:
     lr: float = 0.1
     """Learning rate at the schedule's peak, above 0."""
     momentum: float = 0.9
-    """Share of the last update that goes on, in [0, 1)."""
+    """Share of the last update that is kept, in [0, 1)."""
     nesterov: bool = True
-    """Look ahead along the momentum before taking the gradient; needs momentum above 0."""
+    """Nesterov momentum; has no effect if momentum is 0."""
     weight_decay: float = 5e-4
     """L2 penalty on every parameter, at least 0."""
     fused: bool = True
@@ -59,7 +59,7 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running mean and of the running square, each in [0, 1)."""
     weight_decay: float = 0.01
-    """Share of each weight taken away per step, times the learning rate; at least 0."""
+    """Share of each weight subtracted per step, times the learning rate; at least 0."""
     fused: bool = True
     """One kernel for all of them; false: PyTorch's own choice, which rounds differently."""
 
@@ -90,7 +90,7 @@ Optimizer = SGD | AdamW
 
 @component
 class Cosine:
-    """Rise linearly from 0, then fall to 0 along half a cosine (Loshchilov & Hutter, 2017)."""
+    """Rise linearly from 0, then fall to 0 along a half cosine (Loshchilov & Hutter, 2017)."""
 
     kind: Literal["cosine"] = "cosine"
     warmup: float = 0.0
@@ -139,62 +139,62 @@ class Recipe:
     """A training budget and how it is spent.
 
     An epoch is one pass over the *whole* training data, the unlabelled pool included.  A role
-    that learns from labels alone takes as many steps in an epoch, and so sees its few labelled
+    that learns from labels alone takes as many steps per epoch, and so sees its few labelled
     images several times: equal epochs are equal budgets.
     """
 
     epochs: int = 30
     """Passes over the training data, at least 1."""
     batch_size: int = 64
-    """Images in a step, at least 2 (batch normalisation needs a spread)."""
+    """Images per step, at least 2 (batch normalisation needs variance)."""
     optimizer: Optimizer = SGD()
     schedule: Schedule = Cosine()
     augment: Augment = Augment()
-    """Random shifts and flips; student and teachers see the same view of an image."""
+    """Random shifts and flips; student and teachers see the same view of each image."""
     mixup: float = 0.0
-    """Parameter of the Beta distribution that images are mixed by (mixup); 0: never."""
+    """Mixup: parameter of the Beta distribution of the mixing factor; 0: no mixup."""
     label_smoothing: float = 0.0
     """Share of a label's probability spread evenly over all classes, in [0, 1)."""
     clip_norm: float | None = None
-    """Largest length of the gradient, above 0; null: no clipping."""
+    """Largest norm of the gradient, above 0; null: no clipping."""
     ema: float | None = None
-    """Decay of the running mean of the weights, in (0, 1), which is then kept (at first the plain
-    mean: kd.methods.decay_at); null: no mean."""
+    """Decay of the EMA of the weights, in (0, 1), which is then the result (at first a plain mean:
+    kd.methods.decay_at); null: no EMA."""
     precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
     """bf16 runs the network's forward and backward in bfloat16 autocast; losses stay in fp32.
     A processor without bfloat16 instructions emulates them, which is many times slower: auto
-    measures both on this machine once, and takes bf16 where that is faster by a fifth.  tf32: a
+    measures both on this machine once, and picks bf16 if that is faster by a fifth.  tf32: a
     GPU may round the factors of convolutions and matrix products to 10 bits of mantissa."""
     memory_format: Literal["channels_last", "contiguous", "auto"] = "channels_last"
-    """How images and weights lie in memory; auto: as is faster on this machine."""
+    """Memory layout of images and weights; auto: the faster one on this machine."""
     compile: bool | Literal["auto"] = False
-    """Compile the network with torch.compile, on a GPU as CUDA graphs; needs a C++ compiler.  auto
-    measures, and compiles where the training is long enough to gain back what compiling takes."""
+    """Compile the network with torch.compile, on a GPU with CUDA graphs; needs a C++ compiler.
+    auto measures, and compiles if training is long enough to make up for the compile time."""
     deterministic: bool = True
-    """Take only algorithms that give the same bits each time.  A CPU has no others; on a GPU,
-    false lets convolutions be chosen by trying, and sums be taken in any order."""
+    """Use only algorithms whose results are bit-identical each time.  A CPU has no others; on a
+    GPU, false lets convolutions be autotuned and sums be taken in any order."""
     targets: Literal["auto", "cached", "online", "stacked"] = "auto"
-    """online asks the teachers at each step, one by one; stacked asks teachers of one architecture
-    all at once, which a GPU may prefer (a CPU does not); cached asks them once for every view of
-    every image and keeps their answers under .kd/targets; auto caches where views are fewer than
-    epochs, nothing is mixed and a member's answers take 4 GiB at most; else it asks online."""
+    """online runs the teachers at each step, one by one; stacked runs teachers of one architecture
+    all at once, which may be faster on a GPU (not on a CPU); cached runs them once on every view
+    of every image and keeps their logits under .kd/targets; auto: cached if there are fewer views
+    than epochs, no mixup, and at most 4 GiB of logits per member, else online."""
     views: int | None = 16
     """Views of an image that a taught network is shown while targets are cached, at least 1: after
     so many passes they recur.  null: all views that `augment` has.  16 lost no accuracy beyond
-    noise in 60 epochs (benchmarks/RECORDS.md); longer trainings want more."""
+    noise in 60 epochs (benchmarks/RECORDS.md); longer trainings need more."""
     threads: int = 1
-    """CPU threads, at least 1.  Sums are taken in another order with another number of threads,
-    so this belongs to what decides the result, not to what the machine happens to have."""
+    """CPU threads, at least 1.  Their number changes the order of sums and so the result: hence a
+    setting, rather than whatever the machine has."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU where there is one."""
+    """auto: the GPU if there is one."""
     devices: int = 1
     """GPUs, or processes on a CPU, that share every batch, at least 1: for a large network."""
     checkpoint_minutes: float = 1.0
     """Minutes of training, at most, that a crash can lose; at least 0 (save at each step)."""
     checkpoint_steps: int | None = None
-    """Steps between two checkpoints beside those by the clock, at least 1; null: the clock's."""
+    """Steps between checkpoints in addition to the timed ones, at least 1; null: only timed."""
     validate_every: int = 1
-    """Epochs between two looks at the validation split, at least 1; the last is always seen."""
+    """Epochs between two validations, at least 1; the last epoch is always validated."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "threads", "devices", "validate_every"):
@@ -215,7 +215,7 @@ class Recipe:
         require(clips, "clip_norm", self.clip_norm, "above 0 and finite, or null")
         require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "in (0, 1)")
         if self.device == "cpu":
-            wanted = "fp32 or bf16 where device is cpu: GPUs alone have TF32"
+            wanted = "fp32 or bf16 if device is cpu: only GPUs have TF32"
             require(self.precision != "tf32", "precision", self.precision, wanted)
         if self.targets == "cached":
             require(self.mixup == 0, "mixup", self.mixup, "0 when targets are cached")

@@ -1,8 +1,8 @@
-"""What came out, from records alone: one table, what it means, figures, and CSVs for `dvc plots`.
+"""The results: a table, what it means, figures, and CSVs for `dvc plots`, all from records.
 
 No number is typed by hand, and no network is run here: the report stage (kd/stages.py) opens the
-test split and hands in what it measured there as `Test`; everything else is read from the records
-that the stages left in artifacts/.
+test split and passes its measurements as `Test`; everything else is read from the records that
+the stages left in artifacts/.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ from kd.evaluate import Bin, holm, mcnemar
 # N samples, C classes
 
 LEVEL = 0.05
-"""Where no accuracies differ, the report calls any of its comparisons of one kind a difference in
-at most this share of cases."""
+"""If no accuracies differ, the chance, at most, that the report calls any of its comparisons of
+one kind a difference."""
 CLEAR = 2.0
 """Standard errors that a difference in NLL must exceed before the report calls it one."""
 VERDICTS = {1: "is better than", -1: "is worse than", 0: "cannot be told apart from"}
@@ -29,16 +29,16 @@ WEIGHTED, UNIFORM = "ensemble/weighted", "ensemble/uniform"
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """A difference on the same test images, in which the images' own difficulty cancels."""
+    """A difference on the same test images, so that the images' difficulty cancels."""
 
     difference: float
-    """Mean over the images of (student right) - (other right), in [-1, 1]."""
+    """Mean over the images of (first right) - (other right), in [-1, 1]."""
     standard_error: float
     """Of that mean: the standard deviation over the images, divided by sqrt(N)."""
     gained: int
-    """How many of the images only the student is right on."""
+    """How many images only the student is right on."""
     lost: int
-    """How many only the other is."""
+    """How many only the other is right on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +55,15 @@ class Test:
     ensemble_minus_teacher: Paired
     """How the weighted ensemble's accuracy differs from the teacher's."""
     over_constant: Mapping[str, Paired]
-    """By row: how its accuracy differs from always naming the images' most frequent class."""
+    """By row: how its accuracy differs from that of always naming the most frequent class."""
     labels_N: Sequence[int]
     """Class indices of the test images."""
     predicted_N: Sequence[int]
     """The student's."""
     confusion_CC: Sequence[Sequence[int]]
-    """How many images of each class (row) the student takes for each class (column)."""
+    """How many images of each class (row) the student assigns to each class (column)."""
     bins: Sequence[Bin]
-    """Of the student's confidence: those that its test_ece is made of."""
+    """Of the student's confidence: those of its test_ece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Names:
 
 
 def build(root: Path, names: Names, test: Test) -> dict[str, Any]:
-    """The report's record: the same for the same records and measurements.
+    """The report's record, a pure function of records and measurements.
 
     Args:
         root: The artifacts folder.
@@ -120,7 +120,7 @@ def build(root: Path, names: Names, test: Test) -> dict[str, Any]:
 
 
 def metrics(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The table as `dvc metrics` wants it: a number for each row and column."""
+    """The table's numbers by row and column, as `dvc metrics` needs them."""
     return {
         row["name"]: {key: value for key, value in row.items() if isinstance(value, int | float)}
         for row in report["rows"]
@@ -128,7 +128,7 @@ def metrics(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """What the numbers mean, a sentence each; a difference within its error is called none."""
+    """What the numbers mean, in sentences; insignificant differences are called none."""
     rows = {row["name"]: row for row in report["rows"]}
     student, teacher = rows["student"], rows["teacher"]
     against = report["student_minus"]["teacher"]
@@ -146,9 +146,9 @@ def findings(report: Mapping[str, Any]) -> list[str]:
 
 
 def told_apart(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """The sign of each difference in accuracy that chance hardly explains, 0 for any other.
+    """The sign of each significant difference in accuracy, 0 for any other.
 
-    McNemar's exact test, two-sided, with Holm's correction for so many comparisons.
+    McNemar's exact test, two-sided, with Holm's correction for this many comparisons.
 
     Args:
         compared: By row: gained and lost.
@@ -162,12 +162,12 @@ def told_apart(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 
 def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | None = None) -> str:
-    """The report for people.
+    """The report as Markdown.
 
     Args:
         report: What `build` returned.
         latency_ms: By row, and by exports/<format>: median time for one image.  It differs from
-            run to run, so it is no part of the record.
+            run to run, so it is not in the record.
     """
     latency = latency_ms or {}
     return "\n\n".join(
@@ -190,10 +190,10 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
             "Validation and test are accuracies; an ensemble's validation accuracy is held out: "
             "its weights were found on other folds. Latency is the median for one image.",
             *report["findings"],
-            "A difference in accuracy counts where McNemar's exact two-sided test, by Holm's "
-            f"correction for all comparisons of its kind, has p <= {LEVEL:g}; one in NLL from "
-            f"{CLEAR:g} standard errors on. Both weigh the images alone: networks trained from "
-            "another seed differ as well.",
+            "A difference in accuracy counts if McNemar's exact two-sided test, with Holm's "
+            f"correction for all comparisons of its kind, has p <= {LEVEL:g}; one in NLL, if it "
+            f"exceeds {CLEAR:g} standard errors. Both account for the choice of images only: "
+            "networks also differ from seed to seed.",
             "## Weights",
             _weights_table(report["weights"]),
             "Held out: found on four folds of the validation split, scored on the fifth."
@@ -202,8 +202,8 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
                 [
                     "## Exports",
                     _exports_table(report["exports"], latency),
-                    "Max difference (of any output: logits, or probabilities where the file takes "
-                    "the picture itself) and agreement (of the predicted class) are with the "
+                    "Max difference (of any output: logits, or probabilities if the file takes "
+                    "raw images) and agreement (of the predicted class) are with the "
                     "student, over the validation images.",
                 ]
                 * bool(report["exports"])
@@ -223,7 +223,7 @@ def write(
 ) -> None:
     """Write report.json, metrics.json, latency.json, report.md, CSVs and figures.
 
-    All but latency.json and report.md, which hold times, are the same for the same records.
+    All but latency.json and report.md, which hold times, depend only on the records.
 
     Args:
         folder: Where they go.
@@ -266,7 +266,7 @@ def _curves(root: Path, report: Mapping[str, Any]) -> dict[str, list[dict[str, f
 
 
 def _network(root: Path, name: str, role: str, test: Test) -> dict[str, Any]:
-    """The table's row of a trained network."""
+    """The table's row for a trained network."""
     path = root / name / "metrics.json"
     record = artifacts.read_json(path)
     wanted = ("val_accuracy", "val_nll", "parameters", "multiply_adds", "size_bytes")
@@ -281,7 +281,7 @@ def _network(root: Path, name: str, role: str, test: Test) -> dict[str, Any]:
 def _ensemble(
     name: str, found: Mapping[str, Any], members: Sequence[Mapping[str, Any]], test: Test
 ) -> dict[str, Any]:
-    """The table's row of an ensemble: as large as its members together, scored held out."""
+    """The table's row for an ensemble: its members' total size, and held-out scores."""
     return {
         "name": name,
         "role": "ensemble",
@@ -299,7 +299,7 @@ def _scores(test: Test, name: str) -> dict[str, float]:
     if name not in test.scores:
         raise ConfigError(f"no test scores for {name}; it has {', '.join(sorted(test.scores))}")
     keys = ("test_accuracy", "test_nll", "test_ece", "test_worst_class_accuracy")
-    # The teacher agrees with itself; every row has every column, or the CSV would have holes.
+    # The teacher agrees with itself; the CSV needs every column in every row.
     scores = {"test_agreement": 1.0, **test.scores[name]}
     return {key: scores[key] for key in (*keys, "test_agreement")}
 
@@ -320,18 +320,18 @@ def _export(root: Path, name: str) -> dict[str, Any]:
 
 
 def _untrained(report: Mapping[str, Any]) -> list[str]:
-    """Which networks answer no better than one answer for all images would."""
+    """Name the networks that are no better than a constant answer."""
     named = [name for name, sign in told_apart(report["over_constant"]).items() if sign < 1]
     if not named:
         return []
     return [
-        "On these images the accuracy cannot be told from that of always naming their most "
-        f"frequent class, or is less: {', '.join(named)}. Train longer: what follows says little."
+        "On these images the accuracy is not significantly above that of always naming their most "
+        f"frequent class: {', '.join(named)}. Train longer: what follows says little."
     ]
 
 
 def _against_baselines(report: Mapping[str, Any]) -> list[str]:
-    """The student against each network of its own size, told apart or not."""
+    """The student against each baseline: better, worse or no difference."""
     shown = {
         name: name.partition("/")[2].replace("_", " ")
         for name in report["student_minus"]
@@ -347,7 +347,7 @@ def _against_baselines(report: Mapping[str, Any]) -> list[str]:
         if (group := [text for name, text in shown.items() if signs[name] == sign])
     ]
     return [
-        "Against the same network trained otherwise, on the same test images (student minus "
+        "Against the same network trained differently, on the same test images (student minus "
         f"baseline, +- standard error): {', '.join(parts)}. "
         f"The student {', and '.join(verdicts)}."
     ]
@@ -363,7 +363,7 @@ def _against_teacher(report: Mapping[str, Any]) -> str:
 
 
 def _gain(gain: Mapping[str, float], num_val: int) -> str:
-    """The weights' worth, on rows they were not found on."""
+    """What the weights gain on images that they were not found on."""
     word = "no difference that these images could show"
     if abs(gain["nll"]) > CLEAR * gain["nll_se"]:
         word = "a gain" if gain["nll"] > 0 else "a loss"
@@ -393,12 +393,12 @@ def _weights_table(weights: Mapping[str, Any]) -> str:
 
 
 def _moved(weights: Mapping[str, Any]) -> str:
-    """What cross-validation left of the weights that were searched, where it took any."""
+    """How far cross-validation shrank the weights from those of the search, if at all."""
     if not weights["shrinkage"]:
         return ""
     searched = ", ".join(f"{name} {found:.3f}" for name, found in weights["searched"].items())
     return (
-        f" The search itself ended at {searched}; held-out samples moved that "
+        f" The search itself ended at {searched}; cross-validation moved it "
         f"{_percent(weights['shrinkage'])} of the way to uniform."
     )
 
@@ -421,7 +421,7 @@ def _exports_table(exports: Sequence[Mapping[str, Any]], latency: Mapping[str, f
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up as plain text, numbers to the right."""
+    """A Markdown table whose columns also line up as plain text, numbers aligned right."""
     cells = [list(head), *(list(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

@@ -1,4 +1,4 @@
-"""How a process ends that SIGTERM or Ctrl-C tells to."""
+"""How a process ends on SIGTERM or Ctrl-C."""
 
 import ctypes
 import os
@@ -8,16 +8,16 @@ from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 ENDING = (signal.SIGTERM, signal.SIGINT)
-"""What asks for an end."""
+"""The signals that ask for an end."""
 told: list[int] = []
-"""Which of them came.  Whoever begins something long asks, since code of others may have swallowed
-the exception: imports, callbacks and `__del__` do."""
+"""The signals received.  Check it before anything long: third-party code may have swallowed the
+exception, as imports, callbacks and `__del__` do."""
 
 
 def end_quietly() -> None:
-    """Let them end this process as shells have it, by status 128 + N, without a traceback.
+    """Have signals end this process with status 128 + N, as in shells, without a traceback.
 
-    One that it was started to ignore, as a shell's `&` does with Ctrl-C, stays ignored.
+    A signal ignored from the start, as Ctrl-C is after a shell's `&`, stays ignored.
     """
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -25,14 +25,14 @@ def end_quietly() -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Turn a signal into an exception, so that files are closed and the run ends as killed."""
+    """Turn a signal into SystemExit, so that files are closed and the run ends as killed."""
     told.append(number)
     raise SystemExit(128 + number)
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent, process `parent`, dies; on Linux."""
+    """On Linux, have the kernel kill this process when its parent, process `parent`, dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was too late for that
+    if os.getppid() != parent:  # it died before that
         os._exit(1)

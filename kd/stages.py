@@ -41,7 +41,7 @@ from kd.weightings import (
 
 
 def data(params: Params, name: str, run: Run) -> None:
-    """Read the data set, split it, and keep it in a compact form; try all that comes later."""
+    """Read the data set, split it, and store it compactly; try out all that depends on it."""
     for exporter in params.exports.values():
         exporter.check()
     raw = read_data(params)
@@ -50,21 +50,21 @@ def data(params: Params, name: str, run: Run) -> None:
 
 
 def read_data(params: Params) -> Raw:
-    """Read the data set, and try on its shape all that is to learn from it."""
+    """Read the data set, and try out all learners on its shape."""
     raw = params.data.dataset.read()
     try_learners(params.learners(), **shape_of(params, raw))
     return raw
 
 
 def shape_of(params: Params, raw: Raw) -> dict[str, int]:
-    """What a model must know of the images."""
+    """What a model must know about the images."""
     section = params.data
     sizes = {"channels": section.channels, "image_size": section.image_size}
     return {**sizes, "num_classes": len(raw.class_names)}
 
 
 def prepare_data(params: Params, raw: Raw, run: Run) -> None:
-    """Split the data set that was read, and keep it in a compact form."""
+    """Split the data set that was read, and store it compactly."""
     section = params.data
     record = prepare(
         section.dataset,
@@ -95,12 +95,12 @@ def teacher(params: Params, name: str, run: Run) -> None:
 
 
 def assistants(params: Params, name: str, run: Run) -> None:
-    """Distil the teacher, or those before it in the chain, into one middle-sized network."""
+    """Distil the networks before it in its chain into one middle-sized network."""
     learn(assistant_role(params, name), run)
 
 
 def weights(params: Params, name: str, run: Run) -> None:
-    """Find how much each assistant counts, on cached validation logits."""
+    """Find each assistant's weight, on cached validation logits."""
     folder, seed = artifacts.folder("weights"), seed_of(params.seed, "weights")
     sha256, logits_KNC, labels_N = member_logits(params, folder)
     begun = study_begun(params.weights, folder, seed)
@@ -120,7 +120,7 @@ def weights(params: Params, name: str, run: Run) -> None:
 
 
 def member_logits(params: Params, folder: Path) -> tuple[dict[str, str], np.ndarray, np.ndarray]:
-    """Every assistant's SHA-256 and validation logits (K, N, C), and the labels (N,); all kept."""
+    """Each assistant's SHA-256 and validation logits (K, N, C), and labels (N,); also saved."""
     loaded = {
         name: manifest.load(artifacts.folder(f"assistants/{name}")) for name in params.assistants
     }
@@ -136,7 +136,7 @@ def member_logits(params: Params, folder: Path) -> tuple[dict[str, str], np.ndar
 
 
 def study_begun(weighting: Weighting, folder: Path, seed: int) -> Path:
-    """The search's study while it runs: where DVC leaves it be, and a killed search goes on."""
+    """The running search's study: outside DVC's outputs, so that a killed search resumes."""
     logits = artifacts.sha256(folder / "val_logits.safetensors")
     inputs = [logits, asdict(weighting), seed, artifacts.code_digest(("weightings",))]
     path = artifacts.state_path("weights", inputs, ".log")
@@ -145,27 +145,27 @@ def study_begun(weighting: Weighting, folder: Path, seed: int) -> Path:
 
 
 def study_ended(begun: Path) -> Path | None:
-    """The search's study where DVC keeps it; None where nothing was searched."""
+    """Move the search's study to where DVC keeps it; None if there was no search."""
     study = artifacts.folder("runs") / "weights.study.log"
-    with artifacts.atomic(study) as temporary:  # empty where nothing was searched: DVC expects it
+    with artifacts.atomic(study) as temporary:  # empty if there was no search: DVC expects a file
         temporary.write_bytes(begun.read_bytes() if begun.exists() else b"")
     begun.unlink(missing_ok=True)
     return study if study.stat().st_size else None
 
 
 def student(params: Params, name: str, run: Run) -> None:
-    """Distil the weighted ensemble of assistants into the small network, and let it compete."""
+    """Distil the weighted ensemble of assistants into the small network; let it compete."""
     learn(taught_student(params), run)
     enter(run)
 
 
 def baselines(params: Params, name: str, run: Run) -> None:
-    """Train the student again, alike in all but its teachers or its method."""
+    """Train the student again with other teachers or another method."""
     learn(baseline_role(params, name), run)
 
 
 def exports(params: Params, name: str, run: Run) -> None:
-    """Write the student in one mobile format, if the file computes what the student computes."""
+    """Export the student to one mobile format, if the file's outputs match the student's."""
     exporter = params.exports[name]
     trained, described = student_to_export(exporter)
     val = Images.load(artifacts.DATA, "val")
@@ -184,7 +184,7 @@ def exports(params: Params, name: str, run: Run) -> None:
 
 
 def report(params: Params, name: str, run: Run) -> None:
-    """Open the test split, once, and say what came of it all."""
+    """Open the test split, once, and report the results."""
     names, test = names_of(params), examine(params)
     record = reporting.build(artifacts.ROOT, names, test)
     folder = artifacts.folder("report")
@@ -205,11 +205,11 @@ STAGES: dict[str, Callable[[Params, str, Run], None]] = {
     "exports": exports,
     "report": report,
 }
-"""In the order of the story.  A stage that DVC runs once per key is given the key as `name`."""
+"""In pipeline order.  A stage that DVC runs once per key is given the key as `name`."""
 
 
 def tags(stage: str) -> dict[str, str]:
-    """What tells the stage's tracking run from others."""
+    """The tags of the stage's tracking run."""
     roles = {"teacher": "teacher", "assistants": "assistant", "student": "student"}
     record = artifacts.data_record() if stage != "data" else {}
     return {
@@ -220,7 +220,7 @@ def tags(stage: str) -> dict[str, str]:
 
 
 def enter(run: Run) -> None:
-    """Let the trained student compete for champion; its training is not lost with the registry."""
+    """Let the trained student compete for champion; the stage does not fail if MLflow does."""
     if run.id is None:
         return
     try:

@@ -1,12 +1,12 @@
-"""A process that has imported torch already, and forks a copy of itself for each stage.
+"""A process that has already imported torch, and forks a copy of itself for each stage.
 
 Importing torch takes 4 to 6 s of CPU, in each of the pipeline's many processes.  The flow starts
 one `python -m kd.warm SOCKET`, and `python -m kd ...` finds it through KD_WARM_SOCKET; under
 `dvc repro` the first stage starts one, which ends with that `dvc`.  `python -m kd ...` sends it
 its arguments, folder, environment and standard streams, and a fork of the warm process runs the
-stage as a fresh process would.  Where that might make a difference (other code on disk, another
-folder, variables that libraries read when they load) the warm process declines, and where there
-is none, or KD_WARM is 0, the stage runs where it is.  Linux only.
+stage as a fresh process would.  It declines if that might make a difference (other code on disk,
+another folder, variables that libraries read at load).  Then, or if there is none, or if
+KD_WARM is 0, the stage runs in its own process.  Linux only.
 """
 
 import gc
@@ -27,20 +27,20 @@ from typing import Any
 from kd import signals
 
 PRELOAD = ("torch", "torch._dynamo", "safetensors.torch", "kd.stages", "kd.params", "kd.__main__")
-"""Making an optimiser imports torch._dynamo, which takes as long as torch itself."""
+"""Creating an optimiser imports torch._dynamo, which takes as long as torch itself."""
 READ_ON_LOAD = (
     *("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_"),
     *("TORCH_", "PYTORCH_", "PYTHON", "LD_"),
 )
-"""Beginnings of variables that took effect when the warm process started."""
+"""Prefixes of variables that took effect when the warm process started."""
 FOLDER = "kd-warm-"
-"""Beginning of the temporary folder in which a flow's warm process has its socket."""
+"""Prefix of the temporary folder that holds the socket of a flow's warm process."""
 PARENT, BORN = 1, 19
-"""Where /proc/PID/stat has them, counted from the process's state, which follows its name."""
+"""Their positions in /proc/PID/stat, counted from the process's state, after its name."""
 
 
 def delegate(argv: list[str]) -> int | None:
-    """Have the warm process run `kd` with `argv`; its exit status, or None where there is none."""
+    """Have the warm process run `kd` with `argv`; the exit status, or None if it did not."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(os.environ.get("KD_WARM_SOCKET") or beside_dvc())
@@ -65,12 +65,14 @@ def beside_dvc() -> str:
     """The socket of this `dvc`'s warm process, which the first of its stages starts.
 
     Raises:
-        OSError: nobody wants one: no `dvc` runs us, or KD_WARM is 0.
+        OSError: none is wanted: no `dvc` runs us, or KD_WARM is 0.
     """
     if os.environ.get("KD_WARM") == "0":
         raise OSError("not wanted")
     owner, born = running_dvc()
-    path = f".kd/warm-{owner}-{born}"  # relative: a socket's path has room for 100 characters
+    path = (
+        f".kd/warm-{owner}-{born}"  # relative, since a socket's path is limited to 100 characters
+    )
     if not os.path.exists(path):
         os.makedirs(".kd", exist_ok=True)
         sweep()
@@ -81,7 +83,7 @@ def beside_dvc() -> str:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the stage, which hands it on
+                start_new_session=True,  # Ctrl-C is for the stage, which forwards it
             )
         while not os.path.exists(path) and process.poll() is None:
             time.sleep(0.01)
@@ -103,10 +105,10 @@ def sweep() -> None:
 def running_dvc() -> tuple[int, int]:
     """The `dvc` that runs us: its process, and when that started, in clock ticks since boot.
 
-    DVC tells a stage's processes which stage they are, so it is the nearest one that was not told.
+    DVC sets DVC_STAGE for a stage's processes, so `dvc` is the nearest ancestor without it.
 
     Raises:
-        OSError: none runs us, or this is no Linux.
+        OSError: none runs us, or this is not Linux.
     """
     if "DVC_STAGE" not in os.environ:
         raise ProcessLookupError("no dvc")
@@ -117,7 +119,7 @@ def running_dvc() -> tuple[int, int]:
 
 
 def pipeline_run() -> str | None:
-    """A name for this run of `dvc repro`, by when it began; None where no `dvc` runs us."""
+    """A name for this run of `dvc repro`, by its start time; None if no `dvc` runs us."""
     try:
         ticks = running_dvc()[1]
         booted = next(
@@ -132,49 +134,49 @@ def pipeline_run() -> str | None:
 
 
 def process_state(process: int) -> list[int]:
-    """What /proc/PID/stat says after the process's name; its state, a letter, as 0."""
+    """The fields of /proc/PID/stat after the process's name; its state, a letter, as 0."""
     words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return [0, *map(int, words[1:])]
 
 
 class Server:
-    """Answers on one socket, in one thread: a fork copies no other."""
+    """Serves one socket in one thread, since a fork copies no other."""
 
     def __init__(self, path: str, owner: int | None = None) -> None:
-        """Listen before the long imports, so that a stage which comes meanwhile waits for them.
+        """Listen before the long imports, so that stages started meanwhile wait for them.
 
         Args:
-            path: Where the socket is put.
+            path: Where to put the socket.
             owner: A process to end with.
         """
         self.path = path
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(f"{path}.new")
         self.listener.listen(64)
-        os.rename(f"{path}.new", path)  # whoever sees it can connect
+        os.rename(f"{path}.new", path)  # it appears once it can be used
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
         if owner is not None:
             self.selector.register(os.pidfd_open(owner), selectors.EVENT_READ, self.leave)
         self.clients: dict[int, socket.socket] = {}
-        """Who waits for which child, by its pidfd."""
+        """Connections of waiting clients, by their child's pidfd."""
         self.loaded_in = os.environ.copy()
         self.folder = os.getcwd()
         for name in PRELOAD:
             importlib.import_module(name)
         self.code = versions()
-        gc.freeze()  # a collection in a child would copy every page
+        gc.freeze()  # else garbage collection in a child copies all pages
 
     def serve(self) -> list[str]:
-        """Fork for each request.  Returns in the children only: the arguments to run with."""
+        """Fork for each request.  Returns only in the children: the arguments to run with."""
         while True:
-            for key, _ in self.selector.select()[:1]:  # it may close what the others are about
+            for key, _ in self.selector.select()[:1]:  # may close what the others refer to
                 request = key.data(key.fileobj)
                 if request and (child := self.fork(request)) is not None:
                     return child
 
     def accept(self, listener: socket.socket) -> dict[str, Any] | None:
-        """One request, with its connection and streams; None if it was declined."""
+        """Accept a request, with its connection and streams; None if declined."""
         connection, _ = listener.accept()
         streams: list[int] = []
         with suppress(OSError, ValueError):  # the client died, or a source file is gone
@@ -188,12 +190,12 @@ class Server:
         return None
 
     def leave(self, owner: int) -> None:
-        """The owner ended, and whatever still runs for it ends with us."""
+        """Exit because the owner did; what still runs for it dies with us."""
         os.unlink(self.path)
         raise SystemExit
 
     def suits(self, request: dict[str, Any]) -> bool:
-        """Whether a fork is in no way different from the process that asks."""
+        """Whether a fork would do the same as the process that asks for it."""
         now, then = (
             {key: value for key, value in environ.items() if key.startswith(READ_ON_LOAD)}
             for environ in (request["environ"], self.loaded_in)
@@ -202,7 +204,7 @@ class Server:
         return same and threading.active_count() == 1
 
     def fork(self, request: dict[str, Any]) -> list[str] | None:
-        """The arguments in the child; None in the parent, which watches over child and client."""
+        """The arguments in the child; None in the parent, which watches child and client."""
         connection, streams = request["connection"], request["streams"]
         parent = os.getpid()
         if child := os.fork():
@@ -225,13 +227,13 @@ class Server:
         """Have `report` called when the child ends, and `abandon` when the client does."""
         process = os.pidfd_open(child)
         self.clients[process] = connection
-        with suppress(OSError):  # a client that is gone will be found to be
+        with suppress(OSError):  # if the client is gone, `abandon` is called
             connection.sendall(f"{child}\n".encode())
         self.selector.register(process, selectors.EVENT_READ, self.report)
         self.selector.register(connection, selectors.EVENT_READ, lambda _: self.abandon(process))
 
     def report(self, process: int) -> None:
-        """Tell the client, if it still is there, how its child ended."""
+        """Tell the client, if it is still there, how its child ended."""
         ended = os.waitid(os.P_PIDFD, process, os.WEXITED)
         assert ended  # it is None under WNOHANG only
         self.selector.unregister(process)
@@ -244,7 +246,7 @@ class Server:
         os.close(process)
 
     def abandon(self, process: int) -> None:
-        """The client, which never says a word, died: so dies the process that it stands for."""
+        """Kill the child of a client that died (a client never sends anything else)."""
         if connection := self.clients.pop(process, None):
             signal.pidfd_send_signal(process, signal.SIGKILL)
             self.selector.unregister(connection)
@@ -252,7 +254,7 @@ class Server:
 
 
 def versions() -> dict[str, tuple[int, int]]:
-    """Which state of kd's sources, on disk, the loaded modules are."""
+    """Modification time and size of each loaded source file of kd's."""
     package = str(Path(__file__).parent)
     files = [getattr(each, "__file__", None) or "" for each in list(sys.modules.values())]
     states = {each: os.stat(each) for each in files if each.startswith(package)}

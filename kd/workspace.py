@@ -1,6 +1,6 @@
-"""The folder that all stages work in: where it keeps what they make, and what it must be for that.
+"""The folder that all stages work in: where their results are stored, and checks before a run.
 
-Nothing here takes PyTorch, so that the flow, too, can ask before anything runs.
+Nothing here needs PyTorch, so that the flow can run the checks too.
 """
 
 import errno
@@ -19,30 +19,30 @@ CHECKPOINTS = Path(".kd/checkpoints")
 
 
 def folder(run_name: str) -> Path:
-    """The folder of a stage: artifacts/<stage>[/<name>]; made where it is missing."""
+    """The folder of a stage, artifacts/<stage>[/<name>]; created if missing."""
     path = ROOT / run_name
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def check_root() -> None:
-    """Refuse to look for the project's files where it is not.
+    """Refuse to run outside of the project's root.
 
     Raises:
-        ConfigError: no params.yaml is here.
+        ConfigError: there is no params.yaml here.
     """
     if not Path("params.yaml").exists():
         raise ConfigError(f"no params.yaml is in {Path.cwd()}: run from the project's root")
 
 
 def check_writable(run_name: str) -> None:
-    """Find out before any work that what it makes can be kept.
+    """Check before any work that its results can be written.
 
     Args:
-        run_name: The stage's; empty where only what all stages share is asked about.
+        run_name: The stage's; empty to check only the folders that all stages share.
 
     Raises:
-        OSError: names a folder that cannot be made or written to.
+        OSError: names a folder that cannot be created or written to.
     """
     CHECKPOINTS.parent.mkdir(exist_ok=True)
     for path in (folder(run_name), folder("runs"), CHECKPOINTS.parent):
@@ -51,10 +51,10 @@ def check_writable(run_name: str) -> None:
 
 
 def check_foreign(experiment: Mapping[str, Any]) -> None:
-    """Refuse folders that no key of params.yaml makes: a later stage would take them for its own.
+    """Refuse folders of no key in params.yaml: a later stage would take them for its own.
 
     Args:
-        experiment: What params.yaml says, by its top-level keys.
+        experiment: The content of params.yaml, by its top-level keys.
 
     Raises:
         ConfigError: names the folder; nothing is deleted.

@@ -181,13 +181,13 @@ def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
     assert "600" in lines["chosen"]
     for shown in ("12.3 kB", "2.5e-06", "100.00 %", "0.46 ms"):
         assert shown in lines["artifacts/exports/onnx/model.onnx"]
-    assert "of any output: logits, or probabilities where the file takes the picture" in text
+    assert "of any output: logits, or probabilities if the file takes raw images" in text
     assert "nan" not in text
     assert "None" not in text
 
 
 def test_what_cross_validation_took_from_the_search_is_said(artifacts, measured):
-    said = "ended at large 0.900, small 0.100; held-out samples moved that 50.00 % of the way"
+    said = "ended at large 0.900, small 0.100; cross-validation moved it 50.00 % of the way"
     built = report.build(artifacts, NAMES, measured)
     assert said in report.to_markdown(built)
     built["weights"]["shrinkage"] = 0.0
@@ -242,8 +242,8 @@ def test_networks_that_learned_nothing_are_named_first(artifacts, measured):
     }
     built = report.build(artifacts, NAMES, dataclasses.replace(measured, over_constant=over))
     assert built["findings"][0] == (
-        "On these images the accuracy cannot be told from that of always naming their most "
-        "frequent class, or is less: teacher, assistants/large, assistants/small. "
+        "On these images the accuracy is not significantly above that of always naming their most "
+        "frequent class: teacher, assistants/large, assistants/small. "
         "Train longer: what follows says little."
     )
     assert built["findings"][0] in report.to_markdown(built)
@@ -276,7 +276,7 @@ def test_weights_that_gained_nothing_are_said_to_have_gained_nothing(
         ("weights/weights.json", "dvc repro weights`"),
     ],
 )
-@pytest.mark.parametrize("damage", ["missing", "damaged", "no record"])
+@pytest.mark.parametrize("damage", ["missing", "damaged", "not a record"])
 def test_a_record_that_cannot_be_read_is_named_with_the_stage_that_makes_it(
     artifacts, measured, missing, remedy, damage
 ):
