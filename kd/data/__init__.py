@@ -1,4 +1,4 @@
-"""Images: where they come from, how they are split and stored, and how a model is shown them.
+"""Images: where they come from, how they are split and stored, and how they are batched.
 
 record = prepare(Digits(), Splits(), image_size=16, channels=1, seed=0, folder=folder)
 images = Images.load(folder, ("train", "pool"), augment=Augment(shift=2))

@@ -1,8 +1,8 @@
 """Views: every augmented image has a number.
 
-A view is a random crop of the zero-padded image, perhaps mirrored (the augmentation of He et al.
-2016, section 4.2).  Since views can be counted, teacher and student can be shown exactly the same
-one, and a teacher's answer to a view can be stored under its number.
+A view is a random crop of the zero-padded image, possibly mirrored (the augmentation of He et al.
+2016, section 4.2).  Since views are numbered, teacher and student can be shown exactly the same
+one, and a teacher's logits for a view can be stored under its number.
 
 Shape suffixes: N samples, V any number of views.
 """
@@ -20,7 +20,7 @@ class Augment:
     """All shifts by up to `shift` pixels in both directions, each plain or mirrored."""
 
     shift: int = 0
-    """Largest shift in pixels; what comes in from outside is black (0 before normalisation)."""
+    """Largest shift in pixels; pixels from outside are black (0 before normalisation)."""
 
     flip: bool = False
     """Whether images are also mirrored left to right."""
@@ -39,7 +39,7 @@ class Augment:
         return (2 * self.shift + 1) ** 2 // 2
 
     def decode(self, views_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What each view id means.
+        """Decode view ids.
 
         Args:
             views_V: ids in [0, num_views).
@@ -53,7 +53,7 @@ class Augment:
         return offset_V // side - self.shift, offset_V % side - self.shift, views_V >= side**2
 
     def views_for(self, seed: int, epoch: int, num: int) -> Tensor:
-        """The view that each of `num` samples shows in an epoch, int64 on the CPU.
+        """The view of each of `num` samples in an epoch, int64 on the CPU.
 
         A pure function of its arguments and of `shift` and `flip`, the same on every device, so
         that training resumes exactly.
@@ -69,6 +69,6 @@ def order_for(seed: int, epoch: int, num: int) -> Tensor:
 
 
 def key(purpose: str, *parts: int) -> int:
-    """A seed from whole numbers: neighbouring parts, and other purposes, give unrelated ones."""
+    """A seed from whole numbers: adjacent parts or other purposes give unrelated seeds."""
     digest = hashlib.sha256(" ".join([purpose, *map(str, parts)]).encode()).digest()
-    return int.from_bytes(digest[:4])  # PyTorch's CPU generator looks at 32 bits of its seed
+    return int.from_bytes(digest[:4])  # PyTorch's CPU generator uses 32 bits of its seed

@@ -12,14 +12,14 @@ class CustomDataset:
     """Any object of your own code whose `read()` returns a `kd.data.Raw`."""
 
     path: str
-    """Where it is, as "package.module:Name"; called with `args` to make the object."""
+    """Import path "package.module:Name"; called with `args` to make the object."""
 
     kind: Literal["custom"] = "custom"
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the call."""
 
     def check(self) -> None:
-        """Find it, without reading anything.
+        """Import it, without reading data.
 
         Raises:
             ConfigError: it cannot be found, or does not take `args`.
@@ -27,7 +27,7 @@ class CustomDataset:
         bound_object(self.path, self.args, {})
 
     def read(self) -> Raw:
-        """Make the object and ask it to read."""
+        """Make the object and call its `read()`."""
         dataset = call_object(self.path, self.args, {})
         if not callable(getattr(dataset, "read", None)):
             raise ConfigError(

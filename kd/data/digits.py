@@ -1,4 +1,4 @@
-"""Handwritten digits that scikit-learn ships inside the package: real images, no download."""
+"""Handwritten digits that are part of scikit-learn: real images without a download."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ class Digits:
     kind: Literal["digits"] = "digits"
 
     def read(self) -> Raw:
-        """Read the images, their 17 grey levels 0..16 spread over 0..255."""
+        """Read the images, scaling their 17 grey levels 0..16 to 0..255."""
         import numpy as np
         from sklearn.datasets import load_digits
 

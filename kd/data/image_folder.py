@@ -1,4 +1,4 @@
-"""People's own pictures: one folder for each class."""
+"""The user's own images: one folder per class."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,28 +17,28 @@ _LITTER = ("Thumbs.db", "desktop.ini")
 
 @component
 class ImageFolder:
-    """Pictures of any size under root/<class name>/, at any depth; folders name the classes."""
+    """Images of any size under root/<class name>/, at any depth; the folders name the classes."""
 
     root: str
-    """Folder that holds one folder for each class."""
+    """Folder that holds one folder per class."""
 
     kind: Literal["image_folder"] = "image_folder"
 
     def read(self) -> Raw:
-        """List the pictures; each is decoded when it is asked for."""
+        """List the images; each is decoded when it is accessed."""
         import numpy as np
 
         root = Path(self.root).expanduser()
         if not root.is_dir():
             raise ConfigError(
-                f"root {str(root)!r} is not a folder; name one that holds your classes"
+                f"root {str(root)!r} is not a folder; name one with a folder per class"
             )
         entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
         folders = [path for path in entries if path.is_dir()]
         if len(folders) < 2:
             raise ConfigError(
                 f"root {str(root)!r} holds {len(folders)} class folders; "
-                "make one for each class, two at least"
+                "make one per class, at least two"
             )
         files_by_class = [_files(folder) for folder in folders]
         files = tuple(path for files in files_by_class for path in files)
@@ -59,7 +59,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of one class in a fixed order, without litter."""
+    """The files of one class in a fixed order, without hidden and system files."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -70,23 +70,23 @@ def _files(folder: Path) -> list[Path]:
 def _faults(
     entries: list[Path], files: tuple[Path, ...], by_folder: dict[Path, list[Path]]
 ) -> list[str]:
-    """What is wrong with the root's entries, the classes' files, and the classes."""
+    """Misplaced images, files that are not images, and empty classes."""
     lost = [path for path in entries if _is_picture(path)]
     unknown = [path for path in files if not _is_picture(path)]
     empty = [folder for folder, found in by_folder.items() if not found]
     types = " ".join(_SUFFIXES)
     return [
-        *(f"{path} lies beside the class folders; move it into its class" for path in lost),
+        *(f"{path} is outside of the class folders; move it into one" for path in lost),
         *(
-            f"{path} is no picture of a known type ({types}); convert or remove it"
+            f"{path} is not an image of a known type ({types}); convert or remove it"
             for path in unknown
         ),
-        *(f"class {it.name!r} has no picture in {it}; add some or remove it" for it in empty),
+        *(f"class {it.name!r} has no images in {it}; add some or remove it" for it in empty),
     ]
 
 
 class _Decoded:
-    """Pictures decoded one by one as they are asked for."""
+    """A sequence that decodes each image when it is accessed."""
 
     def __init__(self, files: tuple[Path, ...]) -> None:
         self.files = files

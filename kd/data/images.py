@@ -18,13 +18,13 @@ from kd.component import ConfigError
 from kd.data.augment import Augment
 
 SEEN_PIXELS = 2**20
-"""Pixels of a channel that are looked at at once where nothing is learned: 256 images of 64 x 64,
-20 of 224 x 224.  Less than learning from a usual batch of such images takes."""
+"""Pixels per channel in an inference batch: 256 images of 64 x 64, 20 of 224 x 224.  That takes
+less memory than training on a usual batch of such images."""
 SEEN_IMAGES = 512
-"""As many small ones at most."""
+"""Images in an inference batch, at most."""
 
 HELD_BYTES = 2 * 2**30
-"""Images up to this size are held on the device: 700,000 of 32 x 32, 14,000 of 224 x 224."""
+"""Images up to this total are held on the device: 700,000 of 32 x 32, 14,000 of 224 x 224."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class Images:
     """One split, or several joined, with the views that batches may show."""
 
     pixels_NHWC: Tensor
-    """uint8 on the device, or, where they are too many for it, a memory map on the host, whose
-    images are brought to the device as batches need them."""
+    """uint8 on the device or, if that would be too large, memory-mapped on the host, from where
+    images are copied to the device as batches need them."""
 
     labels_N: Tensor
     """int64 on the device; -1 where unlabelled."""
@@ -45,13 +45,13 @@ class Images:
     """Standard deviation likewise."""
 
     augment: Augment = Augment()  # noqa: RUF009  (frozen)
-    """The views that `batch` knows by number."""
+    """The views that `batch` can show."""
 
     beyond_NHWC: tuple[Tensor, ...] = ()
-    """Further memory maps, whose images follow these: splits that are too large to be joined."""
+    """Further memory maps, whose images follow these: splits too large to be concatenated."""
 
     source: str = ""
-    """Hash of the prepared data and names of the splits; "" where the pixels themselves tell."""
+    """Hash of the prepared data and names of the splits; if "", `identity` hashes the pixels."""
 
     @classmethod
     def load(
@@ -67,10 +67,10 @@ class Images:
 
         Args:
             folder: what `prepare` wrote.
-            splits: "train", "pool", "val" or "test", or several of them to be joined in order.
+            splits: "train", "pool", "val" or "test", or several to be concatenated in order.
             device: "cpu" or "cuda".
-            augment: the views that batches may show; None for the plain images alone.
-            held_bytes: images of more bytes than this are read from disk as they are needed.
+            augment: the views that batches may show; None for only the plain images.
+            held_bytes: if images take more bytes than this, they are read from disk as needed.
 
         Raises:
             ConfigError: `folder` holds no prepared data, or it is damaged.
@@ -99,7 +99,7 @@ class Images:
 
     @property
     def identity(self) -> str:
-        """Names these images in this order, whatever their views: equal only where they are."""
+        """A key for these images in this order, whatever their views."""
         if self.source:
             return self.source
         digest = hashlib.sha256()
@@ -109,7 +109,7 @@ class Images:
 
     @property
     def home(self) -> torch.device:
-        """Where the images lie; images that are read from disk lie on the CPU."""
+        """The images' device; the CPU for memory-mapped images."""
         return self.pixels_NHWC.device
 
     def __len__(self) -> int:
@@ -117,14 +117,14 @@ class Images:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, H, W): what a model sees of one image."""
+        """(channels, H, W) of one image, as a model sees it."""
         _, height, width, channels = self.pixels_NHWC.shape
         return channels, height, width
 
     @property
     def at_once(self) -> int:
-        """How many images a network is best asked about at once: by their size alone, so that
-        answers do not differ in rounding from one training to the next.
+        """The batch size for inference.  It depends only on the images' size, so that rounding
+        is the same in every training.
         """
         _, height, width = self.image_shape
         return max(1, min(SEEN_IMAGES, SEEN_PIXELS // (height * width)))
@@ -138,10 +138,10 @@ class Images:
         """The chosen images, each in its view, normalised.
 
         Args:
-            indices_B: positions in these images, int64, on any device; those of images that are
-                read from disk are best on the CPU, since the host waits for a GPU's.
+            indices_B: positions in these images, int64, on any device; best on the CPU for
+                memory-mapped images, since reading a GPU's would block the host.
             views_B: view id of each, as `augment` numbers them; None for the plain images.
-            memory_format: how they are to lie in memory; they are made channels_last.
+            memory_format: the layout of the result; channels_last costs no copy.
 
         Returns:
             float32 (B, channels, H, W) on the device.
@@ -153,9 +153,9 @@ class Images:
         return self._normalise(pixels_BHWC).contiguous(memory_format=memory_format)
 
     def _gather(self, indices_B: Tensor, device: torch.device) -> Tensor:
-        """The chosen images as they are, from wherever they lie, on their way to `device`."""
+        """The chosen images as stored, in pinned memory if they will be copied to a GPU."""
         shape = (len(indices_B), *self.pixels_NHWC.shape[1:])
-        # Pinned memory comes from PyTorch's own store: none of it is asked of the system anew.
+        # PyTorch caches pinned memory, so this does not allocate it anew each time.
         pinned = self.home.type == "cpu" and device.type == "cuda"
         chosen_BHWC = self.pixels_NHWC.new_empty(shape, pin_memory=pinned)
         if not self.beyond_NHWC:
@@ -168,7 +168,7 @@ class Images:
         return chosen_BHWC
 
     def _crop(self, pixels_BHWC: Tensor, views_B: Tensor) -> Tensor:
-        """Pad the batch once and gather every pixel of every view in one step."""
+        """Pad the batch once, then gather all pixels of all views in one step."""
         shift = self.augment.shift
         batch, height, width, channels = pixels_BHWC.shape
         padded = F.pad(pixels_BHWC, (0, 0, shift, shift, shift, shift))
@@ -184,7 +184,7 @@ class Images:
     def _normalise(self, pixels_BHWC: Tensor) -> Tensor:
         """(pixel / 255 - mean) / std, as (pixel - 255 mean) * (1 / (255 std)).
 
-        Each step rounds on its own, so every device gives the same bits.
+        Each step rounds separately, so results are bit-identical on every device.
         """
         batch, height, width, channels = pixels_BHWC.shape
         mean, scale = _row_of(self.mean, self.std, width, pixels_BHWC.device)
@@ -198,11 +198,11 @@ class Images:
 def _row_of(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """What is taken from, and multiplied into, a row of pixels.
+    """What to subtract from a row of pixels, and its factor.
 
-    Made once, since the host waits for a GPU whenever it sends numbers there.
+    Cached, since copying numbers to a GPU blocks the host.
     """
-    with torch.inference_mode(False):  # or it could not be used outside of one
+    with torch.inference_mode(False):  # else unusable outside of inference mode
         shift = torch.tensor([255 * m for m in mean], device=device).repeat(width)
         scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(width)
     return shift, scale
@@ -212,12 +212,12 @@ def _row_of(
 def _places_of(
     augment: Augment, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Where each view's rows and columns lie in a padded image that is one long row of pixels.
+    """Offsets of each view's rows and columns in a padded image flattened to a row of pixels.
 
-    Made once for all V views: found anew at each step, a fifth of the operations of a small
-    network's step would be these, and a GPU waits for the host to tell it of each.
+    Cached for all V views: recomputed at each step, they would be a fifth of the operations of a
+    small network's step, each of which the host must launch on a GPU.
     """
-    with torch.inference_mode(False):  # or they could not be used outside of one
+    with torch.inference_mode(False):  # else unusable outside of inference mode
         shift = augment.shift
         dy_V, dx_V, flip_V = augment.decode(torch.arange(augment.num_views)[:, None])
         y_H, x_W = torch.arange(height), torch.arange(width)
@@ -227,11 +227,11 @@ def _places_of(
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; on the way to a GPU the host goes on, and so reads the next batch
-    while the GPU is at work: no thread is needed for that.
+    """The tensor on `device`.  Copies to a GPU are asynchronous, so the host reads the next batch
+    while the GPU is at work, without a thread.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # or the copy would wait for all that the GPU was told before
+        tensor = tensor.pin_memory()  # else the copy would wait for all of the GPU's queued work
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -239,11 +239,11 @@ def _open(path: Path) -> Tensor:
     """Map a .npy file into memory without reading it."""
     import numpy as np
 
-    # "c": changes, which nobody makes, would stay private; torch warns of read-only memory ("r").
+    # "c" (copy-on-write): nothing writes to it, but torch warns about read-only memory ("r").
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """One tensor; a single part that is not empty stays the memory map it is."""
+    """Concatenate parts; a single non-empty part is returned as it is, still a memory map."""
     filled = [part for part in parts if len(part)] or parts[:1]
     return filled[0] if len(filled) == 1 else torch.cat(filled)

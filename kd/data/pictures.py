@@ -1,4 +1,4 @@
-"""One picture: from a file of any kind to pixels, and from any pixels to a square.
+"""One image: from a file of any format to pixels, and from pixels to a square.
 
 Shape suffixes: H W image.
 """
@@ -17,19 +17,19 @@ NAMED = 20
 
 
 def named(faults: Sequence[str]) -> str:
-    """The faults, a line each: those that come first, and how many more there are."""
+    """The first faults, one per line, and how many more there are."""
     more = len(faults) - NAMED
     return "\n".join([*faults[:NAMED], *([f"and {more} more"] if more > 0 else [])])
 
 
 def read_picture(path: Path) -> "NDArray[np.uint8]":
-    """Decode one picture, turned upright as its camera recorded.
+    """Decode one image, turned upright by its EXIF orientation.
 
     Returns:
-        uint8, (H, W) when grey, (H, W, 3) in colour, (H, W, 4) with transparency.
+        uint8, (H, W) if grey, (H, W, 3) in colour, (H, W, 4) with transparency.
 
     Raises:
-        ConfigError: no picture, one cut short, or one with pixels other than 1, 8 or 16 bits.
+        ConfigError: not an image, truncated, or with pixels of other than 1, 8 or 16 bits.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -40,13 +40,13 @@ def read_picture(path: Path) -> "NDArray[np.uint8]":
             picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(
-            f"{path} cannot be read as a picture ({error}); replace or remove it"
+            f"{path} cannot be read as an image ({error}); replace or remove it"
         ) from error
     if picture.mode.startswith("I;16"):
         return (np.asarray(picture) >> 8).astype(np.uint8)
     if picture.mode in ("I", "F"):
         raise ConfigError(
-            f"{path} has {picture.mode!r} pixels; save it with 8 or 16 bits a channel"
+            f"{path} has {picture.mode!r} pixels; save it with 8 or 16 bits per channel"
         )
     if picture.has_transparency_data:
         return np.asarray(picture.convert("RGBA"))
@@ -56,8 +56,8 @@ def read_picture(path: Path) -> "NDArray[np.uint8]":
 def to_square(image: "NDArray[np.uint8]", size: int, channels: int) -> "NDArray[np.uint8]":
     """Fit an image into a square: centre crop to the shorter side, then bilinear resize.
 
-    Transparency is laid over white; colour becomes grey by luminance (ITU-R 601), grey becomes
-    colour by repetition.
+    Transparent images are composited on white; colour becomes grey by luminance (ITU-R 601),
+    grey becomes colour by repetition.
 
     Args:
         image: uint8, (H, W) or (H, W, 1 | 3 | 4).

@@ -1,4 +1,4 @@
-"""From any data set to the compact form on disk: uint8 arrays that can be memory-mapped.
+"""Convert any data set to the compact form on disk: uint8 arrays that can be memory-mapped.
 
     <folder>/raw/                     the source as obtained
     <folder>/{train,pool,val,test}/   images.npy labels.npy indices.npy
@@ -45,23 +45,23 @@ def prepare(
     """Read, resize, split and write a data set.
 
     Everything is written beside `folder` first and moved into place when complete, data.json
-    last: a run that is interrupted leaves no record, so nothing half made can be taken for whole.
+    last: an interrupted run leaves no record, so partial data is never mistaken for complete.
     Other files in `folder` are left alone.
 
     Args:
         dataset: where the images come from.
-        splits: how they are shared out.
+        splits: how they are split.
         image_size: side of the square images, in pixels.
         channels: 1 (grey) or 3 (colour).
         seed: decides the splits.
-        folder: where the prepared data belongs.
-        raw: what `dataset` reads, where it was read already.
+        folder: where the prepared data goes.
+        raw: what `dataset` reads, if it was read already.
 
     Returns:
         The record, as in data.json.
 
     Raises:
-        ConfigError: the data cannot be read, or not be split as asked.
+        ConfigError: the data cannot be read, or not split as configured.
         OSError: the disk is full or not writable.
     """
     require(image_size >= 1, "image_size", image_size, "1 or more")
@@ -76,7 +76,7 @@ def prepare(
         for name, rows_N in rows_by_split.items():
             labelled = name != "pool"
             faults |= _write_split(partial / name, raw, rows_N, image_size, channels, labelled)
-        if faults:  # of images in an array each has the same
+        if faults:  # those of images in an array are identical
             raise ConfigError(named(list(dict.fromkeys(faults[row] for row in sorted(faults)))))
         record = _record(dataset, splits, raw, image_size, channels, seed, partial)
         (partial / "data.json").write_text(
@@ -89,7 +89,7 @@ def prepare(
 
 
 def _write_raw(raw: Raw, folder: Path) -> None:
-    """Keep the source: its arrays, or a list of its files (which DVC versions themselves)."""
+    """Save the source: its arrays, or a list of its files (DVC versions the files)."""
     import numpy as np
 
     folder.mkdir(parents=True)
@@ -114,7 +114,7 @@ def _write_raw(raw: Raw, folder: Path) -> None:
 def _write_split(
     folder: Path, raw: Raw, rows_N: "NDArray[np.int64]", size: int, channels: int, labelled: bool
 ) -> dict[int, str]:
-    """Write one split, a chunk of images in memory at a time; what is wrong with which images."""
+    """Write one split, holding one chunk of images in memory; return the faults by row."""
     import numpy as np
 
     folder.mkdir()
@@ -127,7 +127,7 @@ def _write_split(
     def square_of(row: int) -> "NDArray[np.uint8]":
         try:
             return to_square(raw.images[row], size, channels)
-        except ConfigError as error:  # told when all are known, not one in each run
+        except ConfigError as error:  # reported together, not one per run
             faults[row] = str(error)
             return np.zeros(shape[1:], np.uint8)
 
@@ -136,7 +136,7 @@ def _write_split(
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         with ThreadPoolExecutor() as pool:
-            # Decoding leaves Python's lock; for arrays the threads would cost more than they save.
+            # Decoding releases the GIL; for arrays, threads would cost more than they save.
             each = pool.map if raw.files else map
             for start in range(0, len(rows_N), _CHUNK):
                 for square in each(square_of, rows_N[start : start + _CHUNK]):
@@ -154,7 +154,7 @@ def _record(
         "channels": channels,
         "splits": {name: _describe(folder / name, len(raw.class_names)) for name in NAMES},
     }
-    # Where the data came from is not in the hash: the same images from another folder are equal.
+    # The hash leaves out the source: the same images from another folder are equal.
     data_hash = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {
         "dataset": dataclasses.asdict(dataset),
@@ -167,7 +167,7 @@ def _record(
 
 
 def _describe(folder: Path, num_classes: int) -> dict[str, Any]:
-    """Size, images of each class (by stored labels) and hash of one written split."""
+    """Size, images per class (by stored labels) and hash of a written split."""
     import numpy as np
 
     labels_N = np.load(folder / "labels.npy")
@@ -182,7 +182,7 @@ def _describe(folder: Path, num_classes: int) -> dict[str, Any]:
 def _mean_std(paths: list[Path]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over all images of the files, in [0, 1] units.
 
-    The sums are integers, so nothing is rounded before the last division.
+    The sums are integers, so nothing is rounded before the final division.
     """
     import numpy as np
 
@@ -200,14 +200,14 @@ def _mean_std(paths: list[Path]) -> tuple[list[float], list[float]]:
     variances = [num * square - total**2 for total, square in zip(sums, squares, strict=True)]
     if 0 in variances:
         raise ConfigError(
-            f"channel {variances.index(0)} is the same in every pixel of the training images; "
-            "there is nothing to learn from it"
+            f"channel {variances.index(0)} is the same in every pixel of the training images, "
+            "so it holds no information"
         )
     return means, [math.sqrt(variance) / (255 * num) for variance in variances]
 
 
 def _move(partial: Path, folder: Path) -> None:
-    """Replace the parts in `folder` by those in `partial`; the record goes first, comes last."""
+    """Replace `folder`'s parts by `partial`'s; the record is deleted first and moved last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data.json").unlink(missing_ok=True)
     for name in ("raw", *NAMES):

@@ -1,4 +1,4 @@
-"""The raw form: what reading any data set gives, before resizing and splitting.
+"""The raw form: what reading any data set returns, before resizing and splitting.
 
 Shape suffixes: N samples.
 """
@@ -29,27 +29,27 @@ class Raw:
     """Images with their labels, as obtained from their source.
 
     A data set of your own returns this from its `read()`.  Images too many for one array are
-    given as a sequence that decodes image i when it is asked for (by several threads), so they
-    never lie in memory together; `files` then names the file behind each.
+    given as a sequence that decodes image i when it is accessed (by several threads), so they
+    are never all in memory; `files` then names the file behind each.
     """
 
     images: ImageSequence
     """N images, uint8, each (H, W) or (H, W, channels): 1 grey, 3 colour or 4 with alpha."""
 
     labels_N: "NDArray[np.int64]"
-    """Class of each image, counted from 0; -1 where nobody knows (it goes to the pool)."""
+    """Class of each image, counted from 0; -1 if unknown (it goes to the pool)."""
 
     class_names: tuple[str, ...]
     """Name of each class, in the order of the labels."""
 
     is_test_N: "NDArray[np.bool_] | None" = None
-    """Whether each image is in the source's own test split; None where it has no such split."""
+    """Whether each image is in the source's own test split; None if it has no such split."""
 
     root: Path | None = None
     """Folder that holds `files`."""
 
     files: tuple[Path, ...] = ()
-    """File of each image, when `images` is not one array."""
+    """File of each image, if `images` is not one array."""
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -57,7 +57,7 @@ class Raw:
         num = len(self.images)
         labels_N = np.asarray(self.labels_N)
         if num == 0:
-            raise ConfigError("the data set has no image")
+            raise ConfigError("the data set has no images")
         if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
             raise ConfigError(
                 f"class_names is {self.class_names!r}; it must hold two or more different names"
@@ -69,7 +69,7 @@ class Raw:
             )
         if labels_N.min() < UNLABELLED or labels_N.max() >= len(self.class_names):
             raise ConfigError(
-                f"labels_N lies in {labels_N.min()}..{labels_N.max()}; it must lie in "
+                f"labels_N is in {labels_N.min()}..{labels_N.max()}; it must be in "
                 f"0..{len(self.class_names) - 1}, or be -1 where unknown"
             )
         if self.is_test_N is not None and self.is_test_N.shape != (num,):

@@ -1,9 +1,9 @@
-"""Which image is for what: train, pool, val, test.
+"""Assign each image to a split: train, pool, val or test.
 
-Within its class, every image has a place in one line, decided by a hash of (seed, position in the
-source).  Test takes the head of the line, val the next, labels_per_class the next, the pool the
-rest.  So splits are stratified, disjoint, the same on every machine and with every library, and
-nested: 20 labels a class hold the 10 of a smaller experiment.
+Within each class, images are ordered by a hash of (seed, position in the source).  Test takes the
+first ones, val the next, train the labels_per_class after that, and the pool the rest.  So splits
+are stratified, disjoint, the same on every machine and with every library version, and
+nested: 20 labels per class include the 10 of a smaller experiment.
 
 Shape suffixes: N samples.
 """
@@ -24,17 +24,17 @@ NAMES = ("train", "pool", "val", "test")
 
 @component
 class Splits:
-    """How the images are shared out among training, validation and test."""
+    """How the images are split into training, validation and test."""
 
     val: float | int = 0.1
-    """Validation: a share in (0, 1) of the images, an official test split aside, or a count."""
+    """Validation: a share in (0, 1) of the images outside an official test split, or a count."""
 
     test: float | int | Literal["official"] = 0.1
-    """Test: a share or a count likewise, or the data set's own test split."""
+    """Test: a share or count likewise, or the data set's own test split."""
 
     labels_per_class: int | None = None
-    """Labelled training images a class keeps; the rest go unlabelled into the pool.  None: all
-    keep their labels, and the pool is empty."""
+    """Labelled training images per class; the rest go unlabelled into the pool.  None: all keep
+    their labels, and only images without one are in the pool."""
 
     def __post_init__(self) -> None:
         for name, amount in (("val", self.val), ("test", self.test)):
@@ -53,19 +53,19 @@ class Splits:
         )
 
     def assign(self, raw: "Raw", seed: int) -> "dict[str, NDArray[np.int64]]":
-        """Share out the images of `raw`.
+        """Split the images of `raw`.
 
         Args:
             raw: the data set; images labelled -1 go to the pool.
-            seed: decides the line within each class.
+            seed: decides the order within each class.
 
         Returns:
-            For each of train, pool, val and test the positions in the source.  Their order is
-            again the hash's, so that the first rows of a split are a fair sample of it.
+            For each of train, pool, val and test, positions in the source.  They are ordered by
+            hash, so that the first rows of a split are a random sample of it.
 
         Raises:
-            ConfigError: more is asked for than there is, a class would have no training,
-                validation or test image, or `test` and the data set disagree on a test split.
+            ConfigError: there are too few images, a class would have no training, validation or
+                test image, or `test` and the data set disagree on a test split.
         """
         import numpy as np
 
@@ -117,7 +117,7 @@ class Splits:
                 )
             return raw.is_test_N
         if raw.is_test_N is not None:
-            # A share would train on images that everybody else's results are measured on.
+            # A share would train on images of the test split that others report results on.
             raise ConfigError(
                 f"test is {self.test!r}, but this data set has a test split of its own; "
                 "set test: official"
@@ -138,12 +138,12 @@ class Splits:
 
 
 def _hash(seed: int, row: int) -> int:
-    """A number of 63 bits that depends on nothing but its arguments."""
+    """A 63-bit number that depends only on its arguments."""
     return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8]) >> 1
 
 
 def _quota(name: str, amount: float | int | str, sizes: list[int]) -> list[int]:
-    """Share out `amount` in proportion to the classes' sizes (largest remainders, exact total)."""
+    """Split `amount` in proportion to the classes' sizes (largest remainders, exact total)."""
     num = sum(sizes)
     total = int(amount * num + 0.5) if isinstance(amount, float) else int(amount)
     if total >= num:
@@ -151,7 +151,7 @@ def _quota(name: str, amount: float | int | str, sizes: list[int]) -> list[int]:
             f"{name} is {amount!r}, which asks for {total} of {num} images; lower it"
         )
     quotas = [total * size // num for size in sizes]
-    # Remainders as integers: no rounding decides between two classes.
+    # Integer remainders, so that rounding never decides between two classes.
     by_remainder = sorted(range(len(sizes)), key=lambda label: -(total * sizes[label] % num))
     for label in by_remainder[: total - sum(quotas)]:
         quotas[label] += 1

@@ -1,4 +1,4 @@
-"""Public data sets that torchvision knows how to fetch, check and parse."""
+"""Public data sets that torchvision can download, verify and parse."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from kd.component import ConfigError, component
 from kd.data.raw import Raw
 
-# torchvision checks Fashion-MNIST's archives after a download, never the files it reads.
+# torchvision verifies Fashion-MNIST's archives after a download, never the files it reads.
 _FASHION_MNIST_MD5 = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -87,7 +87,7 @@ def _read(name: str, root: str, download: bool) -> Raw:
 
 
 def _open(name: str, root: str, download: bool, train: bool) -> Any:
-    """Open one part with torchvision, turning its complaints into one that names the remedy."""
+    """Open one part with torchvision, turning its errors into one that names the remedy."""
     import warnings
 
     import torchvision
@@ -95,7 +95,7 @@ def _open(name: str, root: str, download: bool, train: bool) -> Any:
     folder = Path(root).expanduser()
     try:
         with warnings.catch_warnings():
-            # CIFAR's pickles were written by a numpy that described dtypes another way.
+            # CIFAR's pickles were written by an old numpy that described dtypes differently.
             warnings.filterwarnings("ignore", message=".*align should be passed")
             return getattr(torchvision.datasets, name)(folder, train=train, download=download)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:

@@ -1,7 +1,7 @@
 """Networks: images in, logits out.
 
 A model is built by `build_model(PlainCNN(depth=2), channels=1, image_size=16, num_classes=10)`;
-torch.manual_seed before decides its weights.
+torch.manual_seed before fixes its weights.
 """
 
 from kd.models.cifar_resnet import CifarResNet

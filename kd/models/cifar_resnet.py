@@ -14,7 +14,7 @@ from kd.component import component
 
 @component
 class CifarResNet:
-    """Three stages of 16, 32 and 64 channels with (depth - 2) / 6 blocks each, then the mean."""
+    """Stages of 16, 32 and 64 channels, (depth - 2) / 6 blocks each, then average pooling."""
 
     depth: Literal[8, 14, 20, 26, 32, 44, 56, 110]
     """Number of layers with weights, shortcuts not counted: 6n + 2."""
@@ -24,10 +24,10 @@ class CifarResNet:
     def build(self, *, channels: int, image_size: int, num_classes: int) -> nn.Module:
         """Make the network, randomly initialised as in He et al. 2015 (fan out); any image size.
 
-        Where a stage begins, the shortcut is a strided 1 x 1 convolution (option B), as in
-        TAKD's code; He et al.'s own CIFAR networks pad with zeros instead (option A).
+        At the start of stages 2 and 3, the shortcut is a strided 1 x 1 convolution (option B), as
+        in TAKD's code; He et al.'s own CIFAR networks pad with zeros instead (option A).
         """
-        del image_size  # the mean over the last feature map takes any
+        del image_size  # average pooling takes any
         layers: list[nn.Module] = [
             _conv3x3(channels, 16, 1),
             nn.BatchNorm2d(16),
@@ -50,7 +50,7 @@ class CifarResNet:
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut."""
+    """Two 3 x 3 convolutions and a shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()

@@ -13,14 +13,14 @@ class CustomModel:
     """Any class or function of your own code that returns an nn.Module."""
 
     path: str
-    """Where it is, as "package.module:Name"."""
+    """Import path, "package.module:Name"."""
 
     kind: Literal["custom"] = "custom"
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the call."""
 
     def check(self) -> None:
-        """Find it, without building anything.
+        """Import it, building nothing.
 
         Raises:
             ConfigError: it cannot be found, or does not take `args`.
@@ -29,10 +29,10 @@ class CustomModel:
         bound_object(self.path, self.args, offered)
 
     def build(self, *, channels: int, image_size: int, num_classes: int) -> nn.Module:
-        """Call it with `args`, and with those of channels, image_size and num_classes it names.
+        """Call it with `args`, and those of channels, image_size, num_classes it takes.
 
         Raises:
-            ConfigError: it cannot be found or called so, or returns no nn.Module.
+            ConfigError: it cannot be found, the call fails, or it returns no nn.Module.
         """
         offered = {"channels": channels, "image_size": image_size, "num_classes": num_classes}
         network = call_object(self.path, self.args, offered)

@@ -1,4 +1,4 @@
-"""The plain CNNs of TAKD: pairs of 3 x 3 convolutions between poolings, no shortcuts.
+"""The plain CNNs of TAKD: 3 x 3 convolutions with poolings between them, no shortcuts.
 
 Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant", AAAI 2020
 (arXiv 1902.03393); the layers are those of the authors' published code.
@@ -11,7 +11,7 @@ from torch import nn
 
 from kd.component import ConfigError, component, require
 
-# A number is a convolution with so many channels, "M" a 2 x 2 max pooling.
+# A number is a convolution with that many channels, "M" a 2 x 2 max pooling.
 _CIFAR10_CONVS: dict[int, tuple[int | str, ...]] = {
     2: (16, "M", 16, "M"),
     4: (16, 16, "M", 32, 32, "M"),
@@ -27,7 +27,7 @@ _CIFAR100_CONVS: dict[int, tuple[int | str, ...]] = {
     10: (32, 32, "M", 64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M"),
 }
 _CONVS = {"cifar10": _CIFAR10_CONVS, "cifar100": _CIFAR100_CONVS}
-# Units of the hidden layer before the classes, where there is one.
+# Units of the hidden layer before the class layer, if there is one.
 _HIDDEN = {"cifar10": {8: 64, 10: 128}, "cifar100": {8: 64, 10: 512}}
 
 
@@ -43,7 +43,7 @@ class PlainCNN:
     """Which of the paper's two tables gives the channels: the one for CIFAR-10 is narrower."""
 
     width: float = 1.0
-    """Multiplies the table's channels and hidden units (rounded, one at least)."""
+    """Multiplies the table's channels and hidden units (rounded, at least 1)."""
 
     def __post_init__(self) -> None:
         require(self.width > 0, "width", self.width, "more than 0")
@@ -55,7 +55,7 @@ class PlainCNN:
         with the square of `image_size`.
 
         Raises:
-            ConfigError: the poolings leave nothing of an image of this size.
+            ConfigError: images of this size are too small for the poolings.
         """
         convs = _CONVS[self.table][self.depth]
         side = image_size // 2 ** convs.count("M")
@@ -89,6 +89,6 @@ class PlainCNN:
 
 
 def _conv(channels_in: int, channels_out: int) -> list[nn.Module]:
-    # No bias (the published code has one): the batch norm that follows would subtract it.
+    # No bias (the published code has one): the batch norm that follows would cancel it.
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
     return [conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)]

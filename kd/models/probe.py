@@ -1,4 +1,4 @@
-"""Run a network once to learn about it, leaving no trace.
+"""Run a network to check or measure it, without side effects.
 
 Shape suffixes: B batch, C classes, H W image.
 """
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """The size of a network and of its work."""
+    """The size of a network and its compute."""
 
     parameters: int
-    """Trainable and frozen numbers, shared ones once; buffers not counted."""
+    """Trainable and frozen, shared ones counted once; without buffers."""
 
     multiply_adds: int
     """Of convolutions and matrix products, for one image."""
 
 
 def build_model(model: "Model", *, channels: int, image_size: int, num_classes: int) -> nn.Module:
-    """Build a network and try it, in training and in evaluation mode.
+    """Build a network and try it in training and eval mode.
 
     Args:
         model: the configuration.
@@ -38,7 +38,7 @@ def build_model(model: "Model", *, channels: int, image_size: int, num_classes: 
         num_classes: number of logits.
 
     Returns:
-        The network on the CPU, in training mode.  torch.manual_seed before decides its weights.
+        The network on the CPU, in training mode.  Call torch.manual_seed first to fix its weights.
 
     Raises:
         ConfigError: it cannot be built, or does not turn such images into logits.
@@ -71,7 +71,7 @@ def count(network: nn.Module, shape: tuple[int, int, int]) -> Counts:
     """Count parameters, and measure the multiply-adds of one image.
 
     Args:
-        network: on any device; comes out as it went in.
+        network: on any device; left unchanged.
         shape: (channels, H, W) of one image.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,7 +80,7 @@ def count(network: nn.Module, shape: tuple[int, int, int]) -> Counts:
     like = next(network.parameters(), torch.empty(0))
     image = torch.zeros((1, *shape), dtype=like.dtype, device=like.device)
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter sees into no fused attention
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter misses fused attention
     try:
         with (
             untouched(network),
@@ -93,13 +93,13 @@ def count(network: nn.Module, shape: tuple[int, int, int]) -> Counts:
         torch.backends.mha.set_fastpath_enabled(fused)
     return Counts(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        multiply_adds=counter.get_total_flops() // 2,  # torch counts two for a multiply-add
+        multiply_adds=counter.get_total_flops() // 2,  # torch counts a multiply-add as two
     )
 
 
 @contextmanager
 def untouched(network: nn.Module) -> Iterator[None]:
-    """Put back modes, buffers (batch norm's statistics) and the CPU's random state afterwards."""
+    """Restore modes, buffers (batch norm's statistics) and the CPU's random state afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:

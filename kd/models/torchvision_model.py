@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kd.component import ConfigError, component
 
-# Their training mode returns the logits of auxiliary classifiers too, and a slow
-# initialisation is otherwise announced by a warning.
+# Otherwise they return auxiliary classifiers' logits too in training mode, and warn about a slow
+# initialisation.
 _PLAIN = {"aux_logits": False, "init_weights": True}
 _DEFAULT_ARGS: dict[str, dict[str, Any]] = {"googlenet": _PLAIN, "inception_v3": _PLAIN}
 
@@ -25,17 +25,17 @@ class TorchvisionModel:
     """A classifier of torchvision.models, fitted to the images' channels and classes."""
 
     name: str
-    """As torchvision calls it: "mobilenet_v3_small", "resnet18", ..."""
+    """torchvision's name: "mobilenet_v3_small", "resnet18", ..."""
 
     kind: Literal["torchvision"] = "torchvision"
     weights: Literal["none", "default"] = "none"
-    """Start from random weights, or from torchvision's best for ImageNet (downloaded once)."""
+    """Random initial weights, or torchvision's best for ImageNet (downloaded once)."""
 
     args: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments for torchvision's builder."""
 
     def check(self) -> None:
-        """Look for the name and the arguments, without building anything.
+        """Check the name and the arguments, without building anything.
 
         Raises:
             ConfigError: no such name, or arguments that it does not take.
@@ -45,7 +45,7 @@ class TorchvisionModel:
         known = models.list_models(module=models)
         if self.name not in known:
             raise ConfigError(
-                f"name {self.name!r} is no torchvision classifier; {nearest(self.name, known)}"
+                f"name {self.name!r} is not a torchvision classifier; {nearest(self.name, known)}"
             )
         taken = keywords(models.get_model_builder(self.name))
         for arg in self.args:
@@ -55,11 +55,11 @@ class TorchvisionModel:
                 )
 
     def build(self, *, channels: int, image_size: int, num_classes: int) -> nn.Module:
-        """Make the network; with weights, all but the class layer starts from ImageNet's.
+        """Make the network; with weights, all but the class layer is pretrained on ImageNet.
 
         Raises:
-            ConfigError: no such name, arguments that it does not take, or weights that are
-                not here and cannot be fetched.
+            ConfigError: no such name, arguments that it does not take, or weights that cannot be
+                downloaded.
         """
         from torchvision import models
 
@@ -83,16 +83,16 @@ class TorchvisionModel:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What may have been meant, as the end of a sentence."""
+    """The nearest known names, as the end of a sentence."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"nearest: {', '.join(near) or 'none, see torchvision.models'}"
 
 
 def keywords(builder: Callable[..., nn.Module]) -> set[str]:
-    """All that a builder may take by name.
+    """All keyword arguments that a builder may take.
 
-    Builders hand on what they do not name themselves to functions and classes of their own module,
-    some of which swallow what nobody knows: so what any of these names is taken, the rest is not.
+    Builders pass **kwargs on to functions and classes of their own module, some of which silently
+    ignore unknown ones: so only arguments that one of these names in its signature are accepted.
     """
     own = [
         each
@@ -118,7 +118,7 @@ def _fetch(weights: Any) -> Mapping[str, Tensor]:
 
 
 def _load_all_but_classifier(name: str, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy what fits; only the layer that depends on the number of classes may not."""
+    """Copy the weights that fit; only the class layer's may not fit."""
     own = network.state_dict()
     fits = {
         key: weights[key]
@@ -146,7 +146,7 @@ def _settle_within_hundreds_of_steps(network: nn.Module) -> None:
 
 
 def _make_grey(network: nn.Module) -> None:
-    """Take one channel: a grey image gets the answer that its repetition in colour would get."""
+    """Take one channel: a grey image gives the same logits as its repetition in colour would."""
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     first.in_channels = 1
     first.weight = nn.Parameter(first.weight.detach().sum(1, keepdim=True))

@@ -30,19 +30,19 @@ def test_folders_name_the_classes_and_pictures_come_in_a_fixed_order(root: Path)
 
 def test_a_class_without_picture_is_named(root: Path) -> None:
     (root / "cat").mkdir()
-    with pytest.raises(ConfigError, match="class 'cat' has no picture"):
+    with pytest.raises(ConfigError, match="class 'cat' has no images"):
         ImageFolder(root=str(root)).read()
 
 
 def test_a_picture_outside_every_class_is_named(root: Path) -> None:
     (root / "bee" / "1.jpg").rename(root / "lost.jpg")
-    with pytest.raises(ConfigError, match=r"lost\.jpg lies beside the class folders"):
+    with pytest.raises(ConfigError, match=r"lost\.jpg is outside of the class folders"):
         ImageFolder(root=str(root)).read()
 
 
 def test_a_file_of_an_unknown_type_is_named_instead_of_dropped(root: Path) -> None:
     (root / "bee" / "phone.heic").touch()
-    with pytest.raises(ConfigError, match=r"phone\.heic is no picture of a known type"):
+    with pytest.raises(ConfigError, match=r"phone\.heic is not an image of a known type"):
         ImageFolder(root=str(root)).read()
 
 
@@ -54,8 +54,8 @@ def test_what_is_wrong_is_named_in_one_run(root: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         ImageFolder(root=str(root)).read()
     lines = str(refused.value).splitlines()
-    assert lines[0] == f"{root}/lost.jpg lies beside the class folders; move it into its class"
-    assert lines[19].startswith(f"{root}/bee/18.heic is no picture of a known type")
+    assert lines[0] == f"{root}/lost.jpg is outside of the class folders; move it into one"
+    assert lines[19].startswith(f"{root}/bee/18.heic is not an image of a known type")
     assert lines[20:] == ["and 12 more"]
 
 

@@ -55,7 +55,7 @@ def test_a_corrupt_picture_is_named(content: bytes | None, tmp_path: Path) -> No
     noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path = _save(tmp_path / "broken.png", noise)
     path.write_bytes(path.read_bytes()[:1000] if content is None else content)
-    with pytest.raises(ConfigError, match=r"broken\.png cannot be read as a picture"):
+    with pytest.raises(ConfigError, match=r"broken\.png cannot be read as an image"):
         read_picture(path)
 
 

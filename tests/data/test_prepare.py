@@ -55,7 +55,7 @@ def test_a_failure_leaves_the_former_data_as_it_was(tmp_path: Path) -> None:
     _prepare(STRIPES, folder)
     before = contents(folder)
     (root / "bee" / "1.jpg").write_bytes((root / "bee" / "1.jpg").read_bytes()[:300])
-    with pytest.raises(ConfigError, match=r"bee/1\.jpg cannot be read as a picture"):
+    with pytest.raises(ConfigError, match=r"bee/1\.jpg cannot be read as an image"):
         _prepare(ImageFolder(root=str(root)), folder)
     assert contents(folder) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "pictures"]
@@ -153,8 +153,8 @@ def test_raw_keeps_arrays_and_lists_pictures(tmp_path: Path) -> None:
         (dict(images=[np.zeros((4, 4), np.uint8)] * 8), "must be one uint8 array"),
         (dict(labels_N=np.zeros(7, int)), r"labels_N has shape \(7,\)"),
         (dict(labels_N=np.zeros(8)), "one integer for each of 8"),
-        (dict(labels_N=np.full(8, 2)), r"must lie in 0\.\.1"),
-        (dict(labels_N=np.full(8, -2)), "lies in -2"),
+        (dict(labels_N=np.full(8, 2)), r"must be in 0\.\.1"),
+        (dict(labels_N=np.full(8, -2)), "is in -2"),
         (dict(class_names=("a",)), "two or more different names"),
         (dict(class_names=("a", "a")), "two or more different names"),
         (dict(is_test_N=np.zeros(3, bool)), "is_test_N has shape"),

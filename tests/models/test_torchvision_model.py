@@ -26,7 +26,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_unknown_name_gets_the_nearest_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'resnet19' is no .*nearest: resnet18"):
+    with pytest.raises(ConfigError, match=r"'resnet19' is not .*nearest: resnet18"):
         TorchvisionModel(name="resnet19").build(channels=3, image_size=32, num_classes=2)
 
 
