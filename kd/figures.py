@@ -110,7 +110,7 @@ def learning(curves_by_name: Mapping[str, Sequence[Row]]) -> "Figure":
 
 @_styled
 def confusion(confusion_CC: Sequence[Sequence[int]], class_names: Sequence[str]) -> "Figure":
-    """How often each class (row) was taken for each: counts, shaded by their share of the row."""
+    """How often each class (row) was predicted as each: counts, shaded by share of the row."""
     import numpy as np
 
     counts_CC = np.asarray(confusion_CC)

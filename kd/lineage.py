@@ -28,7 +28,7 @@ SHOWN = 16
 
 @dataclass(frozen=True)
 class Found:
-    """A file of this workspace, known by its checksum."""
+    """A file of this workspace, found by its checksum."""
 
     run_name: str
     """The stage that made it: exports/onnx, student, assistants/large."""

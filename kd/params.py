@@ -163,7 +163,7 @@ def check_trust(method: Method, recipe: Recipe, generations: int, path: str) -> 
 
 def check_peers(method: Method, peers: Mapping[str, Model]) -> None:
     """Refuse too many or too few peers for a method."""
-    wanted = f"at least {method.num_peers.start} and at most {method.num_peers.stop - 1} networks"
+    wanted = f"{method.num_peers.start} to {method.num_peers.stop - 1} networks"
     require(len(peers) in method.num_peers, "peers", sorted(peers), f"{wanted} ({method.kind})")
 
 

@@ -55,7 +55,7 @@ class Verdict:
     """The result of a comparison."""
 
     decision: str
-    """For people; begins with "champion", "challenger" or "not compared"."""
+    """A sentence; begins with "champion", "challenger" or "not compared"."""
     wins: bool
 
 

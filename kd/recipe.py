@@ -24,7 +24,7 @@ class SGD:
     weight_decay: float = 5e-4
     """L2 penalty on every parameter, at least 0."""
     fused: bool = True
-    """One kernel for all of them; false: PyTorch's own choice, which rounds differently."""
+    """One kernel for all parameters; false: PyTorch's default, which rounds differently."""
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "lr", self.lr, "above 0 and finite")
@@ -34,11 +34,11 @@ class SGD:
 
     @property
     def remembers(self) -> tuple[str, ...]:
-        """What it keeps of each parameter."""
+        """What it stores per parameter."""
         return ("momentum",) if self.momentum else ()
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser over `parameters`, fused: one kernel for all of them."""
+        """The optimiser over `parameters`."""
         return torch.optim.SGD(
             parameters,
             lr=self.lr,
@@ -61,7 +61,7 @@ class AdamW:
     weight_decay: float = 0.01
     """Share of each weight subtracted per step, times the learning rate; at least 0."""
     fused: bool = True
-    """One kernel for all of them; false: PyTorch's own choice, which rounds differently."""
+    """One kernel for all parameters; false: PyTorch's default, which rounds differently."""
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "lr", self.lr, "above 0 and finite")
@@ -71,11 +71,11 @@ class AdamW:
 
     @property
     def remembers(self) -> tuple[str, ...]:
-        """What it keeps of each parameter."""
+        """What it stores per parameter."""
         return ("mean", "square")
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser over `parameters`, fused: one kernel for all of them."""
+        """The optimiser over `parameters`."""
         return torch.optim.AdamW(
             parameters,
             lr=self.lr,
@@ -100,7 +100,7 @@ class Cosine:
         require(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
 
     def factor(self, progress: float) -> float:
-        """What the peak learning rate is multiplied by once `progress` of the steps are done."""
+        """The factor on the peak learning rate once `progress` of the steps are done."""
         if progress < self.warmup:
             return progress / self.warmup
         return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
@@ -114,7 +114,7 @@ class Steps:
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Shares of the training at which the learning rate drops, ascending, each in (0, 1)."""
     gamma: float = 0.1
-    """What each milestone multiplies the learning rate by, in (0, 1]."""
+    """Factor on the learning rate at each milestone, in (0, 1]."""
     warmup: float = 0.0
     """Share of the training spent rising, in [0, 1)."""
 
@@ -126,7 +126,7 @@ class Steps:
         require(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
 
     def factor(self, progress: float) -> float:
-        """What the peak learning rate is multiplied by once `progress` of the steps are done."""
+        """The factor on the peak learning rate once `progress` of the steps are done."""
         rise = progress / self.warmup if progress < self.warmup else 1.0
         return rise * self.gamma ** sum(progress >= share for share in self.milestones)
 
@@ -154,7 +154,7 @@ class Recipe:
     mixup: float = 0.0
     """Mixup: parameter of the Beta distribution of the mixing factor; 0: no mixup."""
     label_smoothing: float = 0.0
-    """Share of a label's probability spread evenly over all classes, in [0, 1)."""
+    """Share of a label's probability that is spread over all classes, in [0, 1)."""
     clip_norm: float | None = None
     """Largest norm of the gradient, above 0; null: no clipping."""
     ema: float | None = None

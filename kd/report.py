@@ -49,7 +49,7 @@ class Test:
     """By row: test_accuracy, test_nll, test_ece, test_worst_class_accuracy, test_agreement.
 
     Rows are teacher, assistants/<name>, ensemble/uniform, ensemble/weighted, student and
-    baselines/<name>.  test_agreement (with the teacher) is missing for the teacher."""
+    baselines/<name>.  test_agreement (with the teacher) may lack the teacher's own."""
     student_minus: Mapping[str, Paired]
     """By row, for every row but the student: how the student's accuracy differs from it."""
     ensemble_minus_teacher: Paired

@@ -508,7 +508,7 @@ def test_truncated_images_are_named_before_training(finished, tmp_path):
         (
             {"recipe.precision": "tf32", "recipe.device": "cpu"},
             ["data"],
-            r"recipe\.precision is 'tf32'; it must be fp32 or bf16 where device is cpu",
+            r"recipe\.precision is 'tf32'; it must be fp32 or bf16 if device is cpu",
         ),
     ],
     ids=["value", "order", "name", "folder", "model", "method", "own", "precision"],

@@ -170,7 +170,7 @@ def test_a_chain_must_lead_to_the_teacher(changes, said):
         ({"teachers": "everyone"}, "baselines.x.weighting is None; it must be given"),
         ({"teachers": "teacher", "weighting": {"kind": "uniform"}}, "baselines.x.weighting is"),
         ({"teachers": "teacher", "method": {"kind": "labels"}}, "baselines.x.teachers is"),
-        ({"teachers": "none", "method": DML}, r"baselines.x.peers is \[\]; it must be 1 networks"),
+        ({"teachers": "none", "method": DML}, r"baselines.x.peers is \[\]; it must be 1 to"),
         ({"teachers": "teacher", "peers": {"a": PLAIN}, "method": {"kind": "kd"}}, "peers is"),
         ({"teachers": "none", "peers": {"a": PLAIN}}, "baselines.x.peers is"),
         ({"teachers": "none", "generations": 0}, "baselines.x.generations is 0"),
