@@ -1,6 +1,6 @@
-// Classifies pictures with a bundle's model.pte:  classify BUNDLE PICTURE...
+// Classifies images with a bundle's model.pte:  classify BUNDLE PICTURE...
 //
-// Pictures are binary PGM (grey) or PPM (colour) files of any size.
+// Images are binary PGM (grey) or PPM (colour) files of any size.
 
 #include <algorithm>
 #include <cmath>
@@ -27,7 +27,7 @@ std::string read(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// The numbers of a flat list in preprocessing.json. An app has a JSON library for this.
+// A flat list of numbers in preprocessing.json. In an app, use a JSON library.
 std::vector<float> numbers(const std::string& json, const std::string& key) {
   const auto start = json.find('[', json.find("\"" + key + "\":")) + 1;
   std::string list = json.substr(start, json.find(']', start) - start);
@@ -42,7 +42,7 @@ int number(const std::string& json, const std::string& key) {
 
 struct Picture {
   int height, width, channels;
-  std::vector<uint8_t> pixels; // height, width, channels
+  std::vector<uint8_t> pixels; // in height, width, channel order
 };
 
 Picture read_picture(const std::string& path) {
@@ -50,7 +50,7 @@ Picture read_picture(const std::string& path) {
   std::string kind;
   int width = 0, height = 0, largest = 0;
   file >> kind >> width >> height >> largest;
-  file.get(); // the one blank before the pixels
+  file.get(); // the single whitespace before the pixels
   if ((kind != "P5" && kind != "P6") || largest != 255)
     throw std::runtime_error(path + " is no binary PGM or PPM file of 8 bits");
   Picture picture{height, width, kind == "P5" ? 1 : 3, {}};
@@ -60,7 +60,7 @@ Picture read_picture(const std::string& path) {
   return picture;
 }
 
-// The pixels that one of the result is made of, from `from` on, and their weights in 2^-22.
+// The input pixels of one output pixel, starting at `from`, and their weights in 2^-22.
 struct Tap {
   int from;
   std::vector<int> weights;
@@ -89,7 +89,7 @@ std::vector<Tap> taps(int length, int square, int side) {
   return made;
 }
 
-// Grey by luminance, or grey repeated in three channels.
+// Converts colour to grey by luminance, or repeats grey in three channels.
 Picture coloured(const Picture& picture, int channels) {
   if (picture.channels == channels) return picture;
   Picture made{picture.height, picture.width, channels, {}};
@@ -103,8 +103,8 @@ Picture coloured(const Picture& picture, int channels) {
   return made;
 }
 
-// The centre square, resized by a triangle filter as wide as a pixel of the result: the bytes that
-// classify.py makes, give or take one.
+// The centre square, resized by an antialiased triangle filter. Each byte is within 1 of
+// classify.py's.
 Picture fitted(const Picture& picture, int side) {
   const int square = std::min(picture.width, picture.height), channels = picture.channels;
   const auto across = taps(picture.width, square, side), down = taps(picture.height, square, side);

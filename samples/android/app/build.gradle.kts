@@ -11,7 +11,7 @@ android {
         targetSdk = 36
         ndk { abiFilters += listOf("arm64-v8a", "x86_64") }
     }
-    // Each bundle becomes a folder of assets: executorch/, onnx/, ...
+    // Packages each bundle as an assets folder: executorch/, onnx/, ...
     sourceSets["main"].assets.srcDir("../../../artifacts/exports")
     androidResources { noCompress += listOf("pte", "onnx", "tflite") }
 }

@@ -4,7 +4,7 @@ import CoreVideo
 import ExecuTorch
 import Foundation
 
-/// A label and how sure the file is of it.
+/// The predicted label and its probability.
 public struct Guess {
     public let label: String
     public let probability: Float
@@ -15,7 +15,7 @@ public enum ClassifierError: Error {
     case otherLabels
 }
 
-/// An exported file in its runtime.
+/// An exported file, loaded in its runtime.
 public protocol Classifier {
     var bundle: ModelBundle { get }
     func scores(of picture: CGImage) throws -> [Float]
@@ -38,7 +38,7 @@ extension Classifier {
     }
 }
 
-/// model.pte. Use one from one thread at a time.
+/// Runs model.pte. Not thread-safe.
 public final class ExecuTorchClassifier: Classifier {
     public let bundle: ModelBundle
     private let module: Module
@@ -62,7 +62,7 @@ public final class ExecuTorchClassifier: Classifier {
     }
 }
 
-/// model.mlpackage.
+/// Runs model.mlpackage.
 public final class CoreMLClassifier: Classifier {
     public let bundle: ModelBundle
     private let model: MLModel
@@ -86,7 +86,7 @@ public final class CoreMLClassifier: Classifier {
         }
     }
 
-    /// The picture as the file takes it: as an image where it says so, else as numbers.
+    /// The model's input: a pixel buffer if the model takes an image, otherwise an array.
     private func value(of picture: CGImage) throws -> MLFeatureValue {
         let pixels = try pixels(of: picture)
         let input = model.modelDescription.inputDescriptionsByName[bundle.form.input.name]
@@ -101,8 +101,8 @@ public final class CoreMLClassifier: Classifier {
         return MLFeatureValue(multiArray: array)
     }
 
-    /// An image of just these pixels: of other sizes Core ML makes its own, by another crop and scale
-    /// than the student learned from, and without white behind what is transparent.
+    /// A pixel buffer of exactly these pixels. Given an image of another size, Core ML would crop
+    /// and scale it differently from training, and not composite it over white.
     private func buffer(of pixels: [UInt8], _ format: OSType) throws -> CVPixelBuffer {
         let (side, channels) = (bundle.form.picture.height, bundle.form.picture.channels)
         var made: CVPixelBuffer?
@@ -116,7 +116,7 @@ public final class CoreMLClassifier: Classifier {
             let start = at / side * stride
             if channels == 1 {
                 memory[start + at % side] = pixels[at]
-            } else {  // blue, green, red, opacity
+            } else {  // BGRA
                 for channel in 0..<3 {
                     memory[start + 4 * (at % side) + 2 - channel] = pixels[3 * at + channel]
                 }
@@ -127,7 +127,7 @@ public final class CoreMLClassifier: Classifier {
     }
 }
 
-/// Probabilities; the largest score is taken off first, so that no power overflows.
+/// Probabilities; subtracts the largest score first, so that exp cannot overflow.
 func softmax(_ scores: [Float]) -> [Float] {
     let largest = scores.max() ?? 0
     let powers = scores.map { exp($0 - largest) }

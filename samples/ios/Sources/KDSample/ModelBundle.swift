@@ -1,13 +1,13 @@
 import CoreGraphics
 import Foundation
 
-/// A bundle's folder: the exported file, its labels, and how a picture becomes its input.
+/// A bundle's folder: the exported file, its labels and its preprocessing.
 public struct ModelBundle {
     public let file: URL
     public let labels: [String]
     public let form: Form
 
-    /// What preprocessing.json says.
+    /// The contents of preprocessing.json.
     public struct Form: Decodable {
         public struct Picture: Decodable {
             public let height: Int
@@ -19,7 +19,7 @@ public struct ModelBundle {
         }
         public let file: String
         public let picture: Picture
-        /// Whether the file takes pictures as they are, and gives probabilities.
+        /// Whether the model takes raw pixels and returns probabilities, not logits.
         public let insideTheGraph: Bool
         public let mean: [Float]
         public let std: [Float]
@@ -37,7 +37,7 @@ public struct ModelBundle {
         labels = names.components(separatedBy: "\n").dropLast()
     }
 
-    /// One picture's shape as the file takes it.
+    /// The input shape for one image.
     public var shape: [Int] {
         let picture = form.picture
         return form.insideTheGraph
@@ -45,7 +45,7 @@ public struct ModelBundle {
             : [1, picture.channels, picture.height, picture.width]
     }
 
-    /// (pixel / 255 - mean) / std, channels first, of pixels in the order height, width, channels.
+    /// (pixel / 255 - mean) / std, channels first, from pixels in height, width, channel order.
     public func normalised(_ pixels: [UInt8]) -> [Float] {
         let area = form.picture.height * form.picture.width
         return pixels.indices.map { at in
@@ -55,7 +55,8 @@ public struct ModelBundle {
         }
     }
 
-    /// A picture's bytes as the bundle wants them, in the order height, width, channels.
+    /// The image at the bundle's size, as bytes in height, width, channel order; nil if it cannot
+    /// be drawn.
     public func pixels(of picture: CGImage) -> [UInt8]? {
         fitted(picture, side: form.picture.height, channels: form.picture.channels)
     }

@@ -1,15 +1,15 @@
 import CoreGraphics
 
-/// A picture of any size as the student learned to see it: transparency over white, grey by
-/// luminance, the centre square resized by a triangle filter as wide as a pixel of the result: the
-/// bytes that classify.py makes, give or take one.
+/// Preprocesses an image of any size as in training: composited over white, converted to grey by
+/// luminance if need be, centre-cropped to a square, resized by an antialiased triangle filter.
+/// Each byte is within 1 of classify.py's.
 ///
-/// A CGImage has no orientation: turn the camera's pictures upright first.
+/// A CGImage has no orientation: rotate camera images upright first.
 ///
-/// - Returns: bytes in the order height, width, channels; nil where the picture cannot be drawn.
+/// - Returns: bytes in height, width, channel order; nil if the image cannot be drawn.
 func fitted(_ picture: CGImage, side: Int, channels: Int) -> [UInt8]? {
     let (width, height) = (picture.width, picture.height)
-    var colours = [UInt8](repeating: 255, count: 4 * width * height)  // white, to draw on
+    var colours = [UInt8](repeating: 255, count: 4 * width * height)  // white background
     let drawn = colours.withUnsafeMutableBytes { memory -> Bool in
         guard
             let space = CGColorSpace(name: CGColorSpace.sRGB),
@@ -42,7 +42,7 @@ func fitted(_ picture: CGImage, side: Int, channels: Int) -> [UInt8]? {
     }
 }
 
-/// The pixels that one of the result is made of, from `from` on, and their weights in 2^-22.
+/// The input pixels of one output pixel, starting at `from`, and their weights in 2^-22.
 private struct Tap {
     let from: Int
     let weights: [Int]

@@ -14,12 +14,12 @@ import java.nio.ByteOrder
 import java.nio.FloatBuffer
 import kotlin.math.exp
 
-/** A label and how sure the file is of it. */
+/** The predicted label and its probability. */
 data class Guess(val label: String, val probability: Float)
 
-/** An exported file in its runtime. Use one from one thread at a time. */
+/** An exported file, loaded in its runtime. Not thread-safe. */
 abstract class Classifier(private val bundle: ModelBundle) : Closeable {
-    /** Classify a picture of the bundle's size: bytes in the order height, width, channels. */
+    /** Classifies an image of the bundle's size: bytes in height, width, channel order. */
     fun classify(pixels: ByteArray): Guess {
         require(pixels.size == bundle.side * bundle.side * bundle.channels) {
             "a picture has ${bundle.side} x ${bundle.side} pixels of ${bundle.channels} bytes"
@@ -92,7 +92,7 @@ class LiteRTClassifier(private val bundle: ModelBundle) : Classifier(bundle) {
     override fun close() = interpreter.close()
 }
 
-/** Probabilities; the largest score is taken off first, so that no power overflows. */
+/** Probabilities; subtracts the largest score first, so that exp cannot overflow. */
 fun softmax(scores: FloatArray): FloatArray {
     val largest = scores.max()
     val powers = FloatArray(scores.size) { exp(scores[it] - largest) }

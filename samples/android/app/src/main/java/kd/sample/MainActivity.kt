@@ -17,10 +17,10 @@ import kotlin.concurrent.thread
 import kotlin.math.ceil
 import kotlin.math.sqrt
 
-/** Pixels, of 4 bytes each in memory; larger pictures are decoded at a half, a third, ... */
+/** In pixels, 4 bytes each in memory; larger images are decoded at 1/2, 1/3, ... of their size. */
 private const val LARGEST = 50_000_000
 
-/** One button: choose a picture, see what each bundle in the app's assets makes of it. */
+/** One button: choose an image and see what each bundle in the app's assets predicts for it. */
 class MainActivity : ComponentActivity() {
     private val choose = registerForActivityResult(GetContent()) { uri -> uri?.let(::classify) }
     private lateinit var answer: TextView
@@ -71,17 +71,17 @@ class MainActivity : ComponentActivity() {
         else -> LiteRTClassifier(bundle)
     }
 
-    /** The picture in sRGB, turned upright as its camera recorded. */
+    /** The image in sRGB, upright: ImageDecoder applies the EXIF orientation. */
     private fun decoded(uri: Uri): Bitmap =
         ImageDecoder.decodeBitmap(ImageDecoder.createSource(contentResolver, uri)) { decoder, info, _ ->
-            decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE // memory that getPixels can read
+            decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE // which getPixels can read
             decoder.setTargetColorSpace(ColorSpace.get(ColorSpace.Named.SRGB))
             val times = info.size.width.toDouble() * info.size.height / LARGEST
-            decoder.setTargetSampleSize(ceil(sqrt(times)).toInt()) // 1 but for giants
+            decoder.setTargetSampleSize(ceil(sqrt(times)).toInt()) // 1 unless it is huge
         }
 }
 
-/** A picture as the bundle wants it. */
+/** The image at the bundle's size: bytes in height, width, channel order. */
 fun pixels(picture: Bitmap, bundle: ModelBundle): ByteArray =
     pixels(picture.width, picture.height, bundle.side, bundle.channels) { y ->
         IntArray(picture.width).also {
@@ -89,7 +89,7 @@ fun pixels(picture: Bitmap, bundle: ModelBundle): ByteArray =
         }
     }
 
-/** The files of an assets folder, as files: ExecuTorch opens paths. */
+/** Copies an assets folder to the file system, since ExecuTorch opens paths. */
 fun copied(assets: AssetManager, name: String, into: File): File {
     into.mkdirs()
     for (file in assets.list(name).orEmpty()) {

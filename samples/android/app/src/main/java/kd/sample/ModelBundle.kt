@@ -4,7 +4,7 @@ import org.json.JSONArray
 import org.json.JSONObject
 import java.io.File
 
-/** A bundle's folder: the exported file, its labels, and how a picture becomes its input. */
+/** A bundle's folder: the exported file, its labels and its preprocessing. */
 class ModelBundle(folder: File) {
     private val form = JSONObject(File(folder, "preprocessing.json").readText())
     private val picture = form.getJSONObject("picture")
@@ -16,12 +16,12 @@ class ModelBundle(folder: File) {
     val side: Int = picture.getInt("height")
     val channels: Int = picture.getInt("channels")
 
-    /** Whether the file takes pictures as they are, and gives probabilities. */
+    /** Whether the model takes raw pixels and returns probabilities, not logits. */
     val insideTheGraph: Boolean = form.getBoolean("inside_the_graph")
     val inputName: String = input.getString("name")
     val outputName: String = output.getString("name")
 
-    /** One picture's shape as the file takes it. */
+    /** The input shape for one image. */
     val shape: LongArray =
         if (insideTheGraph) longArrayOf(1, side.toLong(), side.toLong(), channels.toLong())
         else longArrayOf(1, channels.toLong(), side.toLong(), side.toLong())
@@ -29,7 +29,7 @@ class ModelBundle(folder: File) {
     private val mean = floats(form.getJSONArray("mean"))
     private val std = floats(form.getJSONArray("std"))
 
-    /** (pixel / 255 - mean) / std, channels first, of [pixels] in the order height, width, channels. */
+    /** (pixel / 255 - mean) / std, channels first; [pixels] in height, width, channel order. */
     fun normalised(pixels: ByteArray): FloatArray {
         val area = side * side
         return FloatArray(pixels.size) { at ->

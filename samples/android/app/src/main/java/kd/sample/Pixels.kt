@@ -5,20 +5,20 @@ import kotlin.math.max
 import kotlin.math.min
 
 /**
- * A picture of any size as the student learned to see it: transparency over white, grey by
- * luminance, the centre square resized by a triangle filter as wide as a pixel of the result.
+ * Preprocesses an image of any size as in training: composited over white, converted to grey by
+ * luminance if need be, centre-cropped to a square, resized by an antialiased triangle filter.
  *
- * The bytes that classify.py makes, give or take one. Android's own scaling interpolates between few
- * pixels, however many become one, and so gives others.
+ * Each byte is within 1 of classify.py's. Android's own scaling is not antialiased, so it differs
+ * more.
  *
- * [row] gives a row's pixels as Android's colours (ARGB, not premultiplied).
- * Returns bytes in the order height, width, channels.
+ * [row] returns a row's pixels as Android colour ints (ARGB, not premultiplied).
+ * Returns bytes in height, width, channel order.
  */
 fun pixels(width: Int, height: Int, side: Int, channels: Int, row: (Int) -> IntArray): ByteArray {
     val square = min(width, height)
     val across = taps(width, square, side)
     val down = taps(height, square, side)
-    val narrow = arrayOfNulls<IntArray>(height) // only the rows that the square has
+    val narrow = arrayOfNulls<IntArray>(height) // filled only for the square's rows
     for (y in down.first().from until down.last().run { from + weights.size })
         narrow[y] = row(y).let { colours ->
             IntArray(side * channels) { at ->
@@ -30,7 +30,7 @@ fun pixels(width: Int, height: Int, side: Int, channels: Int, row: (Int) -> IntA
     }
 }
 
-/** The pixels that one of the result is made of, from [from] on, and their weights in 2^-22. */
+/** The input pixels of one output pixel, starting at [from], and their weights in 2^-22. */
 private class Tap(val from: Int, val weights: IntArray) {
     inline fun sum(value: (Int) -> Int): Int {
         var sum = 1 shl 21
@@ -54,7 +54,7 @@ private fun taps(length: Int, square: Int, side: Int): List<Tap> {
     }
 }
 
-/** Red, green or blue over white, or the luminance that Pillow gives. */
+/** Red, green or blue composited over white, or luminance by Pillow's formula. */
 private fun channel(colour: Int, channel: Int, channels: Int): Int {
     val opacity = colour ushr 24
     fun over(shift: Int) =
