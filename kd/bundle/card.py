@@ -31,9 +31,9 @@ def card(
         "## Use",
         _use(form),
         *_samples(form),
-        "## How good",
+        "## Accuracy",
         _how_good(parity),
-        "## What it learned from",
+        "## Training data and teachers",
         _origin(student, data),
         "## Limits",
         _limits(parity, data),
@@ -45,8 +45,8 @@ def _what(parity: Mapping[str, Any], student: Manifest) -> str:
     model = ", ".join(f"{key} {value}" for key, value in student.model.items() if key != "kind")
     return (
         f"A student network ({student.model['kind']}: {model}), distilled for phones and exported "
-        f"as one file of {parity['size_bytes']:,} bytes, in {parity['precision']}.\n\n"
-        f"SHA-256 `{parity['sha256']}`; `sha256sum --check SHA256SUMS` checks the whole folder."
+        f"in {parity['precision']} as one file of {parity['size_bytes']:,} bytes.\n\n"
+        f"SHA-256: `{parity['sha256']}`; `sha256sum --check SHA256SUMS` checks the whole folder."
     )
 
 
@@ -54,21 +54,22 @@ def _use(form: Mapping[str, Any]) -> str:
     picture, given, found = form["picture"], form["input"], form["output"]
     side, channels = picture["height"], picture["channels"]
     prepared = (
-        f"A picture is {side} x {side} pixels with {channels} channel{'s' * (channels > 1)} "
-        f"({picture['colour_order']}), uint8, made so: {picture['made_by']}."
+        f"Prepare each image as {side} x {side} pixels with {channels} "
+        f"channel{'s' * (channels > 1)} ({picture['colour_order']}), uint8, by these steps: "
+        f"{picture['made_by']}."
     )
     normalised = (
-        "The graph normalises it itself."
+        "The model normalises the pixels itself."
         if form["inside_the_graph"]
-        else f"Its pixels become {form['formula']}, with mean {form['mean']} and std "
-        f"{form['std']}, and channels go first."
+        else f"Then normalise: {form['formula']}, with mean {form['mean']} and std "
+        f"{form['std']}, channels first."
     )
     return (
         f"{prepared} {normalised}\n\n"
         "| | name | type | shape |\n| --- | --- | --- | --- |\n"
         f"| input | `{given['name']}` | {given['type']}, {given['layout']} | {given['shape']} |\n"
         f"| output | `{found['name']}` | {found['type']} | {found['shape']} |\n\n"
-        "Outputs are in the order of labels.txt. preprocessing.json says all this to programs."
+        "Outputs are in the order of labels.txt. Programs find all this in preprocessing.json."
     )
 
 
@@ -86,26 +87,29 @@ def _how_good(parity: Mapping[str, Any]) -> str:
     error = math.sqrt(accuracy * (1 - accuracy) / num)
     unlike = parity.get("undelegated")
     left = ", ".join(f"{name} ({calls})" for name, calls in (unlike or {}).items())
+    bench = f" `kd bench {parity['file']}` measures the file on a computer."
+    if parity.get("verified_by"):  # `kd bench` refuses files whose runtime is elsewhere
+        bench = ""
     return (
         f"{_verified(parity)}\n\n"
         "| | |\n| --- | --- |\n"
         f"| runtime | {parity['runtime']} |\n"
         f"| accuracy | {accuracy:.4f} ± {error:.4f} (n = {num}) |\n"
-        f"| the network's own, before export | {parity['eager_val_accuracy']:.4f} |\n"
+        f"| accuracy before export | {parity['eager_val_accuracy']:.4f} |\n"
         f"{_fine_tuned(parity)}"
-        f"| same class as the network | {parity['top1_agreement']:.4f} |\n"
-        f"| difference of an output: largest, mean | {parity['max_abs']:.3g}, "
+        f"| same class as before export | {parity['top1_agreement']:.4f} |\n"
+        f"| output difference: largest, mean | {parity['max_abs']:.3g}, "
         f"{parity['mean_abs']:.3g} |\n"
-        f"| bytes | {parity['size_bytes']:,} |\n"
+        f"| size in bytes | {parity['size_bytes']:,} |\n"
         + (
-            f"| operators outside the accelerated part | {left or 'none'} |\n"
+            f"| operators not accelerated (calls) | {left or 'none'} |\n"
             if unlike is not None
             else ""
         )
-        + "\n± is one binomial standard error: what another draw of as many images would change. "
-        "It says nothing of other training seeds.\n"
-        "Latency and memory are in benchmark.json where they were measured; `kd bench "
-        f"{parity['file']}` measures them anywhere. Only the phone gives the phone's."
+        + "\n± is one binomial standard error, from the sample of images; it does not cover "
+        "variation between training seeds.\n"
+        "Latency and memory, where measured, are in benchmark.json. For a phone's, measure on the "
+        f"phone.{bench}"
     )
 
 
@@ -113,7 +117,7 @@ def _fine_tuned(parity: Mapping[str, Any]) -> str:
     """Both ways to int8, where both were tried."""
     if "chosen" not in parity:
         return ""
-    ways = {"ptq": "calibrated alone", "qat": "learned on with int8 simulated"}
+    ways = {"ptq": "calibrated only", "qat": "fine-tuned with simulated int8"}
     return "".join(
         f"| {words}{' (this file)' * (way == parity['chosen'])} "
         f"| {parity[f'{way}_val_accuracy']:.4f} |\n"
@@ -125,26 +129,26 @@ def _verified(parity: Mapping[str, Any]) -> str:
     """What ran, to give the figures."""
     stand_in = parity.get("verified_by")
     if stand_in:
-        return f"**Its own runtime was not at hand.** On every validation image, {stand_in}:"
-    return "Run in its own runtime on every validation image:"
+        return f"**Not run in its own runtime.** Instead, on every validation image, {stand_in}:"
+    return "Measured in its own runtime on every validation image:"
 
 
 def _origin(student: Manifest, data: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{name} {split['count']:,}" for name, split in data["splits"].items())
-    taught = "It learned from labels alone."
+    taught = "It was trained on labels alone."
     if student.teachers:
         rows = "".join(
             f"| {teacher.name} | {weight:.4f} | `{teacher.sha256[:16]}` |\n"
             for teacher, weight in zip(student.teachers, student.weights_K, strict=True)
         )
         taught = (
-            f"Its teachers, whose {student.mixing} were averaged by weight:\n\n"
-            f"| teacher | weight | SHA-256 begins |\n| --- | --- | --- |\n{rows}"
+            f"Its teachers, averaged by weight as {student.mixing}:\n\n"
+            f"| teacher | weight | SHA-256 (start) |\n| --- | --- | --- |\n{rows}"
         )
     return (
         f"Data set `{data['dataset']['kind']}` (hash `{data['data_hash'][:16]}`), images: "
         f"{counts}.\n\n{taught}\nMethod, recipe, seed and code are in student.json; "
-        "`kd lineage FILE` follows them back in the project's workspace."
+        "`kd lineage FILE` traces them in the project's workspace."
     )
 
 
@@ -152,11 +156,12 @@ def _limits(parity: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     names = data["class_names"]
     classes = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return (
-        f"- It knows {len(names)} classes ({classes}), and any picture gets one of them.\n"
-        "- It was chosen on the validation images above, so its accuracy there is a little too "
-        "good; the project's report has the test images'.\n"
-        "- Its probabilities are as sure as training left them; nothing has calibrated them.\n"
-        "- Pictures unlike those it learned from (other cameras, light, crops) were not tried.\n"
-        "- It carries no licence of its own: what the pictures, and weights that a network began "
-        "from, are licensed for holds for it, too."
+        f"- It knows {len(names)} classes ({classes}) and assigns one of them to every "
+        "image, even to one that shows none.\n"
+        "- The validation images above also guided its selection, so the accuracy on them is "
+        "slightly optimistic; the project's report has the test accuracy.\n"
+        "- Its probabilities are not calibrated.\n"
+        "- It was not tested on images unlike its training data (other cameras, light, crops).\n"
+        "- It has no licence of its own: the licences of its training images, and of any "
+        "pretrained weights, apply."
     )

@@ -8,9 +8,8 @@ from kd.manifest import Manifest
 
 FORMAT = 1
 MADE_BY = (
-    "turned upright (EXIF); transparency over white; {}; centre crop to a square; resize by a "
-    "triangle filter as wide as a pixel of the result (Pillow's BILINEAR), for pictures that have "
-    "not this size"
+    "turned upright (EXIF); transparency composited over white; {}; largest centre square "
+    "cropped; resized by antialiased bilinear (Pillow's BILINEAR) unless already of this size"
 )
 """What training does to a picture, for {} as colours: kd.data.pictures."""
 

@@ -8,12 +8,12 @@ from string import Template
 from typing import Any
 
 READER = """
-from classify import Classifier  # of this folder; needs numpy and $package
+from classify import Classifier  # in this folder; needs numpy and $package
 
 found = Classifier(".").predict(images)  # uint8 ($picture)
 print(found["label"], found["probabilities"])
 """
-NO_ANDROID = "Core ML is on Apple's devices alone; on Android take another export."
+NO_ANDROID = "Core ML runs only on Apple devices; on Android use another export."
 SNIPPETS: dict[str, dict[str, str]] = {
     ".pte": {
         "Kotlin": """
@@ -24,14 +24,14 @@ val $output = module.forward(EValue.from(input))[0].toTensor().dataAsFloatArray
 """,
         "Swift": """
 import ExecuTorch  // github.com/pytorch/executorch, branch swiftpm-1.5.1, iOS 17
-// Link backend_xnnpack, kernels_optimized and kernels_quantized, too, with -all_load.
+// Also link backend_xnnpack, kernels_optimized and kernels_quantized, with -all_load.
 
 let module = Module(filePath: path)
 let $output: Tensor<Float> = try module.forward(Tensor<$swift>($values, shape: [$shape]))
 """,
         "Python": READER,
         "C++": """
-// Link XNNPACK's backend and the optimized and quantized kernels, whole: see samples/cpp.
+// Link the XNNPACK backend and the optimized and quantized kernels in full: see samples/cpp.
 executorch::extension::Module module("$file");
 auto input = executorch::extension::from_blob($values.data(), {$shape}$executorch_type);
 auto result = module.forward(input);
@@ -51,7 +51,7 @@ import OnnxRuntimeBindings  // github.com/microsoft/onnxruntime-swift-package-ma
 
 let env = try ORTEnv(loggingLevel: .warning)
 let session = try ORTSession(env: env, modelPath: path, sessionOptions: nil)
-// data is NSMutableData of $values: the tensor keeps it, and copies nothing
+// data is an NSMutableData of $values; the tensor retains it without copying
 let input = try ORTValue(tensorData: data, elementType: .$onnx_swift, shape: [$shape])
 let found = try session.run(
     withInputs: ["$input": input], outputNames: ["$output"], runOptions: nil)
@@ -106,8 +106,8 @@ let model = try await MLModel(contentsOf: MLModel.compileModel(at: url))
 let input = try MLDictionaryFeatureProvider(dictionary: ["$input": value])
 let $output = try model.prediction(from: input).featureValue(for: "$output")!
 """,
-        "Python": "On a Mac alone: `coremltools.models.MLModel(path).predict`.",
-        "C++": "Core ML is called from Objective-C++: see the Swift lines.",
+        "Python": "Only on a Mac: `coremltools.models.MLModel(path).predict`.",
+        "C++": "Call Core ML from Objective-C++; see the Swift example.",
     },
 }
 PACKAGES = {

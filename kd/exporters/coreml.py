@@ -173,10 +173,10 @@ class CoreML:
             "specification_version": specification.specificationVersion,
             "labels": labels,
             "metadata": metadata,
-            "runtime": "Core ML, on Apple's devices alone: not run here",
-            "verified_by": "the specification read back from the file, and its program evaluated "
-            "with its own weights by the reference interpreter (torch), each result rounded to "
-            "the program's types",
+            "runtime": "Core ML, only on Apple devices: not run here",
+            "verified_by": "the specification was read back from the file and its program "
+            "evaluated, with its own weights, by a reference interpreter (torch) that rounds "
+            "each result to the program's types",
         }
 
 
