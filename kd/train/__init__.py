@@ -1,4 +1,4 @@
-"""fit(), the only training loop, and what it is made of."""
+"""fit(), the only training loop, and its parts."""
 
 from kd.train.lesson import Lesson, mixed
 from kd.train.loop import LossWatch, NonFiniteLoss, TeacherChanged, fit

@@ -1,6 +1,6 @@
-"""Batch norms of a network that learns no more, multiplied into the convolutions before them.
+"""Fold the batch norms of a frozen network into the convolutions before them.
 
-B batch.
+B batch, C classes.
 """
 
 import torch
@@ -8,25 +8,25 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 TOLERANCE = 1e-3
-"""How far answers may lie apart, as a share of the largest logit: rounding stays far below it, and
-a copy that computes something else far above."""
+"""Largest accepted difference in logits, relative to the largest logit: rounding stays far below
+it, and a copy that computes something else lies far above."""
 
 
 def folded(network: nn.Module, images_B: Tensor) -> nn.Module:
-    """A copy of a network that gives the same answers with fewer passes over memory.
+    """A copy of a network that gives the same logits with fewer passes over memory.
 
     Args:
-        network: In evaluation mode.
-        images_B: A few images, on the network's device, to try the copy on.
+        network: In eval mode.
+        images_B: A few images, on the network's device, to compare the two on.
 
     Returns:
-        The copy; `network` itself where it cannot be traced, or its copy answers otherwise.
+        The copy, or `network` itself if it cannot be traced or the copy's logits differ.
     """
     try:
         copy = fuse(network)
         with torch.inference_mode():
             found_BC, wanted_BC = copy(images_B), network(images_B)
-    except Exception:  # a user's forward may do whatever it likes with what is traced
+    except Exception:  # tracing runs the user's forward, which may raise anything
         return network
     apart, scale = (found_BC - wanted_BC).abs().max(), wanted_BC.abs().max()
     return copy.eval() if apart <= TOLERANCE * scale else network

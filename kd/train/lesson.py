@@ -1,6 +1,6 @@
-"""What a network is shown at a step, and how far it is from what it should say.
+"""What a network sees at each step, and the loss.
 
-B batch, C classes.
+B batch, C classes, L labelled images.
 """
 
 import copy
@@ -23,7 +23,7 @@ from kd.train.targets import Tables, Targets, autocast, targets_of
 
 
 class Lesson:
-    """What a model is shown at each step, and how far it is from what it should say."""
+    """Assembles the batch and the soft targets of each step, and computes the loss."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Lesson:
         self.labelled = float((images.labels_N >= 0).float().mean()) or 1.0
         if ensemble is None and self.method.needs == "teachers":
             self.method = Labels()
-        check_shares(self.method)  # before anything that takes long
+        check_shares(self.method)  # before the slow part: computing the targets
         check_labels(self.method, recipe)
         if ensemble is not None:
             self.members = ensemble.described()
@@ -61,21 +61,20 @@ class Lesson:
 
     @property
     def home(self) -> torch.device:
-        """Where a step is planned: where that is looked up which it needs, since the host would
-        wait for a GPU to tell it positions in what lies on the CPU.
+        """The device for a batch's indices: the CPU if images or targets are looked up there,
+        since copying the indices back from a GPU would make the host wait for it.
         """
         on_host = self.targets is not None and self.targets.on_host
         return torch.device("cpu") if on_host else self.images.home
 
     def loss(self, model: nn.Module, step: int, share: int = 0, shares: int = 1) -> Tensor:
-        """The loss of step `step`, a scalar; teachers see the very view that the model sees.
+        """The loss of step `step`, a scalar; teachers and model see the same views.
 
         Args:
-            model: Who learns; it answers with logits, or with logits and what else is in
-                `Shown.also`.
-            step: Its number, from 0.
-            share: Which part of the batch is looked at.
-            shares: How many equal parts there are; their losses' mean is the whole batch's.
+            model: The network that learns; returns logits, or (logits, `Shown.also`).
+            step: Number of the step, from 0.
+            share: Which part of the batch to use.
+            shares: Number of equal parts; the mean of their losses is the loss of the batch.
         """
         alone = self.labels_alone(step)
         labelled_L = self.labelled_L if alone else None
@@ -95,24 +94,24 @@ class Lesson:
         return self.loss_of(model, shown, step)
 
     def labels_alone(self, step: int) -> bool:
-        """Whether at this step labels alone teach."""
+        """Whether only labels are used at this step."""
         return self.method.labels_alone(step / self.num_steps)
 
     def probe(self, model: nn.Module, size: int) -> Tensor:
-        """The loss of the first `size` images, for counting the memory that it takes."""
+        """The loss of the first `size` images, to measure how much memory it takes."""
         given = (len(self.images), self.images.augment, self.seed, 1, str(self.home))
         first = batch_of(0, size, *given)
         return self.loss_of(model, first, 0)
 
     def leaves_unused(self, model: nn.Module, size: int) -> bool:
-        """Whether the loss of the first `size` images moves only some of the parameters."""
+        """Whether the loss of the first `size` images gives some parameter no gradient."""
         probe = copy.deepcopy(model).train()
         learning = [each for each in probe.parameters() if each.requires_grad]
         found = torch.autograd.grad(self.probe(probe, size), learning, allow_unused=True)
         return any(gradient is None for gradient in found)
 
     def loss_of(self, model: nn.Module, shown: Batch, step: int) -> Tensor:
-        """The loss of the images shown."""
+        """The loss of a batch."""
         recipe, device = self.recipe, self.images.labels_N.device
         memory_format = FORMATS[recipe.memory_format]
         images_B = self.images.batch(shown.indices_B, shown.views_B, memory_format)
@@ -131,22 +130,22 @@ class Lesson:
 
 
 def check_shares(method: Learning) -> None:
-    """Refuse to have several ranks learn by a method that needs to see a batch as a whole.
+    """Refuse several ranks for a method that must see a batch as a whole.
 
     Raises:
-        ConfigError: the mean of their shares' losses would be another loss than the batch's.
+        ConfigError: the mean of the ranks' losses would not be the loss of the batch.
     """
     ranks = position()[1]
     if ranks > 1 and not method.by_image:
         raise ConfigError(
             f"recipe.devices is {ranks}, but {type(method).__name__} compares images of a batch "
             "with one another, and each device sees only its share of them: set recipe.devices "
-            "to 1, or take another method (or trust)"
+            "to 1, or choose another method (or trust)"
         )
 
 
 def check_labels(method: Learning, recipe: Recipe) -> None:
-    """Refuse to weigh teachers by the labels of images that are mixed.
+    """Refuse mixup together with a trust that reads labels.
 
     Raises:
         ConfigError: a mixed image has no label of its own.
@@ -159,10 +158,10 @@ def check_labels(method: Learning, recipe: Recipe) -> None:
 
 
 def check_teachers(method: Learning, members: Members) -> None:
-    """Refuse to learn from nobody but the member whose direction is avoided.
+    """Refuse the `unbiased` trust if only the biased member could teach.
 
     Raises:
-        ConfigError: the others have no weight, or there is no such member.
+        ConfigError: no other member has weight, or there is no member of that name.
     """
     trust = getattr(method, "trust", None)
     if isinstance(trust, Unbiased):
@@ -178,7 +177,7 @@ def mixed(
     image adds nothing to the pair's labels, which then sum to less than 1.
     """
     generator = torch.Generator().manual_seed(key("mixup", seed, step))
-    wide = torch.full((2,), alpha, dtype=torch.float64)  # small ones vanish in float32
+    wide = torch.full((2,), alpha, dtype=torch.float64)  # small samples underflow in float32
     gammas = torch._standard_gamma(wide, generator=generator)
     share = float(gammas[0] / gammas.sum())
     return (

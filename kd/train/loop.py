@@ -1,9 +1,8 @@
 """fit(): the only training loop.  Teacher, assistants and students differ only in who teaches.
 
-B batch, C classes, S steps of an epoch.  What a step sees (which images, in which view, mixed how,
-at which learning rate) and what it draws (dropout) is a pure function of the seed and the step's
-number, so a resumed run needs nothing but the weights, the optimiser's state and that number to
-end in the same bits.
+B batch, C classes, S steps of an epoch.  A step's inputs (images, views, mixing, learning rate)
+and random draws (dropout) are a pure function of the seed and the step's number, so a resumed run
+needs only the weights, the optimiser's state and that number to give a bit-identical result.
 """
 
 import time
@@ -44,11 +43,11 @@ from kd.train.state import (
 from kd.train.targets import Tables
 
 CALM = "lower recipe.optimizer.lr, or set recipe.clip_norm"
-"""What helps against training that diverges."""
+"""Remedy for a training that diverges."""
 
 
 class NonFiniteLoss(Refused):
-    """The loss became infinite or not a number; the message names the step."""
+    """The loss or a weight became infinite or NaN; the message names the step or the epoch."""
 
 
 class TeacherChanged(Refused):
@@ -77,33 +76,33 @@ def fit(
 
     Args:
         model: The network that learns; it is moved to the device of `images`.
-        images: What it learns from: labelled images and, under an ensemble, unlabelled ones too,
-            with the views that student and teachers are shown.
+        images: The training images: labelled ones and, with an ensemble, unlabelled ones too,
+            with the views that student and teachers see.
         recipe: The budget and how it is spent.
-        seed: Decides the order of images, their views and their mixing.
+        seed: Decides the order of images, their views, mixing and dropout.
         num_classes: C.
-        epoch_steps: Steps in an epoch; by default one pass over `images`.  A role that sees
-            labelled images alone is given the steps of the whole data, for an equal budget.
-        method: How it learns from soft targets; needed with an ensemble, unused without.
-        ensemble: Who teaches; None trains on labels alone.
-        validate: Figures of the model on the validation split, called in evaluation mode.
+        epoch_steps: Steps in an epoch; by default one pass over `images`.  A role that sees only
+            labelled images gets as many steps as for all images, for an equal budget.
+        method: How it learns; labels alone if None, or if it needs teachers and has none.
+        ensemble: The teachers, if any.
+        validate: Returns the model's validation metrics; the model is in eval mode.
         on_step: Called after each step with the number of steps done.
         on_epoch: Called after each epoch.
-        on_resume: Called with the epochs that were done before, where there are any.
-        checkpoint: Where to resume from, and to save to as often as the recipe says, and
-            at the end.
+        on_resume: Called on resume with the epochs that are already done, if any.
+        checkpoint: Where to resume from and save to, as often as the recipe says and at the end.
         tables: Where members' logits are kept for later trainings; None: nowhere.
-        stop: Asked after each step; once it says yes, the state is saved and training ends.
+        stop: Called after each step; once it returns true, the state is saved and training ends.
 
     Returns:
-        The trained network in evaluation mode (the running mean of the weights where the recipe
-        keeps one, else `model` itself) and the epochs' figures.
+        The trained network in eval mode (the running mean of the weights if the recipe keeps one,
+        else `model` itself) and the epochs' metrics.
 
     Raises:
-        NonFiniteLoss: the loss of a step was infinite or not a number.
-        ConfigError: it cannot fit into memory, or cannot be compiled here.
-        TeacherChanged: a member was changed by training.
-        Stopped: `stop` said yes; the next call with the same checkpoint goes on.
+        NonFiniteLoss: a loss or a weight became infinite or NaN.
+        ConfigError: it needs too much memory, cannot be compiled here, or settings conflict.
+        Refused: a step ran out of memory and its batch cannot be split.
+        TeacherChanged: training changed a member.
+        Stopped: `stop` returned true; the next call with the same checkpoint resumes.
     """
     plan = Plan(recipe, epoch_steps or steps_in_epoch(len(images), recipe.batch_size))
     lesson = Lesson(
@@ -129,16 +128,16 @@ def fit(
 
     for epoch in range(len(history), recipe.epochs):
         started, first = time.perf_counter(), training.done
-        training.model.train()  # it was validated in evaluation mode
+        training.model.train()  # validation left it in eval mode
         for step in range(first, plan.steps(epoch).stop):
             training.step(step)
-            stopping = any_rank(stop())  # each rank hears a signal at a step of its own
+            stopping = any_rank(stop())  # a signal reaches the ranks at different steps
             if checkpoint is not None and is_first() and saves.due(training.done, stopping):
                 training.check(epoch + 1)
                 checkpoint.save(training.state(), history)
             on_step(training.done)
             if stopping:
-                wait_for_all()  # who ends first ends all: not before the first has saved
+                wait_for_all()  # a rank that exits ends the others: let the first one save
                 raise Stopped(f"stopped after step {training.done}; run it again to go on")
         training.check(epoch + 1)
         seconds = time.perf_counter() - started
@@ -157,12 +156,12 @@ def fit(
     if ensemble and ensemble.fingerprint() != fingerprint:
         raise TeacherChanged("a teacher's parameters or buffers changed during training")
     if checkpoint is not None and is_first() and training.done > resumed_at:
-        checkpoint.save(training.state(), history)  # who learns from this network may be stopped
+        checkpoint.save(training.state(), history)  # a later generation may yet be stopped
     return training.learned().eval(), history
 
 
 class Training:
-    """A network in training: all that changes from step to step, and how."""
+    """A network in training: all state that changes from step to step, and its updates."""
 
     def __init__(self, model: nn.Module, lesson: Lesson, plan: Plan) -> None:
         memory_format = FORMATS[plan.recipe.memory_format]
@@ -197,10 +196,10 @@ class Training:
         self.done = step + 1
 
     def gradient(self, step: int) -> Tensor:
-        """Set the gradient of a step's loss, in as many parts as fit into memory; the loss."""
+        """Set a step's gradient, accumulated over parts that fit into memory; return its loss."""
         rank, ranks = position()
         device = self.watch.losses_S.device
-        # Anew at each step: a resumed run draws the same.  Each rank drops units of its own.
+        # At each step, so a resumed run draws the same.  Ranks have different dropout masks.
         reseed(device, key("step", self.lesson.seed, step) + rank)
         try:
             self.optimizer.zero_grad(set_to_none=True)
@@ -219,25 +218,25 @@ class Training:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            loss = total = torch.empty(0)  # its graph holds the activations that did not fit
+            loss = total = torch.empty(0)  # frees the graph, which holds the activations
             self.parts = halved(self.parts, self.lesson, self.model, error)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what PyTorch holds in reserve, cuBLAS and cuDNN cannot have
+            torch.cuda.empty_cache()  # cuBLAS and cuDNN cannot use PyTorch's cached memory
         return self.gradient(step)
 
     def check(self, epoch: int) -> None:
-        """Refuse losses and weights that are not finite, before they become a checkpoint."""
+        """Raise NonFiniteLoss for non-finite losses or weights, before they are saved."""
         self.watch.check(self.done, epoch)
         finite = torch.stack([each.isfinite().all() for each in self.model.parameters()])
         if not finite.all():
             raise NonFiniteLoss(f"weights were not finite in epoch {epoch}; {CALM}")
 
     def learned(self) -> nn.Module:
-        """What is trained: the running mean where one is kept."""
+        """The running mean of the weights if one is kept, else the model itself."""
         return self.model if self.mean is None else self.mean.network
 
     def state(self) -> dict[str, Tensor]:
-        """All that the steps to come depend on."""
+        """Everything that later steps depend on."""
         return joined(
             {
                 "model": self.model.state_dict(),
@@ -249,7 +248,7 @@ class Training:
         )
 
     def resume(self, checkpoint: Checkpoint | None) -> list[Epoch]:
-        """Put the checkpoint's state in place, and return the epochs that it covers."""
+        """Restore the checkpoint's state, and return the epochs that it covers."""
         loaded = checkpoint.load() if checkpoint is not None else None
         if loaded is None:
             return []
@@ -264,9 +263,9 @@ class Training:
 
 
 class LossWatch:
-    """Keeps an epoch's losses on the device, without asking it for them.
+    """Keeps an epoch's losses on the device and reads them together.
 
-    Reading a loss makes the host wait for the GPU, so they are read together.
+    Reading a loss makes the host wait for the GPU.
     """
 
     def __init__(self, num_steps: int, device: torch.device) -> None:
@@ -274,7 +273,7 @@ class LossWatch:
         self.count = 0
 
     def see(self, step: int, loss: Tensor) -> None:
-        """Take the loss of a step; an epoch's first one begins anew."""
+        """Record the loss of a step; an epoch's first step starts over."""
         within = step % len(self.losses_S)
         self.losses_S[within] = loss
         self.count = within + 1
@@ -284,28 +283,28 @@ class LossWatch:
         return self.losses_S[: self.count]
 
     def check(self, done: int, epoch: int) -> None:
-        """NonFiniteLoss where a loss was not finite; `done` steps were taken in all epochs."""
+        """Raise NonFiniteLoss if a loss was not finite; `done` counts the steps of all epochs."""
         bad = (~self.seen().isfinite()).nonzero()
         if len(bad):
             step = done - self.count + int(bad[0])
             raise NonFiniteLoss(f"the loss was not finite at step {step} (epoch {epoch}); {CALM}")
 
     def mean(self) -> float:
-        """The mean of the losses seen."""
+        """The mean of the epoch's losses so far."""
         return float(self.seen().double().mean())
 
     def state(self) -> dict[str, Tensor]:
-        """What was seen."""
+        """The losses so far, for a checkpoint."""
         return {"losses": self.seen()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Restore what `state` returned."""
         self.count = len(state["losses"])
         self.seen().copy_(state["losses"])
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """The model compiled; on a GPU as CUDA graphs, since small networks wait for launches."""
+    """The compiled model; with CUDA graphs on a GPU: kernel launches limit small networks."""
     on_gpu = next(model.parameters()).is_cuda
     made = torch.compile(model, mode="reduce-overhead" if on_gpu else "default")
     return cast(nn.Module, made)

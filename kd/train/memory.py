@@ -1,4 +1,4 @@
-"""How much memory a training needs: told before it starts, and what to do where it was too much.
+"""Predict a training's memory before it starts, and split batches that run out of memory.
 
 B batch.
 """
@@ -21,8 +21,8 @@ from kd.train.ranks import position
 
 MIB = 2**20
 PROBE = 4
-"""Images in the batch that activations are counted for.  It is counted for half of them, too: what
-both keep alike, such as the weights' copies in half precision, does not grow with the batch."""
+"""Images in the batch whose activations are measured.  Half of them are measured too: what both
+keep, such as half-precision copies of the weights, does not grow with the batch."""
 
 
 CGROUPS = (
@@ -34,44 +34,44 @@ CGROUPS = (
         "total_inactive_file",
     ),
 )
-"""Files of a container's limit, of what it uses and of what that is, and the line for files that
-nobody reads just now: of version 2, and of version 1."""
+"""Per cgroup version (2, then 1): the files with the memory limit, the usage and its statistics,
+and the name of the statistic for inactive file pages."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a step, by what takes them."""
+    """Bytes at the peak of a step, by purpose."""
 
     weights: int
     """The learner's parameters, buffers, gradients, optimiser states and running mean, and what
-    the forward pass keeps whatever the batch."""
+    the forward pass keeps regardless of the batch size."""
     members: int
     """The teachers' parameters and buffers."""
     activations: int
-    """What the forward pass keeps for the backward pass, of the whole batch; without what grows
-    with its square, and without what activation checkpointing makes anew."""
+    """What the forward pass keeps for the backward pass, for the whole batch; excludes what grows
+    with its square, and what activation checkpointing recomputes."""
     passing: int
-    """The largest tensors of the moment, beside what is kept."""
+    """The largest temporary tensors, in addition to what is kept."""
     tables: int
-    """Soft targets, where they are cached."""
+    """Cached soft targets, if any."""
     saving: int = 0
-    """Copies of the state while it is saved, between steps; a GPU's lie on the host."""
+    """Copies of the state while it is saved between steps; 0 on a GPU, whose lie on the host."""
     present: int = 0
-    """What of all that is taken already."""
+    """How much of all that is allocated already."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes at the peak."""
         step = self.activations + self.passing
         return self.weights + self.members + self.tables + max(step, self.saving)
 
 
 def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int = 1) -> Memory:
-    """What training will need, from forward passes of a few images on a copy of the model.
+    """The memory that training will need, from forward passes of a few images on a copy.
 
     Args:
-        model: Who learns; on its device.
-        lesson: What it is shown, and who is asked at each step.
+        model: The learner, on its device.
+        lesson: Its images and targets, and the networks evaluated at each step.
         recipe: Batch size, optimiser and running mean.
         ranks: Devices that share the batch.
     """
@@ -91,7 +91,7 @@ def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int 
         weights=copies * size + round(whole - PROBE * each),
         members=members,
         activations=round(share * PROBE * each),
-        passing=round(3 * share * largest),  # a gradient, what it is made from, a workspace
+        passing=round(3 * share * largest),  # a gradient, its input and a workspace
         tables=tables,
         saving=2 * (copies - 1) * size if on_host else 0,
         present=size + members + tables,
@@ -99,7 +99,7 @@ def predict_memory(model: nn.Module, lesson: Lesson, recipe: Recipe, ranks: int 
 
 
 def kept_by(model: nn.Module, lesson: Lesson, size: int) -> int:
-    """Bytes that the forward pass of `size` images keeps, beside parameters and buffers."""
+    """Bytes that the forward pass of `size` images keeps, without parameters and buffers."""
     kept: dict[int, int] = {}
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
 
@@ -115,7 +115,7 @@ def kept_by(model: nn.Module, lesson: Lesson, size: int) -> int:
 
 
 def largest_answer(asked: Sequence[nn.Module], lesson: Lesson) -> int:
-    """Bytes of the largest tensor that members make of a few images; all at once, of all of it."""
+    """Bytes of the largest tensor in members' forward passes; of all together if stacked."""
     images_B = lesson.images.batch(torch.arange(PROBE) % len(lesson.images))
     sizes = [0]
     for network in asked:
@@ -127,7 +127,7 @@ def largest_answer(asked: Sequence[nn.Module], lesson: Lesson) -> int:
 
 @contextmanager
 def watched(network: nn.Module) -> Iterator[list[int]]:
-    """Bytes of each tensor that the network's modules make while the block runs."""
+    """Collect the bytes of each tensor that the network's modules return in the block."""
     made: list[int] = []
 
     def see(module: nn.Module, given: object, answer: object) -> None:
@@ -148,17 +148,17 @@ def of_parameters(module: nn.Module) -> int:
 
 
 def check_memory(needed: Memory, images: Images, recipe: Recipe) -> None:
-    """Refuse to start what cannot fit.
+    """Refuse a training that does not fit into memory.
 
     Raises:
-        ConfigError: says what is needed and there, and which key to lower, to what.
+        ConfigError: states the memory needed and free, and which key to lower, to what.
     """
     free = free_memory(images.labels_N.device) + needed.present
     if needed.total <= free:
         return
     fixed = needed.total - needed.activations - needed.passing
     fits = int(recipe.batch_size * (free - fixed) / max(1, needed.activations + needed.passing))
-    advice = f"lower recipe.batch_size to {fits // 2 * 2}" if fits >= 2 else "take a smaller model"
+    advice = f"lower recipe.batch_size to {fits // 2 * 2}" if fits >= 2 else "use a smaller model"
     raise ConfigError(
         f"training needs {needed.total / MIB:,.0f} MiB and {free / MIB:,.0f} are free (weights "
         f"{needed.weights / MIB:,.0f}, teachers {needed.members / MIB:,.0f}, activations of "
@@ -168,8 +168,8 @@ def check_memory(needed: Memory, images: Images, recipe: Recipe) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a training may still take on a device."""
-    if device.type == "cuda":  # what PyTorch holds in reserve, the driver takes for used
+    """Bytes that a training may still allocate on a device."""
+    if device.type == "cuda":  # the driver counts PyTorch's cached memory as used
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
     lines = (
@@ -180,9 +180,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def cgroup_memory(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What a container's limit leaves, where there is one.
+    """Bytes left under the container's memory limit, if there is one.
 
-    Files that were read count as used until others need the room: mapped data and tables do.
+    Inactive file pages (memory-mapped data and tables) count as free: they can be evicted.
     """
     found = []
     for limit, current, stat, idle in CGROUPS:
@@ -190,7 +190,7 @@ def cgroup_memory(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
             most = int((folder / limit).read_text())
             used = int((folder / current).read_text())
             lines = (folder / stat).read_text().splitlines()
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # no such file, or no limit: "max"
             continue
         files = next((int(line.split()[1]) for line in lines if line.startswith(f"{idle} ")), 0)
         found.append(most - used + files)
@@ -198,10 +198,10 @@ def cgroup_memory(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
 
 
 def halved(shares: int, lesson: Lesson, model: nn.Module, error: RuntimeError) -> int:
-    """Twice as many shares of a batch, after one did not fit into memory.
+    """Twice as many parts per batch, after a step ran out of memory.
 
     Raises:
-        Refused: parts of a batch would not give the whole batch's gradient, or it cannot be cut.
+        Refused: the parts would not give the whole batch's gradient, or it cannot be split.
     """
     size = lesson.recipe.batch_size
     reason = ""
@@ -210,15 +210,15 @@ def halved(shares: int, lesson: Lesson, model: nn.Module, error: RuntimeError) -
     elif any(isinstance(module, _BatchNorm) for module in model.modules()):
         reason = "batch normalisation sees the whole batch"
     elif lesson.recipe.compile and next(model.parameters()).is_cuda:
-        reason = "CUDA graphs write gradients where the last part's lie"
+        reason = "CUDA graphs overwrite the gradients of the previous part"
     elif not lesson.method.by_image:
         reason = f"{type(lesson.method).__name__} compares images of a batch with one another"
     elif size % (4 * shares):
-        reason = f"{size} images cannot be cut into {2 * shares} parts"
+        reason = f"{size} images cannot be split into {2 * shares} parts"
     if reason:
         at_once = size // shares // position()[1]
         raise Refused(
-            f"out of memory with {at_once} images at once, which cannot be taken in parts "
+            f"out of memory with {at_once} images at once, which cannot be split into parts "
             f"({reason}): lower recipe.batch_size"
         ) from error
     print(f"warning: out of memory; from now on {size // shares // 2} images at once", flush=True)

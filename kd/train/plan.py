@@ -1,7 +1,6 @@
-"""Which images a step sees, in which view, at which learning rate: pure functions of its number.
+"""A step's images, views and learning rate: pure functions of its number.
 
-B batch, N samples.  Nothing here depends on what happened before, so a resumed run needs no
-sampler's state.
+B batch, N samples.  Nothing here depends on earlier steps: a resumed run needs no sampler state.
 """
 
 import math
@@ -17,11 +16,11 @@ from kd.recipe import Recipe
 
 
 class Plan:
-    """Which steps an epoch has, at which learning rate, and when it is validated."""
+    """The steps of each epoch, their learning rates, and which epochs are validated."""
 
     def __init__(self, recipe: Recipe, per_epoch: int) -> None:
         for name in ("precision", "memory_format", "compile"):
-            wanted = "settled before training: kd.train.speed.fastest finds what is"
+            wanted = "settled before training: kd.train.speed.fastest measures what is fastest"
             require(getattr(recipe, name) != "auto", f"recipe.{name}", "auto", wanted)
         self.recipe = recipe
         self.per_epoch = per_epoch
@@ -36,7 +35,7 @@ class Plan:
         return self.recipe.optimizer.lr * self.recipe.schedule.factor((step + 0.5) / self.total)
 
     def validates(self, epoch: int) -> bool:
-        """Whether the validation split is looked at after epoch `epoch`."""
+        """Whether to validate after epoch `epoch`."""
         done = epoch + 1
         return done % self.recipe.validate_every == 0 or done == self.recipe.epochs
 
@@ -48,14 +47,14 @@ def steps_in_epoch(num_images: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Which images a step shows, and how."""
+    """The images of a step and their views."""
 
     indices_B: Tensor
     """Positions in the images."""
     views_B: Tensor
     """View of each (kd/data/augment.py)."""
     passes_B: Tensor
-    """Number of the pass that each is shown in, modulo `views` where views recur."""
+    """Number of the pass over the images that each belongs to; modulo `views` if views recur."""
 
     def share(self, index: int, count: int) -> "Batch":
         """Part `index` of `count` equal ones.
@@ -72,9 +71,9 @@ class Batch:
 def pass_of(
     number: int, num_images: int, augment: Augment, seed: int, views: int | None, device: str
 ) -> Batch:
-    """The whole of pass `number`: what every image is shown in, in the pass's order."""
+    """All images of pass `number`, in the order and views of that pass."""
     recurring = number if views is None else number % views
-    # Recurring views do not depend on the seed: students of all seeds can share their targets.
+    # Recurring views do not depend on the seed, so that students of all seeds share targets.
     views_N = augment.views_for(seed if views is None else 0, recurring, num_images)
     order_N = order_for(seed, number, num_images)
     passes_N = torch.full_like(order_N, recurring)
@@ -90,19 +89,19 @@ def batch_of(
     views: int | None = None,
     device: str = "cpu",
 ) -> Batch:
-    """What a step shows.
+    """The images and views of a step.
 
-    Batches are cut from an endless chain of shuffled passes, so every batch is full, also at
-    the end of a pass and where there are fewer images than a batch holds.
+    Batches are cut from an endless sequence of shuffled passes, so every batch is full, even at
+    the end of a pass or with fewer images than a batch holds.
 
     Args:
-        step: Its number, from 0.
+        step: Number of the step, from 0.
         batch_size: B.
         num_images: N.
-        augment: The views there are.
-        seed: Decides the order of images, and their views where these do not recur.
+        augment: The possible views.
+        seed: Decides the order of images, and their views unless these recur.
         views: Passes after which views recur; None: each pass draws new ones.
-        device: Where the tensors are wanted.
+        device: Device of the returned tensors.
     """
     parts = []
     position = step * batch_size

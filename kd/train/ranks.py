@@ -1,6 +1,6 @@
-"""One network on several devices: each process (rank) learns from its share of every batch.
+"""Data-parallel training: each process (rank) learns from its share of every batch.
 
-The result is that of one device with the whole batch, but for the order of sums: gradients are
+The result equals that of one device with the whole batch, up to the order of sums: gradients are
 averaged over the ranks, and batch statistics are taken over the whole batch.
 
 B batch.
@@ -18,21 +18,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(days=7)
-"""How long ranks wait for one another: the others, while the first measures what was trained.  Of
-one that died they hear from kd.launch, which ends them."""
+"""Timeout for ranks waiting for one another: long, since the others wait while the first evaluates
+the trained network.  If a rank dies, kd.launch ends the others."""
 
 
 def launched() -> bool:
-    """Whether this process is one rank of several."""
+    """Whether this process was launched as one of several ranks."""
     return "LOCAL_RANK" in os.environ
 
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """The ranks connected with one another while the block runs; nothing for a lone process.
+    """Connect the ranks with one another while the block runs; nothing for a lone process.
 
-    Where the block raises, they stay connected until the process ends: the others would hear of
-    the lost connection, and complain of it, before this rank has told why.
+    If the block raises, they stay connected until the process ends; otherwise the others would
+    report the lost connection before this rank has reported the cause.
     """
     if not launched():
         yield
@@ -40,7 +40,7 @@ def group(device: str) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     yield
-    wait_for_all()  # nobody goes on before the first rank has written
+    wait_for_all()  # until the first rank has written its files
     dist.destroy_process_group()
 
 
@@ -50,13 +50,13 @@ def position() -> tuple[int, int]:
 
 
 def spread(model: nn.Module, leaves_unused: Callable[[], bool]) -> nn.Module:
-    """What to call in training in the place of `model`; itself for a lone process.
+    """`model` wrapped in DistributedDataParallel; `model` itself for a lone process.
 
     Args:
-        model: Who learns.
-        leaves_unused: Says whether some parameters get no gradient.  DDP would wait for it for
-            ever; to be told which ones, it looks through each step's graph, and warns where there
-            was no need.  So we find out beforehand.
+        model: The network that learns.
+        leaves_unused: Returns whether some parameters get no gradient.  DDP would wait for it
+            forever unless it searches each step's graph for such parameters, and it warns if
+            that was unnecessary, so we find out beforehand.
     """
     if not dist.is_initialized():
         return model
@@ -64,10 +64,10 @@ def spread(model: nn.Module, leaves_unused: Callable[[], bool]) -> nn.Module:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any rank says so, which all of them learn; `flag` itself for a lone process.
+    """Whether `flag` is true on any rank; `flag` itself for a lone process.
 
-    Each rank must ask it at the same point.  It is settled between the hosts, without waiting for
-    what their devices still have to do, so that it may be asked at each step.
+    All ranks must call this at the same point.  Only the CPUs communicate, without waiting for
+    work queued on the GPUs, so calling it at each step is cheap.
     """
     if not dist.is_initialized():
         return flag
@@ -77,7 +77,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Go on once every rank is here; nothing for a lone process."""
+    """Wait until every rank gets here; nothing for a lone process."""
     any_rank(False)
 
 
@@ -91,9 +91,9 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def with_global_statistics(model: nn.Module) -> nn.Module:
-    """The model with its batch norms replaced by ones that see the whole batch, in place.
+    """Replace the model's batch norms, in place, by ones over the whole batch.
 
-    Parameters and buffers keep their names, so states go from one form into the other.
+    Parameters and buffers keep their names, so both forms can load each other's state.
     """
     if not dist.is_initialized():
         return model
@@ -106,7 +106,7 @@ def with_global_statistics(model: nn.Module) -> nn.Module:
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; each rank's part gets the gradient of all their uses."""
+    """The sum of a tensor over all ranks, with the gradients summed over all ranks, too."""
 
     @staticmethod
     def forward(ctx: object, part: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Batch normalisation over all ranks' batches on a CPU, which nn.SyncBatchNorm does not do."""
+    """Batch normalisation over all ranks on a CPU, which nn.SyncBatchNorm does not support."""
 
     @classmethod
     def like(cls, other: _BatchNorm) -> "GlobalBatchNorm":
@@ -156,7 +156,7 @@ class GlobalBatchNorm(_BatchNorm):
         return normal.to(input.dtype)
 
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics, as nn.BatchNorm2d does."""
+        """Update the running statistics, as nn.BatchNorm2d does."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None

@@ -1,4 +1,4 @@
-"""What is faster on this machine, found by trying: what `auto` in a recipe means."""
+"""Resolve the recipe's `auto` settings by measuring which is fastest on this machine."""
 
 import copy
 import gc
@@ -23,11 +23,11 @@ CHOICES: dict[str, tuple[str | bool, ...]] = {
     "memory_format": ("channels_last", "contiguous"),
     "compile": (False, True),
 }
-"""What each `auto` chooses from, in the order in which it is decided; the first of them is taken
-unless another one is faster by its GAIN, and stands for those that are not decided yet."""
+"""The options of each `auto` setting; settings are decided in this order.  The first option is
+used until its setting is decided, and is kept unless another one is faster by the GAIN."""
 GAIN = {"precision": 1.2, "memory_format": 1.05, "compile": 1.05}
-"""How many times faster the whole training must be: below, bf16's rounding is not worth it, and
-the rest cannot be told from chance."""
+"""How many times faster the whole training must be: less does not justify bf16's rounding and,
+for the other settings, is within measurement noise."""
 
 
 def fastest(
@@ -39,19 +39,19 @@ def fastest(
     num_steps: int,
     rounds: int = 3,
 ) -> dict[str, Any]:
-    """What a training of so many steps is fastest with, on this machine.
+    """The fastest options on this machine for a training of `num_steps` steps.
 
     Args:
-        model: Who will learn; it is left as it is.
-        images: What it will be shown.
-        recipe: How it will be trained; keys that are "auto" are what is asked for.
+        model: The network to be trained; it is not changed.
+        images: The training images.
+        recipe: The recipe, with some keys "auto".
         num_classes: C.
-        num_steps: Steps of the whole training: what a first step takes, such as compiling, is
-            shared out over so many.
-        rounds: Steps that are timed with each choice, in turns, after the first.
+        num_steps: Steps of the whole training, over which the cost of the first one (such as
+            compiling) is spread.
+        rounds: Steps that are timed with each option, in turns, after the first.
 
     Returns:
-        The answer for each key of `recipe` that is "auto".
+        The chosen option for each key of `recipe` that is "auto".
     """
     wanted = [name for name in CHOICES if getattr(recipe, name) == "auto"]
     found: dict[str, Any] = {name: CHOICES[name][0] for name in wanted}
@@ -74,7 +74,7 @@ def seconds(
     num_steps: int,
     rounds: int,
 ) -> list[float]:
-    """What a training on labels by each recipe would take: its first step, and all the others."""
+    """Estimated seconds of a training on labels with each recipe, first step included."""
     device = images.labels_N.device
     trainings = []
     for recipe in recipes:
@@ -88,9 +88,7 @@ def seconds(
 
 
 def step_seconds(training: Training, step: int) -> float:
-    """Seconds of one step by the clock; infinitely many where it cannot be compiled, or does not
-    fit into memory.
-    """
+    """Wall-clock seconds of one step; infinite if it cannot be compiled or runs out of memory."""
     device = training.watch.losses_S.device
     finish(device)
     started = time.perf_counter()
@@ -103,7 +101,7 @@ def step_seconds(training: Training, step: int) -> float:
 
 
 def let_go(device: torch.device) -> None:
-    """Give back what was taken for measuring: graphs of a GPU keep their memory for themselves."""
+    """Free the memory used for measuring; CUDA graphs would keep theirs."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -111,6 +109,6 @@ def let_go(device: torch.device) -> None:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until a GPU has done what it was asked."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

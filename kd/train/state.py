@@ -1,4 +1,4 @@
-"""What is remembered of a training: its epochs' figures, and its state as named tensors."""
+"""A training's epoch metrics, and its state as named tensors."""
 
 import copy
 import time
@@ -15,7 +15,7 @@ from kd.recipe import Recipe
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch showed."""
+    """The metrics of one epoch."""
 
     number: int
     """From 1."""
@@ -26,34 +26,34 @@ class Epoch:
     train_loss: float
     """Mean loss over the epoch's steps."""
     validation: Mapping[str, float] = field(default_factory=dict)
-    """What the caller's `validate` returned; empty where it was not the turn."""
+    """What the caller's `validate` returned; empty if this epoch was not validated."""
     images_per_second: float = 0.0
     """Training speed without validation; not reproducible, so kept out of the artifacts."""
 
 
 class Stopped(Refused):
-    """Training was asked to stop, and saved its state."""
+    """Training was asked to stop; a step's state was saved, an unfinished table was not."""
 
 
 class Checkpoint(Protocol):
     """Where fit() keeps its state between steps; kd.artifacts has the one on disk."""
 
     def load(self) -> tuple[dict[str, Tensor], list[Epoch]] | None:
-        """The last state saved and the epochs it covers, or None for a fresh start."""
+        """The last saved state and the epochs it covers; None to start from scratch."""
 
     def save(self, state: dict[str, Tensor], history: list[Epoch]) -> None:
-        """Replace the state by this one, atomically."""
+        """Replace the saved state atomically."""
 
 
 class Saves:
-    """When a state is due to be saved: after so many steps or minutes, and when asked to stop."""
+    """Decides when to save: every so many steps or minutes, and when asked to stop."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.last = time.monotonic()
 
     def due(self, done: int, stopping: bool) -> bool:
-        """Whether the state is to be saved now that `done` steps are, or since training stops."""
+        """Whether to save the state after `done` steps, or because training stops."""
         every, minutes = self.recipe.checkpoint_steps, self.recipe.checkpoint_minutes
         by_steps = every is not None and done % every == 0
         if stopping or by_steps or time.monotonic() - self.last >= 60 * minutes:
@@ -63,7 +63,7 @@ class Saves:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimiser remembers of each parameter, as `index/entry`."""
+    """The optimiser's state for each parameter, keyed `index/entry`."""
     return {
         f"{index}/{name}": torch.as_tensor(value)
         for index, entries in optimizer.state_dict()["state"].items()
@@ -73,21 +73,21 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_state` gave."""
+    """Restore what `optimizer_state` returned."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         index, entry = name.split("/")
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape:
-            # In the parameter's memory order, which the fused optimisers take for granted.
+            # The fused optimisers expect the parameter's memory layout.
             tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
         entries.setdefault(int(index), {})[entry] = tensor
     optimizer.load_state_dict({**copy.deepcopy(optimizer.state_dict()), "state": entries})
 
 
 def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One state of several, as copies that training cannot touch."""
+    """Merge several states into one, as copies that training does not change."""
     return {
         f"{name}/{entry}": tensor.detach().to("cpu", copy=True)
         for name, part in parts.items()
@@ -96,5 +96,5 @@ def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The part of a joined state that `name` names."""
+    """The state that was joined under `name`."""
     return {n.removeprefix(f"{name}/"): t for n, t in state.items() if n.startswith(f"{name}/")}

@@ -1,8 +1,8 @@
-"""Where a step's soft targets come from: tables made beforehand, or the members themselves.
+"""A step's soft targets: looked up in precomputed tables, or computed by the members online.
 
-Weights and members are fixed before the student learns, so whatever it is shown twice need not
-be asked twice.  What is kept is each member's logits for a finite set of views: weights,
-temperatures, methods and students' seeds may then change and share them.  At the start they are
+Members and weights are fixed before the student learns, so targets of views that recur can be
+cached.  The tables hold each member's logits for a finite set of views, so trainings with other
+weights, temperatures, methods or student seeds can share them.  When training starts they are
 reduced to the one row per image and view that the loss needs.
 
 B batch, N images, V views of an image, K members, C classes, R entries of a row.
@@ -29,10 +29,10 @@ from kd.train.plan import Batch
 from kd.train.state import Stopped
 
 TABLE_BYTES = 2**30
-"""Largest table of rows that is held in memory; larger ones are reduced anew at each step."""
+"""Largest table of rows held in memory; the rows of larger ones are reduced at each step."""
 
 KEPT_BYTES = 2**32
-"""Largest table that is made where nobody asked for one; each member has its own, on disk."""
+"""Largest table, one per member and on disk, that `recipe.targets: auto` makes."""
 
 
 class Tables(Protocol):
@@ -41,14 +41,14 @@ class Tables(Protocol):
     def table(
         self, record: Mapping[str, object], shape: tuple[int, ...], fill: Callable[[Tensor], None]
     ) -> Tensor:
-        """The float16 table that `record` names; made by `fill` where there is none.
+        """The float16 table for `record`; created by `fill` if there is none.
 
-        A table that differs from `record` in anything, or was damaged, is never given back.
+        A damaged table, or one whose record differs in anything, is never returned.
         """
 
 
 class InMemory:
-    """Tables that are made anew each time."""
+    """Tables that are recomputed each time."""
 
     def table(
         self, record: Mapping[str, object], shape: tuple[int, ...], fill: Callable[[Tensor], None]
@@ -60,7 +60,7 @@ class InMemory:
 
 
 class Targets(Protocol):
-    """Gives a step its rows."""
+    """The rows of reduced logits for each step."""
 
     views: int | None
     """Passes after which an image's views recur; None: each pass draws new ones."""
@@ -69,13 +69,13 @@ class Targets(Protocol):
     """Memory on the device that is held from step to step."""
 
     on_host: bool
-    """Whether rows are looked up in what lies on the CPU."""
+    """Whether rows are looked up in tables on the CPU."""
 
     asked: tuple[nn.Module, ...]
-    """The networks that are asked at each step."""
+    """The networks that are evaluated at each step."""
 
     def rows(self, images_B: Tensor, shown: Batch) -> Tensor:
-        """Rows (B, R) for images as they are shown, free of any graph."""
+        """Rows (B, R) for the images in their views, without an autograd graph."""
 
 
 def targets_of(
@@ -87,11 +87,11 @@ def targets_of(
     tables: Tables | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Targets:
-    """The targets of every step, by the path that params chose or that pays.
+    """The targets of all steps, computed as `recipe.targets` says; `auto` picks the cheaper way.
 
     Raises:
-        ConfigError: they are wanted in a way that does not suit the members.
-        Stopped: `stop` said yes while members were asked.
+        ConfigError: `recipe.targets` does not suit the members.
+        Stopped: `stop` returned true while a table was computed.
     """
     cached = recipe.targets == "cached" or (
         recipe.targets == "auto" and cache_pays(images, recipe, num_classes)
@@ -102,14 +102,14 @@ def targets_of(
 
 
 def cache_pays(images: Images, recipe: Recipe, num_classes: int) -> bool:
-    """Whether computing each view once costs less than asking the members at each step."""
+    """Whether computing each view once is cheaper than evaluating the members at each step."""
     num_views = min(images.augment.num_views, recipe.views or images.augment.num_views)
     fits = 2 * num_views * len(images) * num_classes <= KEPT_BYTES
     return recipe.mixup == 0 and num_views < recipe.epochs and fits
 
 
 class Online:
-    """Rows computed from the very images that the student sees."""
+    """Rows computed at each step from the images that the student sees."""
 
     views: int | None = None
     nbytes = 0
@@ -132,13 +132,13 @@ class Online:
         with torch.inference_mode():
             labels_B = self.labels_N[sent(shown.indices_B, images_B.device)]
             rows_BR = self.reduction(logits_KBC, labels_B)
-        return rows_BR.clone()  # a clone made outside inference mode may enter a loss
+        return rows_BR.clone()  # autograd refuses inference tensors; a clone is a normal one
 
 
 def as_asked(member: nn.Module, images: Images, recipe: Recipe) -> nn.Module:
-    """What is asked in a member's place: its folded copy, on the device of the images.
+    """The network evaluated for a member: its folded copy, on the device of the images.
 
-    Members that are stacked stay as they are: copies are of a class each.
+    Members to be stacked are not folded: folded copies differ in class.
     """
     device, memory_format = images.labels_N.device, FORMATS[recipe.memory_format]
     if recipe.targets != "stacked":
@@ -148,10 +148,10 @@ def as_asked(member: nn.Module, images: Images, recipe: Recipe) -> nn.Module:
 
 
 def stacked(ensemble: Ensemble) -> Callable[[Tensor], Tensor]:
-    """What `ensemble.logits` gives, by one batched call for all members.
+    """Like `ensemble.logits`, but with one batched call for all members.
 
     Raises:
-        ConfigError: the members are not of one architecture.
+        ConfigError: the members' architectures differ.
     """
     members = list(ensemble.members)
     if len({str(member) for member in members}) > 1:
@@ -172,8 +172,8 @@ def stacked(ensemble: Ensemble) -> Callable[[Tensor], Tensor]:
 class Cached:
     """Rows looked up by image and view.
 
-    Exact: a view's number names its shift and flip, so the row that is looked up was computed
-    from the same pixels that the student sees.
+    A view's number determines its shift and flip, so each row was computed from exactly the
+    pixels that the student sees.
     """
 
     asked: tuple[nn.Module, ...] = ()
@@ -214,7 +214,7 @@ class Cached:
         self.on_host = self.rows_VNR is None
 
     def reduced(self) -> Tensor | None:
-        """All rows at once, on the device; None where they are too many."""
+        """All rows, on the device; None if they exceed TABLE_BYTES."""
         num_views, num_images, _ = self.members[0].shape
         everyone = torch.arange(num_images)
         width = self.of(torch.zeros_like(everyone[:1]), everyone[:1]).shape[1]
@@ -245,7 +245,7 @@ class Cached:
 def table_record(
     member: nn.Module, images: Images, recipe: Recipe, views: int | None
 ) -> dict[str, object]:
-    """All that decides a member's table; two trainings with equal records may share it."""
+    """Everything that determines a member's table; trainings with equal records share it."""
     return {
         "images": images.identity,
         "augment": asdict(images.augment),
@@ -276,7 +276,7 @@ def fill(
 
     Raises:
         ConfigError: a logit is not finite in half precision.
-        Stopped: `stop` said yes; what was written does not count.
+        Stopped: `stop` returned true; the incomplete table is discarded.
     """
     asked = as_asked(member, images, recipe)
     augment, everyone = images.augment, torch.arange(len(images), device=images.home)
@@ -287,18 +287,18 @@ def fill(
             views_N = augment.views_for(0, slot, len(images)).to(everyone.device)
         for part in everyone.split(images.at_once):
             if stop():
-                raise Stopped("stopped while a teacher was asked; run it again to ask it anew")
+                raise Stopped("stopped while computing a teacher's table; run again to redo it")
             shown = images.batch(part, views_N[part], FORMATS[recipe.memory_format])
             with torch.inference_mode(), autocast(shown.device, recipe):
                 logits_BC = asked(shown)
             row_NC[part.cpu()] = logits_BC.to(row_NC.device, torch.float16)
         if not row_NC.isfinite().all():
             raise ConfigError(
-                "a teacher's logits do not fit half precision (beyond 65,504 or not a number): "
+                "a teacher's logits do not fit half precision (beyond 65,504, or NaN): "
                 "set recipe.targets to online"
             )
 
 
 def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
-    """The precision in which networks are evaluated, learners and members alike."""
+    """The precision for forward passes, of learners and members alike."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")

@@ -31,7 +31,7 @@ def test_threads_and_determinism_are_the_recipes(deterministic):
             {"device": "cuda"},
             r"recipe\.device is 'cuda', but there is no GPU here: set it to auto",
         ),
-        ({"precision": "tf32"}, r"recipe\.precision is 'tf32', which GPUs alone have"),
+        ({"precision": "tf32"}, r"recipe\.precision is 'tf32', which needs a GPU"),
     ],
 )
 def test_what_a_machine_without_a_gpu_cannot_do_is_refused(changes, said):

@@ -392,7 +392,7 @@ def test_a_compiler_that_says_nothing_is_quoted_by_its_error_s_name(monkeypatch)
 
 def test_a_training_that_is_asked_to_stop_while_teachers_are_asked_stops_there():
     memory = Memory()
-    with pytest.raises(Stopped, match="while a teacher was asked"):
+    with pytest.raises(Stopped, match="while computing a teacher's table"):
         train(checkpoint=memory, stop=lambda: True, targets="cached", **taught())
     assert memory.saves == 0
 

@@ -279,7 +279,7 @@ def test_what_did_not_fit_is_let_go_before_its_parts_are_tried():
     ("model", "size", "reason"),
     [
         (network(), 32, "batch normalisation"),
-        (plain_network(), 34, "cannot be cut"),
+        (plain_network(), 34, "cannot be split"),
     ],
 )
 def test_parts_that_would_change_the_result_are_refused(model, size, reason):
