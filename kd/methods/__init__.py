@@ -1,8 +1,8 @@
 """How a student learns: from a frozen ensemble, from peers that learn with it, or from labels.
 
-A method has a `loss(shown)`, which sees tensors, never models; with teachers also a `reduction`,
-which says what is kept of their logits; with peers a `learner`, which holds them.  One file each,
-and one word here: the union is the registry.
+A method has a `loss(shown)`, which gets tensors, never models; with teachers also a `reduction` of
+their logits to what the loss needs; with peers a `learner`, which holds them.  One file each, and
+one word here: the union is the registry.
 """
 
 from kd.methods.afd import AFD
@@ -32,11 +32,11 @@ from kd.methods.taught import SoftMethod, Taught
 from kd.methods.virtual_teacher import VirtualTeacher
 
 TaughtMethod = KD | DKD | DIST | MLKD | AnnealedKD | ContinuationKD | Gated
-"""Needs a frozen ensemble."""
+"""Need a frozen ensemble."""
 LoneMethod = Labels | VirtualTeacher | OwnMean
-"""Needs nobody."""
+"""Need no other network."""
 PeerMethod = ProKT | ProKD | DML | Codistillation | OKDDip | FFL | AFD | BOC
-"""Needs networks that learn along with the student."""
+"""Need networks that train along with the student."""
 Method = TaughtMethod | LoneMethod | PeerMethod | CustomMethod
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""AFD: online distillation by adversaries on features (Chung et al., ICML 2020, arXiv 2002.01775).
+"""AFD: online adversarial feature distillation (Chung et al., ICML 2020, arXiv 2002.01775).
 
 M networks (the student first), B batch, C classes, D features.
 """
@@ -19,7 +19,7 @@ from kd.methods.shown import Members, Shown
 
 
 class JudgedCohort(Cohort):
-    """Networks in a circle, each with a critic that tells its features from its neighbour's."""
+    """Networks in a ring, each with a critic that tells its features from its neighbour's."""
 
     def __init__(self, student: nn.Module, peers: Sequence[nn.Module], width: int) -> None:
         super().__init__(student, peers)
@@ -31,10 +31,10 @@ class JudgedCohort(Cohort):
         self.transfers = nn.ModuleList(nn.Linear(size, width) for size in sizes)
 
     def answer(self, images: Tensor) -> Answer:
-        """Everybody's logits, and what the critics say (M, B) of own features and neighbours'.
+        """All networks' logits, and the critics' outputs (M, B).
 
-        `own` and `neighbour` teach the critics alone, `fooled` the networks alone: the first two
-        see features that are held fast, the last is said by critics that are held fast.
+        `own` and `neighbour` train only the critics, since the features are detached; `fooled`
+        trains only the networks, since the critics' parameters are.
         """
         logits_MBC, seen = self.answer_with_features(images)
         features = [
@@ -56,19 +56,19 @@ class JudgedCohort(Cohort):
 class AFD(Together):
     """Hard loss + T^2 KL(neighbour || own) + weight * (1 - critic(own features))^2, for each.
 
-    A critic learns to say 1 of the neighbour's features and 0 of its own network's (least
-    squares).  The circle goes 1 <- M <- ... <- 2 <- 1.  Critics judge the features before the
-    last layer, brought to one scale (else the game diverged), and all parameters share one
-    optimiser, where the paper has feature maps and several: this project's own reading.
+    A critic learns to output 1 for the neighbour's features and 0 for its own network's (least
+    squares).  Network k learns from k - 1, the first from the last.  Critics see the features
+    before the last layer, normalised (training diverged without), and one optimiser updates all
+    parameters; the paper has feature maps and several optimisers: this project's own reading.
     """
 
     kind: Literal["afd"] = "afd"
     temperature: float = 3.0
     """Divides the logits before the softmax, above 0."""
     weight: float = 0.1
-    """Of the adversarial losses, at least 0."""
+    """Weight of the adversarial losses, at least 0."""
     width: int = 64
-    """Features that critics see, at least 1."""
+    """Number of features that critics see, at least 1."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "above 0")

@@ -16,21 +16,21 @@ from kd.methods.taught import Taught
 
 @component
 class AnnealedKD(Taught):
-    """First the teachers' logits, growing from faint to full; then the labels alone.
+    """First the teachers' logits, scaled by a factor that rises to 1; then the labels alone.
 
-    Stage 1: the squared distance to factor * logits, the factor rising in `levels` equal steps to
-    1, as 1 - (T - 1) / T_max does when the temperature T falls from T_max to 1.  Stage 2: the
-    hard loss.  Logits are centred, since a softmax cannot see their mean, and the distance is
-    1 / 2C times the sum, which is what the soft loss tends to at high temperatures (Hinton 2015,
+    Stage 1: the squared distance to factor * logits; the factor rises to 1 in `levels` equal
+    steps, as 1 - (T - 1) / T_max does when the temperature T falls from T_max to 1.  Stage 2: the
+    hard loss.  Logits are centred, since a softmax ignores their mean, and the distance is
+    1 / 2C times the sum, which is the limit of the soft loss at high temperatures (Hinton 2015,
     equation 4); both are this project's own reading.  An ensemble's logits are the logarithm of
     its soft targets at temperature 1.
     """
 
     kind: Literal["annealed"] = "annealed"
     levels: int = 10
-    """T_max, at least 1: how many temperatures the annealing passes."""
+    """T_max: number of temperatures in the annealing, at least 1."""
     regression: float = 0.75
-    """Share of the training that stage 1 takes, in (0, 1]."""
+    """Share of the training spent in stage 1, in (0, 1]."""
 
     alone: ClassVar[bool] = True
 
@@ -41,7 +41,7 @@ class AnnealedKD(Taught):
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Log-probabilities at temperature 1 are logits, but for their mean."""
+        """Log-probabilities at temperature 1 equal the logits up to a constant."""
         return (1.0,)
 
     def share(self, progress: float) -> float:
@@ -51,13 +51,13 @@ class AnnealedKD(Taught):
     def soft(
         self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
     ) -> Tensor:
-        """The distance to the annealed logits (B,)."""
+        """The distance of each image to the annealed logits (B,)."""
         factor = annealing(shown.progress / self.regression, self.levels)
         return logit_distances(logits_BC, factor * wide(soft_log_probs_BC))
 
 
 def annealing(progress: float, levels: int) -> float:
-    """1 / levels at first, 1 at last, in equal steps."""
+    """The factor at `progress`: rises from 1 / levels to 1 in equal steps."""
     return min(math.floor(progress * levels) + 1, levels) / levels
 
 

@@ -16,7 +16,7 @@ from kd.methods.shown import Members, Shown
 
 
 class AdaptedCohort(Cohort):
-    """A cohort whose networks try to say, through adapters, what the first peer's features are."""
+    """A cohort whose other networks match the first peer's features through linear adapters."""
 
     def __init__(self, student: nn.Module, peers: Sequence[nn.Module]) -> None:
         super().__init__(student, peers)
@@ -27,7 +27,7 @@ class AdaptedCohort(Cohort):
         )
 
     def answer(self, images: Tensor) -> Answer:
-        """Everybody's logits, the others' adapted features and the pseudo-teacher's own."""
+        """All logits, the pseudo-teacher's features and the others' adapted features."""
         logits_MBC, (student_BD, teacher_BD, *more) = self.answer_with_features(images)
         others = [student_BD, *more]
         adapted = [f(features).float() for f, features in zip(self.adapters, others, strict=True)]
@@ -40,7 +40,7 @@ class BOC(Together):
     """hard * hard losses + hints * feature distances + soft * divergences from the ensemble.
 
     The first peer is the pseudo-teacher, as large as the uncompressed network; the student and
-    any further peers are smaller.  The ensemble is the mean of all logits, held fast.  The paper
+    any further peers are smaller.  The ensemble is the mean of all logits, detached.  The paper
     compares three blocks through 1x1 adapters; here the features before the last layer are
     compared through a linear one, which fits any networks (this project's own reading).
     """

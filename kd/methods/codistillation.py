@@ -17,7 +17,7 @@ from kd.methods.shown import Members, Shown
 
 
 class StaleCohort(Cohort):
-    """A cohort that sees of each other what was exchanged some steps ago."""
+    """A cohort whose networks learn from copies of each other that are some steps old."""
 
     def __init__(self, student: nn.Module, peers: Sequence[nn.Module], every: int) -> None:
         super().__init__(student, peers)
@@ -25,13 +25,13 @@ class StaleCohort(Cohort):
         self.stale = nn.ModuleList(Frozen(network) for network in self.networks)
 
     def answer(self, images: Tensor) -> Answer:
-        """Everybody's logits now, and the old copies'."""
+        """All networks' logits, and the stale copies'."""
         logits_BC, also = super().answer(images)
         stale_MBC = torch.stack([copy(images) for copy in self.stale])
         return logits_BC, {**also, "stale_MBC": stale_MBC}
 
     def after_step(self, done: int) -> None:
-        """Exchange copies where it is due, and until then at each step: no copy is untrained."""
+        """Renew the copies every `every` steps; at first each step, so that none is untrained."""
         if done % self.every == 0 or done < self.every:
             for copy, network in zip(self.stale, self.networks, strict=True):
                 assert isinstance(copy, Frozen)
@@ -40,7 +40,7 @@ class StaleCohort(Cohort):
 
 @component
 class Codistillation(Together):
-    """Everybody: hard loss + weight * KL(mean of the others' probabilities || own), algorithm 1.
+    """Each: hard loss + weight * KL(mean of the others' probabilities || own) (algorithm 1).
 
     The paper's cross-entropy and this divergence have the same gradient.  All see the same data.
     """
@@ -49,9 +49,9 @@ class Codistillation(Together):
     every: int = 50
     """Steps between two exchanges of weights, at least 1."""
     burn_in: float = 0.2
-    """Share of the training before anybody listens to the others, in [0, 1)."""
+    """Share of the training, at its start, with the hard loss alone, in [0, 1)."""
     weight: float = 1.0
-    """Of the divergence, beside 1 for the hard loss; at least 0."""
+    """Weight of the divergence (the hard loss has 1), at least 0."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "every", self.every, "at least 1")
@@ -61,7 +61,7 @@ class Codistillation(Together):
     def learner(
         self, student: nn.Module, peers: Sequence[nn.Module], members: Members | None = None
     ) -> nn.Module:
-        """The cohort and its old copies."""
+        """The cohort and its stale copies."""
         return StaleCohort(student, peers, self.every)
 
     def loss(self, shown: Shown) -> Tensor:

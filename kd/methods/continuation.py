@@ -16,16 +16,16 @@ class ContinuationKD(Taught):
     """(1 - psi) max(0, distance to annealed logits - margin * factor) + psi * hard loss.
 
     psi rises from 0 to 1 over `handover`, the factor in `levels` steps.  The distance is that of
-    `annealed` (see there for what is this project's own reading).
+    `annealed`, which states what is this project's own reading.
     """
 
     kind: Literal["continuation"] = "continuation"
     levels: int = 20
-    """T_max, at least 1: how many temperatures the annealing passes."""
+    """T_max: number of temperatures in the annealing, at least 1."""
     handover: float = 0.75
-    """Share of the training after which labels alone teach, in (0, 1]; 150 of 200 epochs."""
+    """Share of the training after which only labels count, in (0, 1]; 150 of 200 epochs."""
     margin: float = 0.0
-    """How near is near enough, at least 0."""
+    """Distances up to margin * factor cost nothing; at least 0."""
 
     alone: ClassVar[bool] = True
 
@@ -37,7 +37,7 @@ class ContinuationKD(Taught):
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Log-probabilities at temperature 1 are logits, but for their mean."""
+        """Log-probabilities at temperature 1 equal the logits up to a constant."""
         return (1.0,)
 
     def share(self, progress: float) -> float:
@@ -47,7 +47,7 @@ class ContinuationKD(Taught):
     def soft(
         self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
     ) -> Tensor:
-        """What the distance exceeds the margin by (B,)."""
+        """How far each image's distance exceeds the margin (B,)."""
         factor = annealing(shown.progress / self.handover, self.levels)
         distance_B = logit_distances(logits_BC, factor * wide(soft_log_probs_BC))
         return (distance_B - self.margin * factor).clamp(min=0)

@@ -1,4 +1,4 @@
-"""A method of the user's own, named by import path."""
+"""A user-defined method, named by import path."""
 
 from dataclasses import field
 from typing import Any, ClassVar, Literal
@@ -12,26 +12,26 @@ from kd.methods.shown import Shown
 
 @component
 class CustomMethod(Learning):
-    """Any class of your own code that is a `kd.methods.Learning`, or a function that makes one."""
+    """A class of your own that is a `kd.methods.Learning`, or a function that returns one."""
 
     path: str
-    """Where it is, as "package.module:Name"."""
+    """Import path, as "package.module:Name"."""
 
     kind: Literal["custom"] = "custom"
 
-    num_peers: ClassVar[range] = range(100)  # what it needs is known when it is loaded
+    num_peers: ClassVar[range] = range(100)  # the method's own range is known once it is loaded
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the call."""
 
     def check(self) -> None:
-        """Find it; see `resolved`."""
+        """Check that it can be loaded; see `resolved`."""
         self.resolved()
 
     def resolved(self) -> Learning:
-        """The method itself.
+        """The user's method.
 
         Raises:
-            ConfigError: it cannot be found or called so, or is no method.
+            ConfigError: it cannot be imported or called with `args`, or is no method.
         """
         method = call_object(self.path, self.args, {})
         if not isinstance(method, Learning):

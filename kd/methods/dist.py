@@ -14,24 +14,24 @@ from kd.methods.shown import Shown
 from kd.methods.taught import SoftMethod
 
 EPSILON = 1e-8
-"""Keeps the correlation of what hardly varies defined; such rows and columns count as equal."""
+"""Keeps correlations defined: rows or columns that hardly vary count as equal."""
 
 
 @component
 class DIST(SoftMethod):
     """T^2 (inter (1 - correlation over classes) + intra (1 - correlation over images)).
 
-    The paper's loss, with weight 1 for the hard loss, is alpha 0.5 and scale 2.  T^2 is from its
-    CIFAR experiments; at its ImageNet temperature of 1 it makes no difference.
+    The paper's weight of 1 for the hard loss corresponds to alpha 0.5 and scale 2.  T^2 is from
+    its CIFAR experiments; at its ImageNet temperature of 1 it makes no difference.
     """
 
     kind: Literal["dist"] = "dist"
     alpha: float = 0.5
     scale: float = 2.0
     inter: float = 2.0
-    """The paper's beta: weight of the relation between classes, of each image; at least 0."""
+    """The paper's beta: weight of the correlation over classes, per image; at least 0."""
     intra: float = 2.0
-    """The paper's gamma: weight of the relation between images, in each class; at least 0."""
+    """The paper's gamma: weight of the correlation over images, per class; at least 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +41,7 @@ class DIST(SoftMethod):
     def soft(
         self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
     ) -> Tensor:
-        """The distances between correlations (B,)."""
+        """One minus the correlations, weighted (B,); the one over images is the same for all."""
         ours_BC = log_probs(logits_BC, temperature).exp()
         theirs_BC = wide(soft_log_probs_BC).exp()
         inter_B = 1 - correlation(ours_BC, theirs_BC, over=1)
@@ -50,7 +50,7 @@ class DIST(SoftMethod):
 
 
 def correlation(a_BC: Tensor, b_BC: Tensor, over: int) -> Tensor:
-    """Pearson's coefficient of two tables, over one of their dimensions."""
+    """Pearson's correlation of two tables along dimension `over`."""
     a_BC = a_BC - a_BC.mean(dim=over, keepdim=True)
     b_BC = b_BC - b_BC.mean(dim=over, keepdim=True)
     lengths: Tensor = vector_norm(a_BC, dim=over) * vector_norm(b_BC, dim=over)

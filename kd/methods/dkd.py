@@ -19,10 +19,10 @@ from kd.methods.taught import SoftMethod
 class DKD(SoftMethod):
     """T^2 (target KL(b_T || b_S) + others KL(p_T || p_S over the other classes)) (equation 7).
 
-    b is the pair (probability of the label, probability of all else).  The paper's loss, with
-    weight 1 for the hard loss and for this one, is alpha 0.5 and scale 2.  Where an image is
-    unlabelled, the teachers' first choice stands for its label (this project's own reading).
-    With two classes no other class is left to compare, so `target` alone counts.
+    b is the pair (probability of the label, probability of all other classes).  The paper's
+    weights of 1 for the hard loss and for this one correspond to alpha 0.5 and scale 2.  For an
+    unlabelled image the teachers' top class serves as label (this project's own reading).
+    With two classes the second term is zero: there is only one other class.
     """
 
     kind: Literal["dkd"] = "dkd"
@@ -31,7 +31,7 @@ class DKD(SoftMethod):
     target: float = 1.0
     """The paper's alpha, at least 0."""
     others: float = 8.0
-    """The paper's beta, at least 0; 0.5 to 10 depending on the pair."""
+    """The paper's beta, at least 0; 0.5 to 10 there, depending on teacher and student."""
     warmup: float = 0.08
     """Share of the training in which the soft loss rises from 0, in [0, 1); 20 of 240 epochs."""
 
@@ -46,7 +46,7 @@ class DKD(SoftMethod):
     def soft(
         self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
     ) -> Tensor:
-        """The two divergences of each image, weighed (B,)."""
+        """The weighted sum of the two divergences of each image (B,)."""
         ours_BC, theirs_BC = log_probs(logits_BC, temperature), wide(soft_log_probs_BC)
         labels_B = labels_or_guesses(shown.label_probs_BC, theirs_BC)
         is_label_BC = torch.zeros_like(ours_BC).scatter(1, labels_B[:, None], 1.0).bool()
@@ -59,16 +59,16 @@ class DKD(SoftMethod):
 
 
 def labels_or_guesses(label_probs_BC: Tensor, soft_log_probs_BC: Tensor) -> Tensor:
-    """The (first) label of each image, or the teachers' first choice where it has none (B,)."""
+    """The most probable label of each image, or the teachers' top class if unlabelled (B,)."""
     unlabelled_B = label_probs_BC.sum(dim=1) == 0
     return torch.where(unlabelled_B, soft_log_probs_BC.argmax(dim=1), label_probs_BC.argmax(dim=1))
 
 
 def decoupled(log_probs_BC: Tensor, is_label_BC: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of (label, all else) (B, 2), and of each class given that it is not the label (B, C).
+    """Log of (label, all others) (B, 2), and of each class given that it is not the label (B, C).
 
-    All from log-probabilities: log of a softmax that was masked is where public code gives nan.
-    The label's own column of the second is 0, so that it differs from nothing and overflows never.
+    All from log-probabilities: public code takes the log of a masked softmax, which can be NaN.
+    The label's own entry of the second is 0, which adds nothing to the divergence.
     """
     others_BC = log_probs_BC.masked_fill(is_label_BC, -math.inf)
     others_B1 = others_BC.logsumexp(dim=1, keepdim=True)

@@ -15,17 +15,17 @@ from kd.methods.shown import Shown
 
 @component
 class DML(Together):
-    """Everybody: hard loss + weight * mean over the others of KL(other || own) (equation 7).
+    """Each: hard loss + weight * mean over the others of KL(other || own) (equation 7).
 
-    The paper updates the networks in turn; here all of them take their step at once, each from
-    its own loss alone, since what the others say is held fast.
+    The paper updates the networks in turn; here all of them are updated at once, each by its own
+    loss alone, since the others' logits are detached.
     """
 
     kind: Literal["dml"] = "dml"
     temperature: float = 1.0
     """Divides the logits before the softmax, above 0."""
     weight: float = 1.0
-    """Of the divergence from the others, beside 1 for the hard loss; at least 0."""
+    """Weight of the divergence from the others (the hard loss has 1), at least 0."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "above 0")

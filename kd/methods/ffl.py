@@ -17,7 +17,7 @@ from kd.methods.shown import Members, Shown
 
 
 class FusedCohort(Cohort):
-    """A cohort with one more classifier, on the features of all."""
+    """A cohort with one more classifier, on the features of all networks."""
 
     def __init__(self, student: nn.Module, peers: Sequence[nn.Module], width: int) -> None:
         super().__init__(student, peers)
@@ -30,7 +30,7 @@ class FusedCohort(Cohort):
         )
 
     def answer(self, images: Tensor) -> Answer:
-        """Everybody's logits, and the fused classifier's as `fused_BC`."""
+        """All networks' logits, and the fused classifier's as `fused_BC`."""
         logits_MBC, features = self.answer_with_features(images)
         fused_BC = self.fusion(torch.cat(features, dim=1))
         return logits_MBC[0], {"logits_MBC": logits_MBC, "fused_BC": fused_BC}
@@ -38,22 +38,22 @@ class FusedCohort(Cohort):
 
 @component
 class FFL(Together):
-    """Hard losses + rise * weight * (fused to the mean of all, and all to the fused one).
+    """Hard losses + rise * weight * (KL(mean || fused) + sum over networks of KL(fused || own)).
 
-    The mean is of logits; every target is held fast.  The paper fuses feature maps by
-    convolution; here the features before the last layer are fused, which fits any two networks
-    (this project's own reading).  What is kept is the student, the paper's sub-network.
+    The mean is of logits; every target is detached.  The paper fuses feature maps by convolution;
+    here the features before the last layer are fused, which fits any networks (this project's own
+    reading).  The student, the paper's sub-network, is what is kept.
     """
 
     kind: Literal["ffl"] = "ffl"
     temperature: float = 3.0
     """Divides the logits before the softmax, above 0."""
     weight: float = 1.0
-    """Of the soft losses once they have risen, at least 0."""
+    """Weight of the soft losses after the ramp, at least 0."""
     rise: float = 0.27
-    """Share of the training in which the soft losses rise, in [0, 1]; 80 of 300 epochs."""
+    """Share of the training in which the soft losses ramp up, in [0, 1]; 80 of 300 epochs."""
     width: int = 64
-    """Features of the fused classifier, at least 1."""
+    """Number of features in the fused classifier, at least 1."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "above 0")

@@ -19,7 +19,7 @@ from kd.methods.taught import SoftMethod, by_slot
 
 
 class WithGate(Learner):
-    """A student and a gate's parameters, which begin at nothing: every teacher its own weight."""
+    """A student and a gate, initialised to zero so that teachers start at their own weights."""
 
     def __init__(self, student: nn.Module, num_members: int) -> None:
         super().__init__(student)
@@ -28,9 +28,9 @@ class WithGate(Learner):
         nn.init.zeros_(self.gate.bias)
 
     def answer(self, images: Tensor) -> Answer:
-        """The student's logits, and the gate's parameters: the loss knows the teachers.
+        """The student's logits, and the gate's parameters: only the loss sees the teachers.
 
-        As copies, by which several ranks see that they are used; a bare parameter has no history.
+        As clones, which tell DDP that the parameters are used; a bare parameter has no grad_fn.
         """
         also = {"gate_weight": self.gate.weight.clone(), "gate_bias": self.gate.bias.clone()}
         return self.student(images), also
@@ -38,12 +38,12 @@ class WithGate(Learner):
 
 @component
 class Gated(SoftMethod):
-    """KD from a mixture whose weights a gate finds for each image, with the student.
+    """KD from a mixture whose weights for each image come from a gate trained with the student.
 
     The gate sees each teacher's entropy and top log-probability at temperature 1, and learns from
-    the hard loss of the mixture that the student gets, at temperature 1; the student's loss cannot
-    move it, or the mixture would come to the student.  Both are this project's own reading: the
-    paper's abstract names the gate, not its form.
+    the hard loss of the student's teacher mixture at temperature 1.  The student's loss gives it
+    no gradient, or it would move the mixture towards the student.  Both are this project's own
+    reading: the paper's abstract names the gate, not its form.
     """
 
     kind: Literal["gated"] = "gated"
@@ -52,7 +52,7 @@ class Gated(SoftMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.trust is None, "trust", self.trust, "null: the gate says whom to trust")
+        require(self.trust is None, "trust", self.trust, "null: the gate decides whom to trust")
 
     def learner(
         self, student: nn.Module, peers: Sequence[nn.Module], members: Members | None = None
@@ -61,15 +61,15 @@ class Gated(SoftMethod):
         return student if members is None else WithGate(student, len(members.names))
 
     def labels_alone(self, progress: float) -> bool:
-        """Never: the gate learns from what teachers say, whatever the student does."""
+        """Never: the gate learns from the teachers even if the soft loss has no weight."""
         return False
 
     def reduction(self, members: Members) -> AllLogits:
-        """Everything: the gate changes as it learns."""
+        """All logits: the gate's weights change as it learns."""
         return AllLogits()
 
     def targets(self, logits_BC: Tensor, shown: Shown) -> tuple[Tensor, Tensor]:
-        """Log of the gated soft targets (1, B, C); every image counts alike."""
+        """Log of the gated soft targets (1, B, C), and equal weights for all images (B,)."""
         members, logits_KBC = shown.members, self.said(shown)
         assert members is not None
         weights_BK = gate(logits_KBC, shown, members).detach()
@@ -98,11 +98,11 @@ class Gated(SoftMethod):
 
 
 def gate(logits_KBC: Tensor, shown: Shown, members: Members) -> Tensor:
-    """How much each member counts for each image (B, K), above 0; carries the gate's gradient."""
+    """Each member's weight for each image (B, K), above 0; differentiable by the gate."""
     log_probs_KBC = log_probs(logits_KBC)
     entropy_KB = -(log_probs_KBC.exp() * log_probs_KBC).sum(dim=2)
     seen_BS = torch.cat([entropy_KB, log_probs_KBC.amax(dim=2)]).T
     scores_BK = F.linear(seen_BS, shown.also["gate_weight"], shown.also["gate_bias"])
     own_K = constant(members.weights_K, scores_BK.dtype, scores_BK.device).clamp(min=1e-12)
-    # A weight that came to 0 would have a gradient that is nan.
+    # A weight that underflows to 0 would have a NaN gradient.
     return log_probs(scores_BK + own_K.log()).exp().clamp(min=1e-30)

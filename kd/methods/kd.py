@@ -1,4 +1,4 @@
-"""Knowledge distillation as Hinton, Vinyals and Dean wrote it (arXiv 1503.02531)."""
+"""Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531)."""
 
 from typing import ClassVar, Literal
 
@@ -14,9 +14,9 @@ from kd.methods.taught import SoftMethod
 class KD(SoftMethod):
     """alpha T^2 KL(soft targets || student) + (1 - alpha) cross-entropy (section 2).
 
-    Under a fixed ensemble this is AVER of the multi-teacher papers; taught by an earlier copy of
-    the student it is born-again distillation and Tf-KD_self; with alpha 1, temperature 1 and
-    mixup in the recipe it is "patient and consistent" teaching (Beyer et al., CVPR 2022).
+    With a fixed ensemble this is AVER of the multi-teacher papers; with an earlier copy of the
+    student as teacher it is born-again distillation and Tf-KD_self; with alpha 1, temperature 1
+    and mixup in the recipe it is "patient and consistent" teaching (Beyer et al., CVPR 2022).
     """
 
     kind: Literal["kd"] = "kd"

@@ -1,6 +1,6 @@
-"""Controls: labels alone, smoothed or not.
+"""Controls: labels alone, with or without smoothing.
 
-No method is worth its teachers unless it beats these under the same budget.
+A method is worth its teachers only if it beats these under the same budget.
 """
 
 from typing import ClassVar, Literal
@@ -15,7 +15,7 @@ from kd.methods.shown import Shown
 
 @component
 class Labels(Learning):
-    """Cross-entropy with the labels, smoothed where wanted (Szegedy et al., 2016, section 7)."""
+    """Cross-entropy with labels, optionally smoothed (Szegedy et al., 2016, section 7)."""
 
     kind: Literal["labels"] = "labels"
     smoothing: float = 0.0

@@ -1,4 +1,4 @@
-"""What every method has, whoever teaches."""
+"""The base class of all methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,38 +10,38 @@ from kd.methods.shown import Members, Reduction, Shown
 
 Needs = Literal["teachers", "peers", "nobody"]
 NOBODY, ONE, SOME = range(1), range(1, 2), range(1, 100)
-"""How many peers a method can do with."""
+"""How many peers a method can have."""
 
 
 class Learning(ABC):
-    """How a student learns: a loss, and what trains along with the student, if anything does."""
+    """How a student learns: a loss, and whatever trains along with the student."""
 
     needs: ClassVar[Needs] = "nobody"
-    """teachers: a frozen ensemble; peers: networks that learn along with it; nobody: labels, or
-    what the method makes up itself."""
+    """teachers: a frozen ensemble; peers: networks that train along with it; nobody: labels, or
+    targets that the method makes itself."""
     num_peers: ClassVar[range] = NOBODY
-    """With how many peers it works."""
+    """How many peers it can have."""
     alone: ClassVar[bool] = False
-    """Whether its loss looks at each image alone, none beside another."""
+    """Whether the loss of an image is independent of the rest of the batch."""
 
     @property
     def uses_pool(self) -> bool:
-        """Whether it is shown unlabelled images though it has no teachers."""
+        """Whether it sees unlabelled images even without teachers."""
         return False
 
     @property
     def by_image(self) -> bool:
-        """Whether the mean loss of a batch's parts is the batch's."""
+        """Whether the mean loss of a batch's equal parts is the loss of the batch."""
         return self.alone
 
     def labels_alone(self, progress: float) -> bool:
-        """Whether at this point of the training nothing but labels teaches: then labelled images
-        alone are shown, as many in a batch as ever, and teachers are not asked.
+        """Whether only labels count at this point of the training.  Batches then hold only
+        labelled images, as many as ever, and teachers are not evaluated.
         """
         return False
 
     def resolved(self) -> "Learning":
-        """The method that does the work: itself, but for one that is named by import path."""
+        """The method itself, or the one that it names by import path."""
         return self
 
     @abstractmethod
@@ -49,17 +49,17 @@ class Learning(ABC):
         """The loss of a batch, a scalar."""
 
     def reduction(self, members: Members) -> Reduction | None:
-        """What is kept of the teachers' logits for `loss`; None where they are not listened to."""
+        """How to reduce the teachers' logits for `loss`; None if the method does not use them."""
         return None
 
     def learner(
         self, student: nn.Module, peers: Sequence[nn.Module], members: Members | None = None
     ) -> nn.Module:
-        """What is trained: the student, or a `kd.methods.learner.Learner` round it.
+        """The module to train: the student, or a `kd.methods.learner.Learner` that holds it.
 
         Args:
-            student: Who is kept in the end.
-            peers: Networks that learn along with it, as many as `num_peers` allows.
-            members: Its teachers; None where it has none.
+            student: The network that is kept in the end.
+            peers: Networks that train along with it, as many as `num_peers` allows.
+            members: Its teachers; None if it has none.
         """
         return student

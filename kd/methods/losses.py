@@ -1,9 +1,9 @@
-"""What every distillation loss is made of.
+"""The building blocks of distillation losses.
 
 B batch, C classes.  Probabilities of labels and soft targets are over classes and sum to 1,
-but for an unlabelled row of `label_probs_BC`, which is all zeros and so has no hard loss.
-Losses are means over images and sums over classes, in float32 at least whatever the network's
-precision: dividing by C as well is how the soft term becomes C times too weak in public code.
+except for unlabelled rows of `label_probs_BC`, which are all zeros and so have no hard loss.
+Losses are means over images and sums over classes, at least in float32 whatever the network's
+precision.  Public code that also divides by C makes the soft term C times too weak.
 """
 
 from functools import lru_cache
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def wide(values: Tensor) -> Tensor:
-    """The same values in float32 at least: logarithms and sums lose too much in half precision."""
+    """The values in at least float32: logarithms and sums lose too much in half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a tensor, made once: the host waits for a GPU whenever it sends numbers there."""
-    with torch.inference_mode(False):  # or it could not enter a loss that learns
+    """Numbers as a cached tensor: sending them to a GPU at each use would make the host wait."""
+    with torch.inference_mode(False):  # autograd refuses inference tensors
         return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -31,7 +31,7 @@ def log_probs(logits_BC: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def rescaled(loss: Tensor, temperature: float) -> Tensor:
-    """T^2 times the loss: its gradient then keeps its scale at any T (Hinton 2015, section 2)."""
+    """T^2 times the loss, which keeps the gradient's scale at any T (Hinton 2015, section 2)."""
     return temperature**2 * loss
 
 
@@ -61,16 +61,16 @@ def soft_loss(logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float) 
 
 
 def hard_loss(logits_BC: Tensor, label_probs_BC: Tensor, labelled: float = 1.0) -> Tensor:
-    """Cross-entropy with the labels at T = 1, mean over the images that have one.
+    """Cross-entropy with the labels at T = 1, mean over the labelled images.
 
-    The sum is divided by the labelled images that a batch of B has on average, not by those it
-    happens to have: so every label counts alike, however labels fall into batches (unless
-    gradients are clipped).
+    The sum is divided by the expected number of labelled images in a batch, not by the actual
+    one, so every label counts the same however labels fall into batches (unless gradients are
+    clipped).
 
     Args:
         logits_BC: The student's logits.
         label_probs_BC: One row per image: one-hot, smoothed or mixed; zeros where unlabelled.
-        labelled: Share of the training's images that have labels, above 0.
+        labelled: Share of the training images that have labels, above 0.
     """
     return -(label_probs_BC * log_probs(logits_BC)).sum(dim=1).mean() / labelled
 
@@ -81,7 +81,7 @@ def label_probs(labels_B: Tensor, num_classes: int, smoothing: float = 0.0) -> T
     Args:
         labels_B: Class indices, or -1.
         num_classes: C.
-        smoothing: Share spread evenly over all classes (Szegedy et al., 2016, section 7).
+        smoothing: Share to spread evenly over all classes (Szegedy et al., 2016, section 7).
     """
     classes_C = torch.arange(num_classes, device=labels_B.device)
     return smoothed((labels_B.unsqueeze(1) == classes_C).float(), smoothing)
@@ -89,7 +89,7 @@ def label_probs(labels_B: Tensor, num_classes: int, smoothing: float = 0.0) -> T
 
 def smoothed(label_probs_BC: Tensor, smoothing: float) -> Tensor:
     """The labels with a share of each spread evenly over all classes; zeros stay zeros."""
-    if smoothing == 0:  # four kernels less for a GPU to be told of at each step
+    if smoothing == 0:  # saves a GPU four kernel launches per step
         return label_probs_BC
     spread_B1 = label_probs_BC.mean(dim=1, keepdim=True)
     return (1 - smoothing) * label_probs_BC + smoothing * spread_B1

@@ -1,4 +1,4 @@
-"""From the members' logits to soft targets, and what is kept of them for a loss.
+"""Turn members' logits into soft targets, and reduce them to what a loss needs.
 
 K members, N or B images, C classes, S temperatures, R entries of a row.
 """
@@ -14,7 +14,7 @@ from kd.methods.shown import Mixing
 from kd.methods.trust.base import ByImage
 
 EPSILON = 1e-7
-"""Added to a variance of logits: equal logits have none."""
+"""Added to the variance of logits, which may be zero."""
 
 
 def mix(
@@ -25,14 +25,14 @@ def mix(
 ) -> Tensor:
     """Log of the members' weighted soft targets (N, C) at `temperature`.
 
-    Mixing probabilities is done by log-sum-exp, so that logits of +-1e3 stay finite; a weight
-    of 0 is a log-weight of minus infinity, which the sum leaves out exactly.
+    Probabilities are mixed by log-sum-exp, so that logits of +-1e3 stay finite; a weight of 0 is
+    a log-weight of minus infinity, which drops the member exactly.
 
     Args:
         logits_KNC: Every member's logits.
-        weights: How much each member counts: K numbers, or one row of them for each image (N, K).
+        weights: The members' weights: K numbers, or one row per image (N, K).
         temperature: T, which divides the logits before the softmax.
-        mixing: Whether probabilities are averaged, or logits.
+        mixing: Whether to average probabilities or logits.
     """
     logits_KNC = wide(logits_KNC)
     if isinstance(weights, tuple):
@@ -47,10 +47,10 @@ def standardized(logits_BC: Tensor) -> Tensor:
     """Logits minus their mean, over their standard deviation (Sun et al., CVPR 2024).
 
     Raises:
-        ConfigError: two classes, whose standardised logits are always +-0.71, say nothing.
+        ConfigError: with two classes, standardised logits are always +-0.71.
     """
     if logits_BC.shape[-1] < 3:
-        raise ConfigError("standardize is true; it must be false where there are only two classes")
+        raise ConfigError("standardize is true; it must be false with only two classes")
     values = wide(logits_BC)
     centred = values - values.mean(dim=-1, keepdim=True)
     variance = values.var(dim=-1, keepdim=True)
@@ -72,10 +72,10 @@ def soft_targets(
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """A reduction: K members' logits to the one row per image that a loss needs.
+    """A reduction of K members' logits to the one row per image that a loss needs.
 
-    Any callable with this signature will do; it must treat each image on its own, since rows are
-    also computed beforehand, in other batches than the student sees.
+    Any callable with this signature will do.  It must treat each image independently, since
+    cached rows are computed in other batches than the student sees.
     """
 
     weights_K: tuple[float, ...]
@@ -85,9 +85,9 @@ class SoftTargets:
     trust: ByImage | None = None
 
     def __call__(self, logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
-        """Log of the soft targets at each temperature, one after the other (B, S C), float32.
+        """Log of the soft targets, concatenated over temperatures (B, S C), float32.
 
-        Where `trust` weighs images too, one more column holds each image's weight.
+        If `trust` also weights images, one more column holds their weights.
         """
         weights: tuple[float, ...] | Tensor = self.weights_K
         columns = []
@@ -103,17 +103,17 @@ class SoftTargets:
 
 @dataclass(frozen=True)
 class AllLogits:
-    """The reduction that keeps everything, for members weighed by what the student says."""
+    """The reduction that keeps all logits, for weights that change during training."""
 
     def __call__(self, logits_KBC: Tensor, labels_B: Tensor) -> Tensor:
-        """Every member's logits, one after the other (B, K C); the labels do not matter here."""
+        """The logits concatenated over members (B, K C); labels are ignored."""
         return logits_KBC.transpose(0, 1).flatten(start_dim=1)
 
 
 def combined(factors_BK: Tensor, weights_K: tuple[float, ...]) -> Tensor:
-    """Ensemble weights times what an image says of each member, summing to 1 again (B, K).
+    """Ensemble weights times each image's factors, normalised to sum to 1 (B, K).
 
-    An image that says nothing for any member leaves the ensemble's weights as they are.
+    Images for which all these products are 0 get the ensemble weights.
     """
     own_K = constant(weights_K, factors_BK.dtype, factors_BK.device)
     product_BK = own_K * factors_BK

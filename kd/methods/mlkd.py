@@ -15,15 +15,15 @@ from kd.methods.taught import Taught
 
 @component
 class MLKD(Taught):
-    """KD, likeness of images and likeness of classes, averaged over several temperatures.
+    """KD, image similarity and class similarity, averaged over several temperatures.
 
-    Likeness of images is P P', of classes P' P, with P (B, C) the probabilities; both are divided
-    by B, and the squared differences summed, so that neither the batch's size nor the number of
+    With P (B, C) the probabilities, image similarity is P P' and class similarity P' P; both are
+    divided by B, and the squared differences summed, so that neither batch size nor number of
     classes sets their scale (this project's own reading: the public code's sums grow with both).
-    The public code adds the temperatures, 0.9 for each beside 0.1 for labels, where here they are
-    averaged: alpha 0.978 and scale 4.6 weigh as it does.
-    The published recipe shows a weak and a strong view and trains twice as long as what it is
-    compared with; here it has one view and the recipe's budget like every other method.
+    The public code sums over temperatures, with weight 0.9 each and 0.1 for labels; here they are
+    averaged, so alpha 0.978 and scale 4.6 give its weights.
+    The published recipe uses a weak and a strong view and trains twice as long as its baselines;
+    here it has one view and the recipe's budget, like every other method.
     """
 
     kind: Literal["mlkd"] = "mlkd"
@@ -32,9 +32,9 @@ class MLKD(Taught):
     alpha: float = 0.9
     """Weight of the soft loss, in [0, 1]; the hard loss gets the rest."""
     images: float = 64.0
-    """Weight of the likeness of images, at least 0; the public code's is the batch's size."""
+    """Weight of image similarity, at least 0; in the public code it is the batch size."""
     classes: float = 41.0
-    """Weight of the likeness of classes, at least 0; the public code's is B^2 / C."""
+    """Weight of class similarity, at least 0; in the public code it is B^2 / C."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,13 +45,13 @@ class MLKD(Taught):
         require(self.classes >= 0, "classes", self.classes, "at least 0")
 
     def share(self, progress: float) -> float:
-        """Alpha from beginning to end."""
+        """Always alpha."""
         return self.alpha
 
     def soft(
         self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
     ) -> Tensor:
-        """The three distances of each image (B,), two of which all images share."""
+        """The sum of three distances (B,); only the KL differs between images."""
         ours_BC = log_probs(logits_BC, temperature).exp()
         theirs_BC = wide(soft_log_probs_BC).exp()
         images = squared_distance(ours_BC @ ours_BC.T, theirs_BC @ theirs_BC.T)

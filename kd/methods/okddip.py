@@ -17,7 +17,7 @@ from kd.methods.shown import Members, Shown
 
 
 class AttentiveCohort(Cohort):
-    """A cohort whose auxiliary peers learn whom among them to listen to."""
+    """A cohort whose auxiliary peers learn attention over one another."""
 
     def __init__(
         self, student: nn.Module, peers: Sequence[nn.Module], width: int, detach: bool = True
@@ -29,13 +29,13 @@ class AttentiveCohort(Cohort):
         self.keys = nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes)
 
     def answer(self, images: Tensor) -> Answer:
-        """Everybody's logits, and how much each peer listens to each (B, P, P)."""
+        """All networks' logits, and the peers' attention to one another (B, P, P)."""
         student_BC = self.student(images)
         answers = [with_features(peer, images) for peer in self.peers]
         seen = [features.detach() if self.detach else features for _, features in answers]
         queries_BPA = torch.stack([q(h) for q, h in zip(self.queries, seen, strict=True)], 1)
         keys_BPA = torch.stack([k(h) for k, h in zip(self.keys, seen, strict=True)], 1)
-        with torch.autocast(images.device.type, enabled=False):  # rows would not sum to 1
+        with torch.autocast(images.device.type, enabled=False):  # else rows may not sum to 1
             scores_BPP = wide(queries_BPA) @ wide(keys_BPA).transpose(1, 2)
             attention_BPP = scores_BPP.softmax(dim=2)
         logits_MBC = torch.stack([wide(student_BC), *(logits for logits, _ in answers)])
@@ -44,24 +44,24 @@ class AttentiveCohort(Cohort):
 
 @component
 class OKDDip(Together):
-    """Everybody's hard loss; peers to their attended mean, the leader to the peers' plain mean.
+    """All hard losses + KL of peers to their attended mean, of the leader to the peers' mean.
 
     The student is the group leader.  Means are of logits (equations 4 and 8).  In the public code
-    gradients also go back through the targets, into peers and features; here they reach the
-    attention alone, or nothing would teach it, unless `detach` is false.
+    gradients also flow through the targets into peers and features; here, unless `detach` is
+    false, only the attention gets them, which has no other source of gradients.
     """
 
     kind: Literal["okddip"] = "okddip"
     temperature: float = 3.0
     """Divides the logits before the softmax, above 0."""
     weight: float = 1.0
-    """Of the soft losses once they have risen, beside 1 for the hard losses; at least 0."""
+    """Weight of the soft losses after the ramp (the hard losses have 1), at least 0."""
     rise: float = 0.27
-    """Share of the training in which the soft losses rise, in [0, 1]; 80 of 300 epochs."""
+    """Share of the training in which the soft losses ramp up, in [0, 1]; 80 of 300 epochs."""
     width: int = 32
     """Size of queries and keys, at least 1."""
     detach: bool = True
-    """Whether what a peer says as a target, and whom it attends to, carry no gradient to it."""
+    """Whether a peer gets no gradient through its use as a target and through attention."""
 
     num_peers: ClassVar[range] = range(2, 100)
 

@@ -26,7 +26,7 @@ class WithMean(Learner):
         return self.student(images), {"mean_BC": self.mean(images)}
 
     def after_step(self, done: int) -> None:
-        """Bring the mean up to date."""
+        """Update the mean."""
         self.mean.follow(self.student, decay_at(done - 1, self.decay))
 
 
@@ -34,28 +34,28 @@ class WithMean(Learner):
 class OwnMean(Learning):
     """Hard loss + ramp * weight * T^2 KL(running mean at T || student at T).
 
-    Mean and student are shown the same view: a teacher costs no training, and no other network.
-    The student is kept, where the paper's figures are the mean's: `recipe.ema` keeps a mean.
+    Mean and student see the same view.  No other network is trained.  The student is what is
+    kept, while the paper reports the mean; to keep a mean, set `recipe.ema`.
     """
 
     kind: Literal["own_mean"] = "own_mean"
     temperature: float = 1.0
     """Divides the logits before the softmax, above 0."""
     weight: float = 1.0
-    """Of the soft loss, beside 1 for the hard loss; at least 0."""
+    """Weight of the soft loss (the hard loss has 1), at least 0."""
     decay: float = 0.99
-    """Share of the mean that stays at each step, in [0, 1); at first less (`decay_at`)."""
+    """Decay of the mean at each step, in [0, 1); less at first (`decay_at`)."""
     rise: float = 0.3
-    """Share of the training in which the soft loss rises to its weight, in [0, 1]."""
+    """Share of the training in which the soft loss ramps up to its weight, in [0, 1]."""
     pool: bool = False
-    """Whether unlabelled images are shown, too, as in the paper: there a fixed share of each
-    batch has labels; here as many as chance brings."""
+    """Whether to use unlabelled images too, as in the paper; there a fixed share of each batch
+    is labelled, here that share is random."""
 
     alone: ClassVar[bool] = True
 
     @property
     def uses_pool(self) -> bool:
-        """Whether it is shown unlabelled images."""
+        """Whether it sees unlabelled images."""
         return self.pool
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the online methods share: losses between networks that learn together.
+"""Shared by the online methods: losses between networks that train together.
 
 B batch, M networks (the student first), C classes.
 """
@@ -22,8 +22,8 @@ class Together(Learning):
     """A method by which a student and its peers learn together, from labels and one another."""
 
     pool: bool = False
-    """Whether unlabelled images are shown, too, as in none of the papers: what the networks say
-    of one another needs no label, but where few images have one, few of a batch do."""
+    """Whether to use unlabelled images too, as none of the papers does: learning from one another
+    needs no labels, but where few images have one, so do few of each batch."""
 
     needs: ClassVar[Needs] = "peers"
     num_peers: ClassVar[range] = SOME
@@ -31,7 +31,7 @@ class Together(Learning):
 
     @property
     def uses_pool(self) -> bool:
-        """Whether it is shown unlabelled images."""
+        """Whether it sees unlabelled images."""
         return self.pool
 
     def learner(
@@ -42,27 +42,27 @@ class Together(Learning):
 
 
 def hard_losses(logits_MBC: Tensor, shown: Shown) -> Tensor:
-    """Everybody's hard loss, summed."""
+    """The sum of all networks' hard losses."""
     given = shown.label_probs_BC, shown.labelled
     return torch.stack([hard_loss(each_BC, *given) for each_BC in logits_MBC]).sum()
 
 
 def target(logits_BC: Tensor, temperature: float) -> Tensor:
-    """Log-probs of a peer, as a target: no gradient goes to whoever gave it."""
+    """Log-probs of a peer as a target, detached."""
     return log_probs(logits_BC.detach(), temperature)
 
 
 def pulled(logits_BC: Tensor, towards_BC: Tensor, temperature: float) -> Tensor:
-    """The soft loss of one network to another's logits, which are held fast."""
+    """The soft loss of one network towards another's logits, which are detached."""
     return soft_loss(logits_BC, target(towards_BC, temperature), temperature)
 
 
 def mean_of_others(logits_MBC: Tensor, own: int) -> Tensor:
-    """Log of the mean of all other networks' probabilities (B, C), as a target."""
+    """Log of the mean of all other networks' probabilities (B, C), detached."""
     others = torch.cat([logits_MBC[:own], logits_MBC[own + 1 :]])
     return target(others, 1.0).logsumexp(dim=0) - math.log(len(others))
 
 
 def ramp(progress: float, share: float) -> float:
-    """exp(-5 (1 - progress / share)^2), then 1 (Laine & Aila, 2017): trust grows with training."""
+    """exp(-5 (1 - progress / share)^2) until progress is `share`, then 1 (Laine & Aila, 2017)."""
     return math.exp(-5 * (1 - min(progress / share, 1.0)) ** 2) if share else 1.0

@@ -17,20 +17,20 @@ from kd.methods.shown import Shown
 
 @component
 class ProKD(Together):
-    """First the distance to what the teacher says at this point of its own training; then labels.
+    """First the distance to the teacher's logits at the same step of its training; then labels.
 
-    The one peer is the teacher.  It learns from labels alone, step by step with the student, so
-    that the student meets the teacher's trajectory step by step and no checkpoint need be kept.
-    That trajectory is as long as the student's training: what the teacher becomes after
-    `regression` of it, the student never sees (this project's own reading; the paper's follows a
-    teacher that was trained before to its end).  Distance and annealing are those of `annealed`.
+    The one peer is the teacher.  It trains on labels alone alongside the student, so the student
+    follows its trajectory step by step and no checkpoints need be kept.  Both trainings are
+    equally long, and the student does not see the teacher after `regression` of it (this
+    project's own reading; in the paper the student follows a teacher that was trained
+    beforehand to its end).  Distance and annealing are those of `annealed`.
     """
 
     kind: Literal["prokd"] = "prokd"
     levels: int = 10
-    """How many temperatures the annealing passes, at least 1."""
+    """Number of temperatures in the annealing, at least 1."""
     regression: float = 0.75
-    """Share of the training in which the student follows, in (0, 1]."""
+    """Share of the training in which the student follows the teacher, in (0, 1]."""
 
     num_peers: ClassVar[range] = ONE
 
@@ -39,7 +39,7 @@ class ProKD(Together):
         require(0 < self.regression <= 1, "regression", self.regression, "in (0, 1]")
 
     def labels_alone(self, progress: float) -> bool:
-        """Once the student has followed."""
+        """After `regression` of the training."""
         return progress >= self.regression
 
     def loss(self, shown: Shown) -> Tensor:

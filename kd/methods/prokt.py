@@ -18,9 +18,9 @@ from kd.methods.shown import Shown
 class ProKT(Together):
     """Teacher: hard loss + nearness * KL(student || teacher).  Student: KD from the teacher.
 
-    The one peer is the teacher; both start untrained and take their steps at once.  The mirror
-    descent of the paper, by which the teacher stays near, is that divergence; the exact form is
-    this project's own reading.
+    The one peer is the teacher; both start untrained and are updated together.  That divergence
+    stands for the paper's mirror descent, which keeps the teacher near; the exact form is this
+    project's own reading.
     """
 
     kind: Literal["prokt"] = "prokt"
@@ -29,7 +29,7 @@ class ProKT(Together):
     alpha: float = 0.9
     """Weight of the student's soft loss, in [0, 1]; its hard loss gets the rest."""
     nearness: float = 0.1
-    """How strongly the teacher is held near the student, at least 0."""
+    """How strongly the teacher is kept near the student, at least 0."""
 
     num_peers: ClassVar[range] = ONE
 

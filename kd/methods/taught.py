@@ -1,4 +1,4 @@
-"""What the methods with teachers share: soft targets, how they are mixed, and the hard loss.
+"""Base classes of the methods with teachers: soft targets, their mixing, and the loss.
 
 B batch, K members, C classes, S temperatures, R entries of a row.
 """
@@ -19,17 +19,17 @@ from kd.methods.trust import ByImage, ByStudent, Trust
 
 @component
 class Taught(Learning):
-    """scale * (share * soft loss + (1 - share) * hard loss); a subclass says what they are."""
+    """scale * (share * soft loss + (1 - share) * hard loss); subclasses define soft and share."""
 
     scale: float = 1.0
-    """Multiplies the whole loss, above 0.  Papers that add the terms instead of dividing 1 between
-    them have alpha 0.5 and scale 2."""
+    """Multiplies the whole loss, above 0.  Papers that simply add the two terms correspond to
+    alpha 0.5 and scale 2."""
     standardize: bool = False
-    """Bring the logits of student and teachers to mean 0 and deviation 1 before the softmax (Sun
-    et al., CVPR 2024); needs three classes."""
+    """Standardise the logits of student and teachers to mean 0 and deviation 1 before the softmax
+    (Sun et al., CVPR 2024); needs at least three classes."""
     trust: Trust | None = None
-    """How much each teacher counts for each image, times its ensemble weight; null: for every
-    image the same."""
+    """How much each teacher counts for each image, times its ensemble weight; null: the same for
+    every image."""
 
     needs: ClassVar[Needs] = "teachers"
 
@@ -38,37 +38,37 @@ class Taught(Learning):
 
     @property
     def by_image(self) -> bool:
-        """Whether the mean loss of a batch's parts is the batch's; trust may look at it whole."""
+        """See `Learning`; false as well if the trust compares images of a batch."""
         return self.alone and (self.trust is None or self.trust.alone)
 
     @property
     @abstractmethod
     def temperatures(self) -> tuple[float, ...]:
-        """Those at which `soft` wants the soft targets; the soft losses are averaged."""
+        """The temperatures of the soft targets; the soft losses are averaged over them."""
 
     @abstractmethod
     def share(self, progress: float) -> float:
         """Weight of the soft loss, in [0, 1]; the hard loss gets the rest."""
 
     def labels_alone(self, progress: float) -> bool:
-        """Where the soft loss has no weight."""
+        """If the soft loss has no weight."""
         return self.share(progress) == 0
 
     @abstractmethod
     def soft(
         self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
     ) -> Tensor:
-        """The soft loss of each image (B,); what compares images is added to each alike.
+        """The soft loss of each image (B,); terms that compare images are added to all equally.
 
         Args:
-            logits_BC: The student's logits, standardised where that was asked for.
+            logits_BC: The student's logits, standardised if `standardize`.
             soft_log_probs_BC: Log of the soft targets, which are already at `temperature`.
             temperature: T, one of `temperatures`.
             shown: The whole batch.
         """
 
     def reduction(self, members: Members) -> SoftTargets | AllLogits:
-        """What is kept of the members' logits for `loss`."""
+        """How the members' logits are reduced for `loss`."""
         if isinstance(self.trust, ByStudent):
             return AllLogits()
         return SoftTargets(
@@ -77,14 +77,14 @@ class Taught(Learning):
 
     def loss(self, shown: Shown) -> Tensor:
         """The loss of a batch, a scalar."""
-        # Autocast would take matrix products of probabilities and gradients in half precision.
+        # Autocast would compute matrix products of probabilities and gradients in half precision.
         with torch.autocast(shown.logits_BC.device.type, enabled=False):
             return self.exact_loss(shown)
 
     def exact_loss(self, shown: Shown) -> Tensor:
-        """The loss in float32 at least."""
+        """The loss in at least float32."""
         share, given = self.share(shown.progress), (shown.label_probs_BC, shown.labelled)
-        if share == 0:  # nobody was asked
+        if share == 0:  # the teachers were not evaluated
             return self.scale * hard_loss(shown.logits_BC, *given)
         logits_BC = standardized(shown.logits_BC) if self.standardize else shown.logits_BC
         soft_SBC, emphasis_B = self.targets(logits_BC, shown)
@@ -97,10 +97,10 @@ class Taught(Learning):
     def by_images(
         self, logits_BC: Tensor, soft_log_probs_BC: Tensor, temperature: float, shown: Shown
     ) -> Tensor:
-        """What `soft` returns, refused unless it is a loss of each image (B,).
+        """The result of `soft`, checked to be a loss for each image (B,).
 
         Raises:
-            ConfigError: another shape, which would be broadcast, or no tensor.
+            ConfigError: it is no tensor, or has another shape, which would be broadcast.
         """
         soft_B = self.soft(logits_BC, soft_log_probs_BC, temperature, shown)
         found = tuple(soft_B.shape) if isinstance(soft_B, Tensor) else type(soft_B).__name__
@@ -126,10 +126,10 @@ class Taught(Learning):
         return by_slot(rows_BR, logits_BC.shape[1]), everyone_B
 
     def asked(self, trust: ByStudent, logits_BC: Tensor, rows_BR: Tensor, shown: Shown) -> Tensor:
-        """Log of the soft targets (S, B, C) where the student's own answer weighs the members.
+        """Log of the soft targets (S, B, C) with weights that depend on the student's logits.
 
-        Members are compared by the gradients of plain KD, whatever `soft` is: a subclass whose
-        loss is of the mixture has no gradient for each member.
+        Members are compared by the gradients of plain KD, whatever `soft` is: a soft loss of the
+        mixture has no gradient per member.
         """
         members = shown.members
         assert members is not None
@@ -148,9 +148,9 @@ def by_slot(rows_BR: Tensor, num_classes: int) -> Tensor:
 
 
 def evened(emphasis_B: Tensor, labelled_B: Tensor, unlabelled: float = 1.0) -> Tensor:
-    """Emphasis with mean 1 over the labelled images, and `unlabelled` over the other ones.
+    """Scale emphasis to mean 1 over the labelled images, and to `unlabelled` over the others.
 
-    So the soft loss keeps its strength as the teachers become surer, and neither group drowns
+    The soft loss then keeps its scale as the teachers become surer, and neither group drowns
     the other.
     """
     even_B = torch.ones_like(emphasis_B)
@@ -162,7 +162,7 @@ def evened(emphasis_B: Tensor, labelled_B: Tensor, unlabelled: float = 1.0) -> T
 
 @component
 class SoftMethod(Taught):
-    """A method with one temperature and a fixed share of the soft loss: the base of most."""
+    """A method with one temperature and a fixed share of the soft loss, as most have."""
 
     temperature: float = 4.0
     """Divides the logits before the softmax, in teachers and student alike; above 0."""
@@ -176,9 +176,9 @@ class SoftMethod(Taught):
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """The one."""
+        """The only temperature."""
         return (self.temperature,)
 
     def share(self, progress: float) -> float:
-        """Alpha from beginning to end."""
+        """Always alpha."""
         return self.alpha

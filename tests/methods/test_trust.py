@@ -238,7 +238,7 @@ def test_the_biased_member_does_not_teach_where_all_others_have_its_direction():
     ("biased", "weights", "said"),
     [
         ("large", (1.0, 0.0, 0.0), "biased is 'large'; it must be one of"),
-        ("1", (0.0, 1.0, 0.0), "above 0 for another teacher than the biased '1'"),
+        ("1", (0.0, 1.0, 0.0), "above 0 for a teacher other than the biased '1'"),
     ],
 )
 def test_nobody_is_taught_by_an_unknown_biased_member_or_by_it_alone(biased, weights, said):

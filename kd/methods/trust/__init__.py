@@ -1,8 +1,8 @@
-"""How much each teacher is trusted for an image, beside its weight in the ensemble.
+"""How much each teacher is trusted for an image, in addition to its ensemble weight.
 
-By image: from the teachers' answers and the label, so it is computed once and cached.  By student:
-from the gradients that the teachers would give, asked at every step.  One file each, and one word
-here: the union is the registry.
+By image: from the teachers' logits and the label, so it is computed once and cached.  By student:
+from the gradients that the teachers would give, computed at every step.  One file each, and one
+word here: the union is the registry.
 """
 
 from kd.methods.trust.base import ByImage, ByStudent

@@ -1,4 +1,4 @@
-"""The two forms that trust has: by image alone, or by what the student says of the image.
+"""The two kinds of trust: by image alone, or by the student's output for the image.
 
 B batch, K members, C classes.
 """
@@ -13,20 +13,20 @@ from kd.methods.shown import Members
 
 
 class ByImage(ABC):
-    """Needs the teachers and the label alone, so it is part of what can be computed beforehand."""
+    """Needs only the teachers and the label, so it can be precomputed and cached."""
 
     alone: ClassVar[bool] = True
-    """Whether what it says of an image depends on no other in the batch."""
+    """Whether its weights for an image are independent of the rest of the batch."""
     emphasizes: ClassVar[bool] = False
-    """Whether it weighs images as well."""
+    """Whether it also weights images."""
     reads_labels: ClassVar[bool] = False
-    """Whether it needs an image's own label, which a mixed image has not."""
+    """Whether it needs an image's own label, which mixed images lack."""
     unlabelled: float = 1.0
-    """How much an unlabelled image counts beside a labelled one, where it weighs images."""
+    """How much an unlabelled image counts relative to a labelled one, if it weights images."""
 
     @abstractmethod
     def factors(self, log_probs_KBC: Tensor, labels_B: Tensor) -> Tensor:
-        """How much each member counts for each image (B, K), none negative, of any sum.
+        """How much each member counts for each image (B, K): non-negative, not normalised.
 
         Args:
             log_probs_KBC: Every member's, at temperature 1.
@@ -34,7 +34,7 @@ class ByImage(ABC):
         """
 
     def emphasis(self, log_probs_KBC: Tensor, labels_B: Tensor, weights_BK: Tensor) -> Tensor:
-        """How much each image counts (B,), none negative; made even over a batch later (`evened`).
+        """How much each image counts (B,), non-negative; scaled per batch later (`evened`).
 
         Args:
             log_probs_KBC: Every member's, at temperature 1.
@@ -45,26 +45,26 @@ class ByImage(ABC):
 
 
 class ByStudent(ABC):
-    """Needs the student's answer, so it is asked at every step."""
+    """Needs the student's logits, so it is computed at every step."""
 
     alone: ClassVar[bool] = False
-    """Whether what it says of an image depends on no other in the batch."""
+    """Whether its weights for an image are independent of the rest of the batch."""
 
     @abstractmethod
     def factors(self, gradients_KBC: Tensor, members: Members) -> Tensor:
-        """How much each member counts for each image (B, K), none negative, of any sum.
+        """How much each member counts for each image (B, K): non-negative, not normalised.
 
         Args:
-            gradients_KBC: p_student - p_member at the first of the method's temperatures, T: the
-                gradient of T^2 KL, plain KD's soft loss under that member alone, by the student's
-                logits (standardised ones, where those are compared) is T times that.  It is the
-                same under methods of another soft loss, and carries no gradient itself.
-            members: Who they are.
+            gradients_KBC: p_student - p_member at T, the first of the method's temperatures.  T
+                times this is the gradient of T^2 KL, plain KD's soft loss under that member
+                alone, by the student's logits (standardised if `standardize`).  Methods with
+                another soft loss use the same.  Detached.
+            members: The teachers.
         """
 
 
 def cross_entropies(log_probs_KBC: Tensor, labels_B: Tensor) -> Tensor:
-    """Each member's -log p[label] (K, B); 0 where unlabelled, as if all were equally right."""
+    """Each member's -log p[label] (K, B); 0 where unlabelled, so that all members are equal."""
     members, batch, _ = log_probs_KBC.shape
     index_KB1 = labels_B.clamp(min=0).expand(members, batch).unsqueeze(2)
     found_KB = -log_probs_KBC.gather(2, index_KB1).squeeze(2)
@@ -72,9 +72,9 @@ def cross_entropies(log_probs_KBC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def fewer_shares(costs_KB: Tensor) -> Tensor:
-    """(1 - share of the cost) / (K - 1), as (B, K): costs that sum to 1 over the members.
+    """(1 - cost) / (K - 1) as (B, K), from costs (K, B) that sum to 1 over the members.
 
-    A lone member counts fully.
+    A lone member gets 1.
     """
     members = len(costs_KB)
     if members == 1:

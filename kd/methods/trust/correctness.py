@@ -14,20 +14,20 @@ from kd.methods.trust.base import ByImage, cross_entropies
 
 @component
 class Correctness(ByImage):
-    """Members by 1 / (1 + CE_k); labelled images by 1 / (1 + CE of the ensemble); unlabelled ones
-    by the members' disagreement, mean_k KL(p_k || mean).
+    """Weights members by 1 / (1 + CE_k), labelled images by 1 / (1 + CE of the ensemble), and
+    unlabelled images by the members' disagreement, mean_k KL(p_k || mean).
 
-    The paper's abstract names the three ideas; the functions are this project's own reading, the
-    first one after the same authors' MT-BERT.  Over a batch's labelled images the emphasis is
-    brought to mean 1, over its unlabelled ones to mean `unlabelled`.
+    The paper's abstract names the three ideas; the formulas are this project's own reading, the
+    first after the same authors' MT-BERT.  Emphasis is scaled to mean 1 over the labelled images
+    of a batch, and to mean `unlabelled` over the unlabelled ones.
     """
 
     kind: Literal["correctness"] = "correctness"
     unlabelled: float = 1.0
-    """How much an unlabelled image counts beside a labelled one, at least 0; the soft loss of the
-    labelled ones stays as it is."""
+    """How much an unlabelled image counts relative to a labelled one, at least 0; the soft loss of
+    labelled images is unaffected."""
 
-    alone: ClassVar[bool] = False  # images are weighed against each other
+    alone: ClassVar[bool] = False  # emphasis is relative to the other images of a batch
     emphasizes: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = True
 
@@ -35,11 +35,11 @@ class Correctness(ByImage):
         require(self.unlabelled >= 0, "unlabelled", self.unlabelled, "at least 0")
 
     def factors(self, log_probs_KBC: Tensor, labels_B: Tensor) -> Tensor:
-        """1 / (1 + CE_k) (B, K); alike for all members where the image is unlabelled."""
+        """1 / (1 + CE_k) (B, K); equal for all members if the image is unlabelled."""
         return 1 / (1 + cross_entropies(log_probs_KBC, labels_B).T)
 
     def emphasis(self, log_probs_KBC: Tensor, labels_B: Tensor, weights_BK: Tensor) -> Tensor:
-        """Correctness of the ensemble, or the members' disagreement (B,)."""
+        """The ensemble's correctness where labelled, else the members' disagreement (B,)."""
         weights_KB1 = weights_BK.T.unsqueeze(2)
         mixed_BC = torch.logsumexp(log_probs_KBC + weights_KB1.log(), dim=0)
         correct_B = 1 / (1 + cross_entropies(mixed_BC[None], labels_B)[0])

@@ -1,4 +1,4 @@
-"""AE-KD: by gradient, the direction that serves all teachers (Du et al., NeurIPS 2020).
+"""AE-KD: weights whose combined gradient serves all teachers (Du et al., NeurIPS 2020).
 
 B batch, K members, C classes.
 """
@@ -13,11 +13,11 @@ from kd.methods.shown import Members
 from kd.methods.trust.base import ByStudent
 
 ROUNDS = 100
-"""A guard against rounding; a handful of members needs two or three."""
+"""Iteration limit, in case rounding prevents convergence; a handful of members needs 2 or 3."""
 NEGLIGIBLE = 1e-12
-"""Of the longest vector's square: what moving weight between two members need not gain."""
+"""Stop if no two slopes differ by more than this, relative to the longest vector's square."""
 RIDGE = 1e-13
-"""Of the same: members whose vectors depend on one another have no single best mixture."""
+"""Added to the diagonal, likewise relative: dependent vectors have no unique optimum."""
 
 
 @component
@@ -25,13 +25,13 @@ class MinNorm(ByStudent):
     """argmin over w of |sum_k w_k g_k|^2 with sum 1 and 0 <= w_k <= cap; one w for a batch.
 
     g_k is the gradient of plain KD's soft loss under member k by the student's logits, averaged
-    over the batch (which is all the paper asks for, so that no pass through the network is
-    needed).  A method of another soft loss gets these weights, too: AE-KD is `kd` with them.
+    over the batch; as in the paper, no backward pass through the network is needed.  Methods
+    with another soft loss get the same weights; AE-KD is `kd` with this trust.
     """
 
     kind: Literal["min_norm"] = "min_norm"
     cap: float = 0.6
-    """Largest weight of a member, in (0, 1]; raised to 1 / K where it is less."""
+    """Largest weight of a member, in (0, 1]; raised to 1 / K if it is less."""
 
     def __post_init__(self) -> None:
         require(0 < self.cap <= 1, "cap", self.cap, "in (0, 1]")
@@ -40,20 +40,20 @@ class MinNorm(ByStudent):
         """The same weights for every image (B, K); the host waits for the device once."""
         mean_KC = gradients_KBC.mean(dim=1).cpu().double()
         weights_K = min_norm(mean_KC @ mean_KC.T, self.cap)
-        on_device_K = weights_K.to(gradients_KBC, non_blocking=True)  # so few bytes go at once
+        on_device_K = weights_K.to(gradients_KBC, non_blocking=True)  # few bytes: no waiting
         return on_device_K.expand(gradients_KBC.shape[1], -1)
 
 
 def min_norm(gram_KK: Tensor, cap: float) -> Tensor:
-    """The weights whose combination of vectors is shortest, from the vectors' inner products.
+    """The weights that minimise the norm of the combined vector, from the inner products.
 
-    In turns, the pair of members between whom moving weight helps most finds its optimum, as in
-    sequential minimal optimisation (Platt, 1998), then all members off their bounds do.  It ends
-    when no pair would gain: since the problem is convex, nothing else would.
+    Alternates between optimising the pair of members whose exchange of weight gains most, as in
+    sequential minimal optimisation (Platt, 1998), and all members not at a bound.  Stops when no
+    pair gains; since the problem is convex, that is the optimum.
 
     Args:
         gram_KK: In float64, on the CPU.
-        cap: Largest weight, raised to 1 / K where it is less.
+        cap: Largest weight, raised to 1 / K if it is less.
     """
     members = len(gram_KK)
     cap = max(cap, 1 / members)
@@ -73,9 +73,9 @@ def min_norm(gram_KK: Tensor, cap: float) -> Tensor:
 
 
 def improved(weights_K: Tensor, some: Tensor, gram_KK: Tensor, cap: float) -> Tensor:
-    """The weights moved towards the optimum of `some` of them, as far as their bounds allow."""
+    """Move the weights of `some` members towards their optimum, as far as the bounds allow."""
     size = len(some)
-    system = gram_KK.new_ones(size + 1, size + 1)  # the last row and column keep the sum
+    system = gram_KK.new_ones(size + 1, size + 1)  # last row and column: the sum is constant
     system[:size, :size] = gram_KK[some][:, some]
     system.diagonal().add_(RIDGE)[size] = 0
     slopes = gram_KK[some] @ weights_K
@@ -86,5 +86,5 @@ def improved(weights_K: Tensor, some: Tensor, gram_KK: Tensor, cap: float) -> Te
     room, first = rooms_K.min(dim=0)
     moved_K = (weights_K + room.clamp(max=1) * steps_K).clamp(0, cap)
     if room <= 1:
-        moved_K[first] = ends_K[first]  # exactly: rounding would leave it free
+        moved_K[first] = ends_K[first]  # exactly at its bound, despite rounding
     return moved_K

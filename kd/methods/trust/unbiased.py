@@ -13,38 +13,38 @@ from kd.methods.shown import Members
 from kd.methods.trust.base import ByStudent
 
 ROUNDING = 1e-6
-"""What a cosine may miss by; where all have the biased member's direction, they count alike."""
+"""Smallest factor of the other members, so that all count equally if all agree with the biased."""
 
 
 @component
 class Unbiased(ByStudent):
-    """1 - cosine of a member's gradient and the biased member's, for each image.
+    """1 - cosine between a member's gradient and the biased member's, for each image.
 
-    The paper compares gradients by the student's parameters; here they are by its logits, which
-    is this project's own reading and spares a pass through the network for each member.  They are
-    those of plain KD's soft loss also under methods of another one: AGRE-KD is `kd` with them.
+    The paper takes gradients by the student's parameters; here they are by its logits, which is
+    this project's own reading and saves a backward pass per member.  They are those of plain KD's
+    soft loss even if the method has another one; AGRE-KD is `kd` with this trust.
     """
 
     kind: Literal["unbiased"] = "unbiased"
     biased: str
-    """The member, by its name in params.yaml, whose direction is avoided; it does not teach."""
+    """Name in params.yaml of the member whose direction is avoided; it does not teach."""
 
     alone: ClassVar[bool] = True
 
     def check(self, members: Members) -> None:
-        """Refuse an unknown biased member, and one that is alone or has all the weight.
+        """Refuse an unknown biased member, and one that has all the weight.
 
         Raises:
-            ConfigError: nobody would be left to teach, or nobody has that name.
+            ConfigError: no member has that name, or none would be left to teach.
         """
         require(self.biased in members.names, "biased", self.biased, f"one of {members.names}")
         weights = dict(zip(members.names, members.weights_K, strict=True))
         others = any(weight > 0 for name, weight in weights.items() if name != self.biased)
-        wanted = f"above 0 for another teacher than the biased {self.biased!r}, who does not teach"
+        wanted = f"above 0 for a teacher other than the biased {self.biased!r}, who does not teach"
         require(others, "weights", weights, wanted)
 
     def factors(self, gradients_KBC: Tensor, members: Members) -> Tensor:
-        """(B, K) in [0, 2]; 0 for the biased member alone, so that others are always left."""
+        """(B, K) in [0, 2]; 0 only for the biased member, so that others are always left."""
         away = members.names.index(self.biased)
         factors_KB = 1 - cosine_similarity(gradients_KBC, gradients_KBC[away][None], dim=2)
         factors_KB = factors_KB.clamp(min=ROUNDING)
