@@ -1,8 +1,8 @@
-"""The guard for accuracy: weights that won on the samples they were chosen for must win again.
+"""The guard for accuracy: searched weights must win on held-out samples, too.
 
 Validation accuracy of searched weights is optimistic by up to several points, and such weights are
-often worse than those of the least NLL.  So they are searched on four folds, five times, scored on
-the fifth, averaged, and kept only where that beats the NLL's weights by more than one paired
+often worse than those of the least NLL.  So they are searched on four folds and scored on the
+fifth, five times; their average is kept only if it beats the NLL's weights by more than one paired
 standard error.
 
 Shapes: K members, N samples, D = K, or K + 1 with a temperature.
@@ -21,20 +21,20 @@ Fit = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class HeldOutContest:
-    """How searched candidates did against others on samples that neither had seen."""
+    """Searched candidates against rivals, scored on samples that neither was fitted on."""
 
     mean_D: np.ndarray
-    """The five searched candidates, averaged: weights stay weights."""
+    """The mean of the five searched candidates, which is on the simplex, too."""
     gain: float
-    """By how much more often the searched ones were right, in [-1, 1]."""
+    """Accuracy of the searched ones minus that of the rivals, in [-1, 1]."""
     error: float
     """Its paired standard error over samples."""
 
     @property
     def is_won(self) -> bool:
-        """Whether the gain is more than one standard error; a tie is not won."""
-        # With a samples won and b lost, more than one error is (a - b)^2 > a + b.  Equality, as
-        # for 1 won and 0 lost, must not be left to rounding; what comes next is 1 / N larger.
+        """Whether the gain is more than one standard error; equality is not a win."""
+        # With a samples won and b lost, more than one error means (a - b)^2 > a + b.  Rounding
+        # must not decide equality, as for 1 won and 0 lost; the next larger ratio is 1 / N above.
         return self.gain > self.error * (1 + 1e-9)
 
 
@@ -45,13 +45,13 @@ def held_out_contest(
     labels_N: np.ndarray,
     seed: int,
 ) -> HeldOutContest:
-    """Let two ways of finding weights compete on the held-out parts of five folds.
+    """Compare two ways of finding weights on the held-out parts of five folds.
 
     Args:
-        fit: the way that must prove itself.
+        fit: the way under test.
         rival_fit: the way to beat.
-        is_right: candidate (D,) and indices of samples -> which it classifies rightly, bool.
-        labels_N: true classes, for even folds.
+        is_right: candidate (D,) and indices of samples -> which it classifies correctly, bool.
+        labels_N: true classes, for stratified folds.
         seed: shuffles the folds.
     """
     gains_N = np.empty(len(labels_N))

@@ -12,11 +12,11 @@ from kd.weightings.objectives import Measure, objective_on
 
 @component
 class BestSingle:
-    """Weight 1 for the member that does best on the validation samples."""
+    """Weight 1 for the member that is best on the validation samples."""
 
     kind: Literal["best_single"] = "best_single"
     objective: Measure = "accuracy"
-    """What "best" means: accuracy (equal ones by NLL), nll or brier."""
+    """What "best" means: accuracy (ties broken by NLL), nll or brier."""
 
     def find(
         self,
@@ -26,7 +26,7 @@ class BestSingle:
         seed: int,
         study_path: Path | None = None,
     ) -> Found:
-        """Evaluate every member; the first of equals wins."""
+        """Evaluate every member; the first one wins ties."""
         check_logits(logits_KNC, labels_N, names)
         singles_KK = np.eye(len(names))
         values_K = objective_on(logits_KNC, labels_N, self.objective)(singles_KK)

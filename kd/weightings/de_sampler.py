@@ -1,14 +1,13 @@
 """DESampler: differential evolution behind Optuna's sampler interface.
 
-The search's state is a pure function of (seed, storage).  Trial number n is slot n % NP of
-generation n // NP; a slot's occupant is its best finished trial; a generation is drawn whole from
-a counter generator keyed (seed, generation), and only trials numbered below g NP may enter
-generation g.  So nothing but trials is written to the storage, a new process rebuilds everything
+The search's state is a pure function of (seed, storage).  With NP the population size, trial n is
+slot n % NP of generation n // NP; a slot's occupant is its best finished trial; each generation is
+drawn at once from a counter-based generator keyed (seed, generation), and generation g depends
+only on trials numbered below g NP.  So only trials are stored, a new process rebuilds everything
 by replaying them, and sequential, batched and resumed searches are bit-identical.
 
-This is kd's only importer of optuna, and the one place that uses what is private of it:
-`_storage` and `_study_id`, as Optuna's own samplers do (the public way copies every trial), and
-`Trial._suggest`.
+This is the only module of kd that imports optuna, and it uses private parts of it: `_storage` and
+`_study_id`, as Optuna's own samplers do (the public way copies every trial), and `Trial._suggest`.
 
 Shapes: P population, D dimensions of the search space.
 """
@@ -57,12 +56,12 @@ BatchObjective = Callable[[np.ndarray], np.ndarray]
 """Rows (P, D) of parameter values -> P objective values; a category is its index."""
 
 SEED_ATTRIBUTE = "de_sampler:seed"
-SUM_TOLERANCE = 1e-6  # by how much the sum of enqueued weights may differ from 1
+SUM_TOLERANCE = 1e-6  # largest deviation from 1 of the sum of enqueued weights
 REMEMBERED = 3  # generations whose rows are kept, for trials that finish late
 UNKNOWN_SPACE_POPULATION = 20
 
 ATTRIBUTES = frozenset({"user_attr", "system_attr", "user_attrs", "system_attrs"})
-"""Keys of a journal's lines that hold what users gave."""
+"""Keys of journal lines that hold objects from users."""
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -79,45 +78,45 @@ class Generation:
     params: np.ndarray
     """Parameter values (P, D); a category is its index."""
     rows: list[list[Any]]
-    """The same as Optuna has them: floats, ints and categories."""
+    """The same in Optuna's form: floats, ints and categories."""
     offspring: Offspring
-    """The same as the population has them."""
+    """The same in the population's form."""
 
 
 class DESampler(optuna.samplers.BaseSampler):
     """Differential evolution for single-objective studies.
 
-    Any of float (log, step), int (log, step) and categorical parameters.  Parameters that are
+    Supports float (log, step), int (log, step) and categorical parameters.  Parameters that are
     not in the search space, or not in every trial, are drawn independently, one stratum of a
     Latin hypercube per trial.  Pruned and failed trials leave their slot's occupant in place;
     enqueued and added trials compete for theirs; trial constraints follow Deb's rules.
     Processes that share a storage share one search, without waiting for each other.
 
     Args:
-        search_space: distribution of every parameter.  Without it the parameters common to all
-            finished trials are used, from the second generation on; with `simplex` alone, those.
+        search_space: distribution of every parameter.  By default the `simplex` parameters or,
+            from the second generation on, the parameters common to all finished trials.
         population_size: "auto" is 20 up to 5 dimensions, 40 up to 20, twice the dimensions
-            beyond, and 20 where the search space is not given.
+            beyond, and 20 if the search space is not given.
         strategy: "rand1", "best1", "current-to-best1", "jade" (current-to-pbest/1 with archive,
             F and CR follow their successful means) or "shade" (the same with a memory).
-        F: scale of mutation; a pair is dithered per candidate.  Adaptive strategies find theirs.
-        CR: share of parameters taken from the mutant; where adaptive strategies start.
-        p: share of the best that adaptive strategies are drawn to, one at least; the same for
-            every candidate, where SHADE's paper draws it from [2 / population, 0.2].
+        F: scale of mutation; a pair is dithered per candidate.  Adaptive strategies ignore it.
+        CR: share of parameters taken from the mutant; the initial one in adaptive strategies.
+        p: adaptive strategies draw attractors from this share of the best, at least from one;
+            fixed, whereas SHADE's paper draws it per candidate from [2 / population, 0.2].
         memory_size: entries of SHADE's memory.
-        archive_rate: defeated parents kept, as a multiple of the population.
+        archive_rate: size of the archive of defeated parents, as a multiple of the population.
         init: "lhs" or "random" initial population.
         bounds: "midpoint" (half-way from parent to bound), "clip" or "reflect".
         simplex: names of float parameters in [0, 1] that stay non-negative with sum 1: their
             population members are the weight vectors themselves.  Enqueued and added trials whose
             sum is not 1 stay in the study, but do not compete.
         consider_pruned_trials: let pruned trials compete with their last reported value.
-        seed: of everything random.  None draws one, and stores it with the study.
+        seed: seed of everything random.  None draws one, and stores it with the study.
         independent_sampler: draws the parameters outside the search space instead.
 
     Raises:
-        ValueError: an argument out of range, a simplex of other parameters, or, when sampling,
-            a multi-objective study.
+        ValueError: an argument is out of range, a simplex parameter is not a float in [0, 1] or,
+            when sampling, the study is multi-objective.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class DESampler(optuna.samplers.BaseSampler):
     def generation(self, study: optuna.Study) -> Generation:
         """The generation that the study's next trial belongs to.
 
-        While trials before it are unfinished, as it would be drawn now.
+        If earlier trials are unfinished, it is drawn without them, and may change.
 
         Raises:
             ValueError: the search space is not known yet.
@@ -176,14 +175,14 @@ class DESampler(optuna.samplers.BaseSampler):
         """The generation that a running trial belongs to.
 
         Raises:
-            ValueError: the search space is not known, or the trial is generations old.
+            ValueError: the search space is not known, or the trial is several generations old.
         """
         return self._known(self._generation_of(study, trial_number))
 
     def population(self, study: optuna.Study) -> tuple[np.ndarray, np.ndarray]:
         """The best row of every slot (P, D), and its value (P,); not finite in an empty slot.
 
-        Trials of a generation that is still under way are not in it yet.
+        Trials of the current generation are not in it yet.
 
         Raises:
             ValueError: the search space is not known yet.
@@ -194,7 +193,7 @@ class DESampler(optuna.samplers.BaseSampler):
             return search.population()
 
     def has_converged(self, study: optuna.Study, relative: float, absolute: float) -> bool:
-        """Whether all of the population is feasible, and std <= absolute + relative * |mean|.
+        """Whether the whole population is feasible, and std <= absolute + relative * |mean|.
 
         Raises:
             ValueError: the search space is not known yet.
@@ -215,7 +214,7 @@ class DESampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The trial's row; what the row does not have is drawn independently."""
+        """The trial's row; parameters that the row lacks are drawn independently."""
         generation = self._generation_of(study, trial.number)
         row: dict[str, Any] = {}
         if generation is not None:
@@ -268,10 +267,10 @@ class DESampler(optuna.samplers.BaseSampler):
         return self._search_of(study, num_trials // self.population_size).as_read(num_trials)
 
     def _search_of(self, study: optuna.Study, number: int = 0) -> "_Search":
-        """The study's search; a new one, to be filled by replay, if it is another study.
+        """The search of this study; for another study than before, a new one, filled by replay.
 
-        Before generation 1 the seed that the study keeps is read again: of processes that started
-        at once each stored one, and the last one's holds.  Nothing was absorbed yet.
+        Before generation 1, while no trial is absorbed, the stored seed is read again: processes
+        that start at the same time each store one, and the last one counts.
         """
         with self._lock:
             storage, study_id = study._storage, study._study_id
@@ -291,7 +290,7 @@ class DESampler(optuna.samplers.BaseSampler):
             return search
 
     def _seed(self, study: optuna.Study) -> int:
-        """The given seed, or the one that the study keeps: without it nothing could resume."""
+        """The given seed, or the one stored with the study, which resuming needs."""
         if self._seeded:
             return self._rules.seed
         storage = study._storage
@@ -303,11 +302,11 @@ class DESampler(optuna.samplers.BaseSampler):
         return int(attributes[SEED_ATTRIBUTE])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the lock and what the storage can tell again."""
+        """Everything but the lock and the search, which is rebuilt from the storage."""
         return {**self.__dict__, "_lock": None, "_search": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin with a new lock; the next trial replays the storage."""
+        """Make a new lock; the next trial replays the storage."""
         self.__dict__.update(state, _lock=threading.RLock())
 
 
@@ -324,32 +323,32 @@ class _Search:
         consider_pruned_trials: bool,
     ) -> None:
         self.storage, self.study_id, self.rules = storage, study_id, rules
-        self._sign = sign  # -1 turns a maximum into a minimum
+        self._sign = sign  # -1 to maximise
         self._space, self._space_is_given = space, space is not None
         self._evolution = space.evolution(rules) if space is not None and len(space) else None
         self._states = {TrialState.COMPLETE}
         if consider_pruned_trials:
             self._states.add(TrialState.PRUNED)
-        self._seen = 0  # trials below were absorbed, or are among the unfinished
+        self._seen = 0  # trials below this number are absorbed, or among the unfinished
         self._unfinished: list[int] = []
-        self.drawn = 0  # generations, so the number of the next
+        self.drawn = 0  # generations drawn so far, which is the number of the next one
         self._recent: dict[int, Generation] = {}
 
     def generation(self, number: int) -> Generation | None:
-        """Generation `number`; None where it has no search space or is forgotten."""
+        """Generation `number`; None if it has no search space or is no longer kept."""
         if number >= self.drawn:
             self._advance(number, self.storage.get_all_trials(self.study_id, deepcopy=False))
         return self._recent.get(number)
 
     def latest(self) -> Generation | None:
-        """The generation drawn last; None where it has no search space."""
+        """The generation drawn last; None if it has no search space."""
         return self._recent.get(self.drawn - 1)
 
     def as_read(self, num_trials: int) -> "_Search":
-        """The search where the generation of the study's next trial is drawn.
+        """The search after drawing the generation of the study's next trial.
 
-        A copy if trials before that generation may yet finish: drawn for good it would miss them,
-        and the search would depend on having been read.
+        A copy if trials before that generation are unfinished: drawing it for good would leave
+        them out, so that reading would change the search.
         """
         size = self.rules.population_size
         if num_trials // size < self.drawn:
@@ -372,13 +371,13 @@ class _Search:
         return self._space.decoded(self._evolution.rows_PD), values_P
 
     def has_converged(self, relative: float, absolute: float) -> bool:
-        """Scipy's criterion, of the occupants."""
+        """Scipy's criterion, applied to the occupants."""
         assert self._evolution is not None
         occupants = self._evolution
         return has_converged(occupants.values_P, occupants.violations_P, relative, absolute)
 
     def _copied(self) -> "_Search":
-        """One that goes on by itself, from the same state."""
+        """An independent copy."""
         twin = copy.copy(self)
         twin._recent = dict(self._recent)
         twin._evolution = None if self._evolution is None else self._evolution.copied()
@@ -389,7 +388,7 @@ class _Search:
             self._draw(trials)
 
     def _draw(self, trials: list[FrozenTrial]) -> None:
-        """Absorb what may enter the next generation, and draw it."""
+        """Absorb the trials that the next generation depends on, and draw it."""
         number, size = self.drawn, self.rules.population_size
         self._absorb(self._finished(trials, number * size))
         self.drawn += 1
@@ -404,7 +403,7 @@ class _Search:
         )
 
     def _finished(self, trials: list[FrozenTrial], limit: int) -> list[FrozenTrial]:
-        """Trials numbered below `limit` that finished since the last call, by number."""
+        """Trials numbered below `limit` that finished since the last call, in order."""
         limit = min(limit, len(trials))
         numbers = [*self._unfinished, *range(self._seen, limit)]
         self._seen = max(self._seen, limit)
@@ -437,7 +436,7 @@ class _Search:
             as_drawn = drawn is not None and drawn.rows[slot] == shown
             if shown is None or not (as_drawn or space.contains(shown)):
                 continue
-            # A trial with parameters of its own (enqueued, added) earns the strategy no credit.
+            # A trial that the strategy did not draw (enqueued, added) earns it no credit.
             offspring = drawn.offspring if drawn is not None and as_drawn else None
             slots.append(slot)
             rows.append(space.encoded(shown) if offspring is None else offspring.rows_PD[slot])
@@ -457,7 +456,7 @@ class _Search:
             )
 
     def _narrow(self, trials: list[FrozenTrial]) -> None:
-        """Keep to the parameters that every finished trial has, with the same distribution."""
+        """Reduce the space to parameters that all finished trials have, with one distribution."""
         for trial in trials:
             theirs = trial.distributions
             if self._space is None:
@@ -478,7 +477,7 @@ class _Search:
 
 
 class _Space:
-    """The search space as columns of a matrix; parameters with one value are left out."""
+    """The search space as columns of a matrix, without parameters that have only one value."""
 
     def __init__(self, distributions: dict[str, BaseDistribution], simplex: tuple[str, ...]):
         for name in simplex:
@@ -490,7 +489,7 @@ class _Space:
         self.distributions = {n: d for n, d in distributions.items() if not d.single()}
         self._axes = [_Axis.of(distribution) for distribution in self.distributions.values()]
         self._simplex_D = np.array([name in simplex for name in self.distributions], dtype=bool)
-        # Storages read nan as another object, and nan equals nothing but, in a list, itself.
+        # Storages return another NaN object, and lists compare NaNs equal only if identical.
         self._nans = [
             (column, choice)
             for column, axis in enumerate(self._axes)
@@ -502,19 +501,19 @@ class _Space:
         return len(self._axes)
 
     def evolution(self, rules: Rules) -> Evolution:
-        """A population in this space, as yet without values."""
+        """A population in this space, without values so far."""
         nominal_D = np.array([axis.choices is not None for axis in self._axes], dtype=bool)
         return Evolution(rules, self._simplex_D, nominal_D, self.decoded)
 
     def decoded(self, rows_PD: np.ndarray) -> np.ndarray:
         """Points of the unit cube -> parameter values."""
         if all(axis.is_unit for axis in self._axes):
-            return rows_PD.copy()  # it is given away, and the search's own must stay as they are
+            return rows_PD.copy()  # callers may change it
         columns = [axis.decoded(rows_PD[:, d]) for d, axis in enumerate(self._axes)]
         return np.stack(columns, axis=1)
 
     def shown(self, params_PD: np.ndarray) -> list[list[Any]]:
-        """Parameter values -> rows as Optuna has them."""
+        """Parameter values -> rows in Optuna's form."""
         columns = [axis.shown(params_PD[:, d]) for d, axis in enumerate(self._axes)]
         return [list(row) for row in zip(*columns, strict=True)]
 
@@ -534,12 +533,12 @@ class _Space:
         """Whether every value of a row is in its parameter's range, and weights sum to 1."""
         if not all(axis.contains(value) for axis, value in zip(self._axes, row, strict=True)):
             return False
-        # Brought onto the simplex, another point would carry this one's value.
+        # Projecting the point onto the simplex would assign its value to another point.
         weights = [*itertools.compress(row, self._simplex_D)]
         return not weights or abs(sum(weights) - 1) <= SUM_TOLERANCE
 
     def encoded(self, row: list[Any]) -> np.ndarray:
-        """A row as Optuna has it -> a point of the unit cube."""
+        """A row in Optuna's form -> a point of the unit cube."""
         point_D = np.array([axis.encoded(v) for axis, v in zip(self._axes, row, strict=True)])
         if self._simplex_D.any():
             point_D[self._simplex_D] = onto_simplex(point_D[None, self._simplex_D])[0]
@@ -571,11 +570,11 @@ class _Axis:
             case CategoricalDistribution(choices=choices):
                 last = len(choices) - 1
                 return _Axis(0, last, step=1, is_float=False, choices=tuple(choices))
-        raise ValueError(f"DESampler knows no {type(distribution).__name__}")
+        raise ValueError(f"DESampler does not support {type(distribution).__name__}")
 
     @property
     def is_unit(self) -> bool:
-        """Whether values are the unit interval itself."""
+        """Whether parameter values equal points of the unit interval."""
         return (self.low, self.high, self.log, self.step) == (0, 1, False, None)
 
     def decoded(self, units_P: np.ndarray) -> np.ndarray:
@@ -593,7 +592,7 @@ class _Axis:
         return np.clip(values_P, self.low, self.high)
 
     def encoded(self, shown: Any) -> float:
-        """The unit that stands for a value; the middle of its share on a grid."""
+        """The point of the unit interval for a value; the middle of its share on a grid."""
         value = float(shown if self.choices is None else self.choices.index(shown))
         if self.step is not None:
             return (round((value - self.low) / self.step) + 0.5) / self._cells()
@@ -601,7 +600,7 @@ class _Axis:
         return ((math.log(value) if self.log else value) - low) / (high - low)
 
     def shown(self, values_P: np.ndarray) -> list[Any]:
-        """Values as Optuna has them."""
+        """Values in Optuna's form."""
         if self.choices is not None:
             return [self.choices[int(index)] for index in values_P]
         values: list[float] = values_P.tolist()
@@ -618,7 +617,7 @@ class _Axis:
         return round((self.high - self.low) / self.step) + 1
 
     def _ends(self) -> tuple[float, float]:
-        """Both ends on the axis' own scale; logarithmic integers get half a unit on each side."""
+        """Both ends on the axis' scale; logarithmic integers get half a unit on each side."""
         if not self.log:
             return self.low, self.high
         margin = 0.0 if self.is_float else 0.5
@@ -643,8 +642,8 @@ class PrefetchObjective:
 
         study.optimize(PrefetchObjective(batch_objective), n_trials=2000)
 
-    Later trials of the generation look their value up.  A trial whose parameters are not its
-    row's (it was enqueued) is evaluated on its own.
+    Later trials of the generation look up their value.  A trial whose parameters differ from its
+    row (it was enqueued) is evaluated on its own.
 
     Args:
         batch_objective: rows (P, D) of parameter values, a category as its index -> P values.
@@ -656,12 +655,12 @@ class PrefetchObjective:
         self._lock = threading.Lock()
 
     def __call__(self, trial: Trial) -> float:
-        """The trial's value; nan, which fails the trial, where the objective says nan."""
+        """The trial's value; NaN, which fails the trial, if the objective returns NaN."""
         sampler = _de_sampler(trial.study)
         generation = sampler._generation_of(trial.study, trial.number)
-        # A trial that is generations old has no row, but it has parameters.
+        # A trial that is several generations old has no row, but it has parameters.
         space = (generation or sampler.generation(trial.study)).distributions
-        # As Study.ask does; suggest_float and its like make, and check, the distribution anew.
+        # Like Study.ask; suggest_float etc. would make and check each distribution again.
         row = [trial._suggest(name, d) for name, d in space.items()]
         slot = trial.number % sampler.population_size
         if generation is not None and row == generation.rows[slot]:
@@ -679,11 +678,11 @@ class PrefetchObjective:
             return self._evaluated[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the lock and the generation at hand."""
+        """Everything but the lock and the evaluated generation."""
         return {**self.__dict__, "_lock": None, "_evaluated": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin with a new lock."""
+        """Make a new lock."""
         self.__dict__.update(state, _lock=threading.Lock())
 
 
@@ -695,15 +694,15 @@ def optimize_population(
 ) -> None:
     """Evaluate whole generations at once, and store every candidate as a trial.
 
-    A generation under way (a resumed study, trials that wait) is finished first, and counts.
+    An unfinished generation (a resumed study, waiting trials) is finished first, and counts.
 
     Args:
-        study: its sampler is a DESampler that knows its search space.
-        batch_objective: as for `PrefetchObjective`; nan fails the trial.
+        study: a study whose sampler is a DESampler with a known search space.
+        batch_objective: as for `PrefetchObjective`; NaN fails the trial.
         n_generations: how many to finish.
         persist: "add_trials" writes each finished trial once, K + 2 times less than "trials",
-            which asks and tells, and so runs enqueued trials, heartbeats and callbacks of the
-            storage.  "add_trials" needs to be the study's only writer.
+            which asks and tells, and so runs enqueued trials, and the storage's heartbeats and
+            callbacks.  "add_trials" must be the study's only writer.
     """
     persisted = _ask_and_tell if persist == "trials" else _add_trials
     for _ in range(n_generations):
@@ -715,7 +714,7 @@ def _ask_and_tell(
 ) -> None:
     space, size = sampler.generation(study).distributions, sampler.population_size
     trials = [study.ask(space)]
-    # What waits is asked for first, so the trial that came tells which generation is under way.
+    # Waiting trials are asked for first, so this trial belongs to the current generation.
     first = trials[0].number // size * size
     fellows = study.get_trials(deepcopy=False)[first : first + size]
     started = sum(fellow.state != TrialState.WAITING for fellow in fellows)
@@ -755,14 +754,14 @@ def _de_sampler(study: optuna.Study) -> DESampler:
 
 
 class DEConvergedCallback:
-    """Stops `study.optimize` when the population's values have come together.
+    """Stops `study.optimize` when the population's values have converged.
 
-    Scipy's criterion, looked at when a generation ends: std <= atol + tol * |mean|, and all of the
-    population feasible.
+    Scipy's criterion, checked when a generation ends: std <= atol + tol * |mean|, and the whole
+    population is feasible.
 
     Args:
-        tol: relative part.
-        atol: absolute part.
+        tol: relative tolerance.
+        atol: absolute tolerance.
     """
 
     def __init__(self, tol: float = 0.01, atol: float = 0.0) -> None:
@@ -771,7 +770,7 @@ class DEConvergedCallback:
         self.tol, self.atol = tol, atol
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Stop the study if the generation that `trial` ends has converged."""
+        """Stop the study if `trial` ends a generation and the population has converged."""
         if (trial.number + 1) % _de_sampler(study).population_size == 0 and self.holds(study):
             study.stop()
 
@@ -783,21 +782,21 @@ class DEConvergedCallback:
 class GenerationJournalBackend(BaseJournalBackend):
     """A journal file written once per generation instead of once per operation.
 
-    Its file is a plain Optuna journal: `JournalFileBackend` and optuna-dashboard read it.  What a
-    killed process had not written yet is lost, and evaluated again on resuming, bit for bit.  The
-    disk is waited for while the next generation is made, so a power failure may cost two.
-    One process may write at a time; a second one is refused.  A trial that it left open at the
-    end of the file is dropped when the file is opened again.
+    The file is a plain Optuna journal: `JournalFileBackend` and optuna-dashboard can read it.
+    Trials that a killed process had not written are lost; resuming evaluates them again,
+    bit-identically.  fsync runs while the next generation is computed, so a power failure may
+    cost two generations.  Only one process may write at a time; a second one is refused.  An
+    unfinished trial at the end of the file is dropped when the file is opened again.
 
         with GenerationJournalBackend("study.log") as backend:
             study = optuna.create_study(storage=optuna.storages.JournalStorage(backend), ...)
 
     Args:
-        path: the journal file; made if it does not exist, continued if it does.
+        path: the journal file; created if it does not exist, else continued.
         trials_per_commit: finished trials that are written together.
 
     Raises:
-        RuntimeError: another process holds the file.
+        RuntimeError: another process has locked the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], trials_per_commit: int = 20) -> None:
@@ -813,13 +812,13 @@ class GenerationJournalBackend(BaseJournalBackend):
         self._reader = JournalFileBackend(os.fspath(path))
         self._trials_per_commit = trials_per_commit
         self._finished = 0
-        # Logs from number `_first` on are at hand: those of the last commit, which the storage
-        # reads back, then those that are pending.
+        # Logs from number `_first` on are kept in memory: those of the last commit, which the
+        # storage reads back, then those that are pending.
         self._first = sum(1 for _ in self._reader.read_logs(0))
         self._num_committed = 0
         self._recent: list[dict[str, Any]] = []
         self._file = _GroupedFile(descriptor)
-        # Runs at close(), else when the storage is dropped or the interpreter exits.
+        # Runs at close(), or when this is garbage-collected or the interpreter exits.
         self._close = weakref.finalize(self, self._file.close)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
@@ -830,11 +829,11 @@ class GenerationJournalBackend(BaseJournalBackend):
         return itertools.chain(written, self._recent[self._num_committed :])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Take logs; write them when enough trials have finished."""
+        """Queue logs; write them once enough trials have finished."""
         for log in logs:
             line = _encode(log)
             self._file.pending.append(line)
-            # Attributes may change later: they are read back as the file will have them.
+            # Users may change attributes later: keep them as the file will have them.
             self._recent.append(log if ATTRIBUTES.isdisjoint(log) else json.loads(line))
             self._finished += _finishes_trial(log)
         if self._finished >= self._trials_per_commit:
@@ -844,7 +843,7 @@ class GenerationJournalBackend(BaseJournalBackend):
         """Write what is pending: one write, one fsync.
 
         Raises:
-            OSError: the disk is full, or failed to keep what the last commit wrote.
+            OSError: the disk is full, or the previous commit's fsync failed.
         """
         self._file.commit()
         del self._recent[: self._num_committed]
@@ -853,7 +852,7 @@ class GenerationJournalBackend(BaseJournalBackend):
         self._finished = 0
 
     def close(self) -> None:
-        """Write what is pending and let go of the file."""
+        """Write what is pending and release the file."""
         self._close()
 
     def __enter__(self) -> "GenerationJournalBackend":
@@ -864,9 +863,9 @@ class GenerationJournalBackend(BaseJournalBackend):
 
 
 def _cut_open_trial(descriptor: int) -> None:
-    """Drop what a killed process left at the end: half a line, half a trial.
+    """Drop an incomplete line or trial that a killed process left at the end.
 
-    With one writer at a time, nobody is left to finish it, wherever the file was cut.
+    Since there is only one writer, no other process can still finish it.
     """
     with open(descriptor, "rb", closefd=False) as file:
         lines = file.readlines()
@@ -878,22 +877,22 @@ def _cut_open_trial(descriptor: int) -> None:
 
 
 def _leaves_trial_open(log: dict[str, Any]) -> bool:
-    """Whether a journal line begins or fills a trial, without finishing it or letting it wait."""
+    """Whether a journal line starts or updates a trial that is neither finished nor waiting."""
     if log.get("state") == TrialState.WAITING:
         return False
     return ("trial_id" in log or "datetime_start" in log) and not _finishes_trial(log)
 
 
 def _finishes_trial(log: dict[str, Any]) -> bool:
-    """Whether a journal line tells a trial's values, or adds a finished one."""
+    """Whether a journal line finishes a trial, or adds a finished one."""
     return log.get("state") is not None and TrialState(log["state"]).is_finished()
 
 
 class _GroupedFile:
-    """Lines are appended in groups; the disk takes one while the next is made.
+    """Appends lines in groups; fsync of one runs while the next is computed.
 
     Args:
-        descriptor: the file, opened for appending; closed with this.
+        descriptor: the file, opened for appending; `close` closes it.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -903,15 +902,15 @@ class _GroupedFile:
         self._synced: Future[None] | None = None
 
     def commit(self) -> None:
-        """Append what is pending; on a full disk nothing, to be tried again."""
+        """Append what is pending; if the disk is full, write nothing, so it can be retried."""
         self._append()
         self._synced = self._disk.submit(os.fsync, self._descriptor)
 
     def close(self) -> None:
-        """Append what is pending, and let go of the file when the disk has it."""
+        """Append what is pending, wait for the disk, and close the file."""
         try:
             self._append()
-            os.fsync(self._descriptor)  # here: when the interpreter exits, no thread would start
+            os.fsync(self._descriptor)  # not in a thread: none can start at interpreter exit
         finally:
             self._disk.shutdown()
             os.close(self._descriptor)
@@ -932,7 +931,7 @@ class _GroupedFile:
 
 
 def _lock_or_refuse(descriptor: int, path: object) -> None:
-    """Hold the file until the process ends, however it ends; without flock, trust the caller."""
+    """Lock the file until it is closed or the process dies; without flock, trust the caller."""
     try:
         import fcntl
     except ImportError:
@@ -958,13 +957,13 @@ def search_weights(
         objective: rows (P, D) -> values (P,).
         columns: the D parameters, in the objective's order.
         simplex: those that stay on the simplex.
-        rules: the sampler's.
-        generations: the most generations, those found in the study included.
-        tolerance: stop when the std of the population's values is below.
-        study_path: journal that keeps the study; None keeps it in memory.
+        rules: the sampler's rules.
+        generations: maximum number of generations, including those already in the study.
+        tolerance: stop when the std of the population's values is not above this.
+        study_path: journal file of the study; None keeps it in memory.
 
     Returns:
-        Every candidate (M, D) and its value (M,), nan where it failed.
+        Every candidate (M, D) and its value (M,), NaN where it failed.
     """
     space: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in columns}
     sampler = DESampler(
@@ -998,7 +997,7 @@ def search_weights(
 
 
 def _fingerprint(objective: BatchObjective, columns: tuple[str, ...], rules: Rules) -> str:
-    """A study name that differs when problem or search do, so that none is resumed wrongly."""
+    """A study name unique to problem and rules, so that no other search is resumed."""
     probe_PD = onto_simplex(counter_rng(0).random((8, len(columns))))
     told = objective(probe_PD).tolist()
     digest = hashlib.sha256(repr((columns, rules, told)).encode()).hexdigest()
@@ -1007,7 +1006,7 @@ def _fingerprint(objective: BatchObjective, columns: tuple[str, ...], rules: Rul
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Optuna without a log line per trial, which costs more than the trial."""
+    """Turn off Optuna's log line per trial, which costs more than the trial."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

@@ -40,16 +40,16 @@ from kd.weightings.objectives import (
 from kd.weightings.shrinkage import shrinkage_by_cross_validation
 from kd.weightings.simplex import toward_uniform
 
-TEMPERATURE = "(temperature)"  # a column beside the members', none of whom can have this name
+TEMPERATURE = "(temperature)"  # a column after the members', who cannot have this name
 GENERATIONS_PER_MEMBER = 50
 
 
 @component
 class DifferentialEvolution:
-    """Search the simplex with SHADE through an Optuna study, then shrink to uniform.
+    """Search the simplex with SHADE through an Optuna study, then shrink towards uniform.
 
-    Validation accuracy of searched weights is optimistic by up to several points, hence the
-    guard: NLL by default, and weights that cross-validation has the last word on.
+    Validation accuracy of searched weights is optimistic by up to several points, so the default
+    objective is NLL, and cross-validation corrects the weights.
     """
 
     kind: Literal["differential_evolution"] = "differential_evolution"
@@ -60,22 +60,23 @@ class DifferentialEvolution:
     fit_temperature: bool = False
     """Search one temperature, in [1/8, 8], together with the weights."""
     strategy: Strategy = "shade"
-    """How candidates are bred; shade adapts itself."""
+    """How candidates are generated; shade adapts its own parameters."""
     population: int | None = None
-    """Candidates per generation; 20 up to 5 members, 40 up to 20, twice the members beyond."""
+    """Candidates per generation; by default 20 up to 5 members, 40 up to 20, twice the members
+    beyond; a fitted temperature counts as a member."""
     generations: int | None = None
-    """The most generations; 50 per member if not given."""
+    """Maximum number of generations; 50 per member if not given."""
     tolerance: float = 1e-9
-    """Stop when the standard deviation of the population's values is below this."""
+    """Stop when the standard deviation of the population's values is not above this."""
     shrink: bool = True
-    """Guard against overfitting by 5-fold cross-validation: move the weights to uniform by the
-    share that it chooses; for accuracy, average the folds' weights, and keep to those of the
-    least NLL where that is not better by more than one standard error."""
+    """Guard against overfitting by 5-fold cross-validation: move the weights towards uniform by
+    the share that it chooses; for accuracy, average the folds' weights, but use those of the
+    least NLL unless the average is better by more than one standard error."""
     study: bool = True
-    """Search through an Optuna study; false takes the same steps, bit for bit, without one."""
+    """Search through an Optuna study; false gives bit-identical results without one."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot evolve."""
+        """Check the settings."""
         size, generations = self.population, self.generations
         require(size is None or size >= 4, "population", size, "at least 4")
         require(generations is None or generations >= 1, "generations", generations, "at least 1")
@@ -89,19 +90,18 @@ class DifferentialEvolution:
         seed: int,
         study_path: Path | None = None,
     ) -> Found:
-        """Search, then let held-out samples correct what was found.
+        """Search, then correct the result by cross-validation.
 
         Args:
             logits_KNC: every member's validation logits.
             labels_N: true classes.
             names: the members, in order.
             seed: of the search and of the folds.
-            study_path: journal file that keeps the study, for optuna-dashboard; a search of the
-                same problem that was killed is resumed from it.
+            study_path: journal file of the study, for optuna-dashboard; an interrupted search
+                of the same problem is resumed from it.
 
         Raises:
-            ConfigError: input that no weights can be found on (see `check_logits`), or fewer
-                than 5 samples while `shrink` is on.
+            ConfigError: invalid input (see `check_logits`), or with `shrink` under 5 samples.
         """
         check_logits(logits_KNC, labels_N, names)
         objective = self._objective(logits_KNC, labels_N)
@@ -174,7 +174,7 @@ class DifferentialEvolution:
     def _guarded(
         self, best_D: np.ndarray, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int
     ) -> tuple[np.ndarray, float | None, tuple[str, ...]]:
-        """What held-out samples leave of the search: candidate, share of uniform, warnings."""
+        """The candidate after cross-validation, the share of uniform, and warnings."""
         if not self.shrink:
             return best_D, None, ()
         if self.objective != "accuracy":
@@ -185,7 +185,7 @@ class DifferentialEvolution:
     def _accuracy_guarded(
         self, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int
     ) -> tuple[np.ndarray, float | None, tuple[str, ...]]:
-        """The folds' average where held-out samples prefer it, else the least NLL's weights."""
+        """The folds' average if it wins on held-out samples, else the weights of least NLL."""
         nll = replace(self, objective="nll")
         share = nll._share(logits_KNC, labels_N, seed)
 
@@ -207,13 +207,13 @@ class DifferentialEvolution:
             return contest.mean_D, None, ()
         doubt = (
             f"held out, weights searched for accuracy gain {contest.gain:+.4f} +- "
-            f"{contest.error:.4f} over those of the least NLL, not more than one standard error: "
-            "the latter are used"
+            f"{contest.error:.4f} over those of the least NLL, which is not more than one "
+            "standard error: using the latter"
         )
         return nll_fit(np.arange(len(labels_N))), share, (doubt,)
 
     def _share(self, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int) -> float:
-        """How far cross-validation wants the weights moved to uniform."""
+        """How far cross-validation moves the weights towards uniform."""
 
         def fit(samples: np.ndarray) -> np.ndarray:
             return self._fit(logits_KNC[:, samples], labels_N[samples], seed)
@@ -224,8 +224,8 @@ class DifferentialEvolution:
         return shrinkage_by_cross_validation(fit, on, labels_N, len(logits_KNC), seed)
 
     def _fit(self, logits_KNC: np.ndarray, labels_N: np.ndarray, seed: int) -> np.ndarray:
-        """The best candidate (D,), without a study, without a guard."""
-        if self._is_convex_nll():  # the same optimum in a millisecond
+        """The best candidate (D,), without study or guard."""
+        if self._is_convex_nll():  # EM finds the same optimum in a millisecond
             nll = MixtureNLL(logits_KNC, labels_N)
             return ExpectationMaximization().minimum(nll)[0]
         objective = self._objective(logits_KNC, labels_N)
@@ -239,7 +239,7 @@ class DifferentialEvolution:
         return self.objective == "nll" and self.mixing == "probabilities" and fixed
 
     def _gap(self, objective: Objective, best_D: np.ndarray) -> float | None:
-        """How far the search ended above the optimum that EM certifies, at most."""
+        """Bound on how far the search ended above the optimum, certified by EM."""
         if not (self._is_convex_nll() and isinstance(objective, MixtureNLL)):
             return None
         optimum_K, gap, _ = ExpectationMaximization().minimum(objective)
@@ -248,6 +248,6 @@ class DifferentialEvolution:
 
 
 def _shrunk(point_D: np.ndarray, share: float, members: int) -> np.ndarray:
-    """The candidate with its weights moved to uniform, its temperature as it was."""
+    """The candidate with its weights moved towards uniform, its temperature unchanged."""
     weights_K = toward_uniform(point_D[:members], share)
     return np.concatenate([weights_K, point_D[members:]])

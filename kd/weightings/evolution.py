@@ -1,17 +1,16 @@
 """Differential evolution in plain numpy, one generation at a time.
 
-A search is a pure function of its seed and of the values it is told.  Every generation draws
-from a counter-based generator keyed (seed, generation), so one generation can be drawn again
-without drawing those before it, and a search that is resumed goes on bit for bit.
+A search is a pure function of its seed and the values it is given.  Every generation draws from
+a counter-based generator keyed (seed, generation), so a generation can be drawn again without
+drawing those before it, and a resumed search is bit-identical.
 
-Candidates are points of the unit cube, but for the columns marked as simplex: there the
+Candidates are points of the unit cube, except in the columns marked as simplex: there the
 population *is* the weight vectors, clipped at 0 and renormalised after every mutation.
 
 Sources: Storn & Price 1997 (rand/1, best/1, binomial crossover); Zhang & Sanderson 2009 (JADE:
 current-to-pbest/1, archive of defeated parents); Tanabe & Fukunaga 2013 (SHADE: memory of
-successful F and CR; it draws p anew for every candidate, from [2 / P, 0.2], and begins at a CR of
-0.5, where p is fixed here, as in JADE, and CR begins at 0.9); Deb 2000 (feasible before
-infeasible).
+successful F and CR; it draws p for every candidate from [2 / P, 0.2] and starts with CR 0.5; here
+p is fixed, as in JADE, and CR starts at 0.9); Deb 2000 (feasible before infeasible).
 
 Shapes: P population, D dimensions.
 """
@@ -30,8 +29,8 @@ Bounds = Literal["midpoint", "clip", "reflect"]
 Init = Literal["lhs", "random"]
 
 ADAPTIVE = ("jade", "shade")
-SPREAD = 0.1  # scale of the Cauchy (F) and of the normal (CR) that adaptive strategies draw from
-JADE_RATE = 0.1  # c of JADE: how fast its means of F and CR follow the successful ones
+SPREAD = 0.1  # scale of the Cauchy (F) and the normal (CR) that adaptive strategies draw from
+JADE_RATE = 0.1  # c of JADE: update rate of its means of successful F and CR
 
 
 def default_population(dimensions: int) -> int:
@@ -45,7 +44,7 @@ def default_population(dimensions: int) -> int:
 
 
 def counter_rng(*key: int) -> np.random.Generator:
-    """The generator that belongs to `key`, e.g. (seed, generation)."""
+    """The random generator for `key`, e.g. (seed, generation)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
@@ -57,7 +56,7 @@ def latin_hypercube(rng: np.random.Generator, size: int, dimensions: int) -> np.
 
 @dataclass(frozen=True)
 class Rules:
-    """How a population evolves; the arguments of DESampler have the same names and meanings."""
+    """How a population evolves; see the arguments of the same names of DESampler."""
 
     population_size: int
     strategy: Strategy = "shade"
@@ -71,7 +70,7 @@ class Rules:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot evolve."""
+        """Check the settings."""
         scales = self.F if isinstance(self.F, tuple) else (self.F, self.F)
         wanted = {
             "population_size": (self.population_size >= 4, "at least 4"),
@@ -100,24 +99,24 @@ class Offspring:
     number: int
     rows_PD: np.ndarray
     F_P: np.ndarray
-    """Scale of each slot's mutation; nan where the row was not bred, so earns no credit."""
+    """Scale of each slot's mutation; NaN for rows drawn at random, which earn no credit."""
     CR_P: np.ndarray
 
 
 @dataclass
 class Evolution:
-    """A population, and what its strategy remembers.
+    """A population, and its strategy's memory.
 
-    `absorb` tells it values, `propose` draws the next generation.
+    `propose` draws the next generation, `absorb` takes the values of its candidates.
     """
 
     rules: Rules
     simplex_D: np.ndarray
     """Which columns are weights that stay on the simplex, bool."""
     nominal_D: np.ndarray
-    """Which columns are categories, whose differences mean nothing, bool."""
+    """Which columns are categories, whose differences have no meaning, bool."""
     visible: Callable[[np.ndarray], np.ndarray] = lambda rows_PD: rows_PD
-    """Rows as the objective sees them (steps and categories rounded): tells duplicates."""
+    """Rows as the objective sees them (steps and categories rounded), to find duplicates."""
 
     rows_PD: np.ndarray = field(init=False)
     values_P: np.ndarray = field(init=False)
@@ -127,10 +126,10 @@ class Evolution:
     memory_CR: np.ndarray = field(init=False)
     next_memory: int = field(default=0, init=False)
     seen: set[bytes] = field(default_factory=set, init=False)
-    """Every row that was ever told a value, as the objective saw it."""
+    """The initial rows and every row that was absorbed, as the objective saw them."""
 
     def __post_init__(self) -> None:
-        """Start with empty slots: their rows stand in until a value is told."""
+        """Start with empty slots, whose random rows are placeholders without values."""
         rules, size = self.rules, self.rules.population_size
         self.rows_PD = self._drawn(counter_rng(rules.seed, 0), size)
         self.values_P = np.full(size, np.inf)
@@ -172,7 +171,7 @@ class Evolution:
             rows_PD: the candidates.
             values_P: their values, smaller is better.
             violations_P: by how much each violates its constraints, 0 when feasible.
-            F_P: the scale each was bred with; nan where it was not bred.
+            F_P: the mutation scale of each; NaN if it was not bred.
             CR_P: its crossover rate.
             generation: keys the random choice of what leaves a full archive.
         """
@@ -183,7 +182,7 @@ class Evolution:
         wins_P = nearer_P | ((violations_P == was_P) & (values_P <= before_P))
         improves_P = wins_P & (nearer_P | (values_P < before_P))
         defeated_P = improves_P & np.isfinite(was_P)
-        with np.errstate(invalid="ignore"):  # inf - inf, of a candidate that improves nothing
+        with np.errstate(invalid="ignore"):  # inf - inf, for candidates without improvement
             gains_P = np.where(nearer_P, was_P - violations_P, before_P - values_P)
         self._archive(self.rows_PD[slots[defeated_P]], generation)
         winners = slots[wins_P]
@@ -196,16 +195,16 @@ class Evolution:
             self._learn(*(each_P[credited_P] for each_P in learned))
 
     def copied(self) -> "Evolution":
-        """One that goes on by itself, from the same state."""
+        """An independent copy."""
         twin = copy.copy(self)
         vars(twin).update({name: copy.copy(value) for name, value in vars(self).items()})
         return twin
 
     def keep_columns(self, kept_D: np.ndarray) -> None:
-        """Go on in fewer dimensions: `kept_D` is a bool for every present column."""
+        """Drop dimensions: `kept_D` is a bool for every current column."""
         self.simplex_D, self.nominal_D = self.simplex_D[kept_D], self.nominal_D[kept_D]
         self.rows_PD, self.archive_AD = self.rows_PD[:, kept_D], self.archive_AD[:, kept_D]
-        self.seen.clear()  # in more columns
+        self.seen.clear()  # its rows have more columns
 
     def order(self) -> np.ndarray:
         """Slots from best to worst by Deb's rules."""
@@ -227,15 +226,15 @@ class Evolution:
             return rng.uniform(low, high, size), np.full(size, rules.CR)
         chosen = rng.integers(len(self.memory_F), size=size)
         CR_P = np.clip(rng.normal(self.memory_CR[chosen], SPREAD), 0.0, 1.0)
-        # A Cauchy restricted to F > 0 by inverting its distribution, then cut at 1: the papers'
-        # "draw again while F <= 0" without a loop of unknown length.
+        # A Cauchy truncated to F > 0 by inverting its distribution, then clipped at 1: the
+        # papers' "draw again while F <= 0" without a loop of unknown length.
         below = 0.5 - np.arctan(self.memory_F[chosen] / SPREAD) / np.pi
         quantile = below + (1 - below) * rng.random(size)
         F_P = self.memory_F[chosen] + SPREAD * np.tan(np.pi * (quantile - 0.5))
         return np.clip(F_P, np.finfo(float).tiny, 1.0), CR_P
 
     def _mutated(self, rng: np.random.Generator, F_P: np.ndarray) -> np.ndarray:
-        """Base + F (attractor - base) + F (plus - minus), the one form of all strategies."""
+        """Base + F (attractor - base) + F (plus - minus), the common form of all strategies."""
         strategy, size = self.rules.strategy, self.rules.population_size
         own = np.arange(size)
         ranked = self.order()
@@ -279,14 +278,14 @@ class Evolution:
                 inside_PD = 1 - np.abs(1 - np.mod(rows_PD, 2.0))
         if self.simplex_D.any():
             weights_PK = rows_PD[:, self.simplex_D]
-            # Crossover may pick entries <= 0 alone.  The donor sums to 1, so it has others.
+            # Crossover may pick only entries <= 0.  The donor sums to 1, so it has positive ones.
             hopeless_P1 = ~(weights_PK > 0).any(axis=1, keepdims=True)
             weights_PK = np.where(hopeless_P1, donors_PD[:, self.simplex_D], weights_PK)
             inside_PD[:, self.simplex_D] = onto_simplex(weights_PK)
         return inside_PD
 
     def _without_duplicates(self, rng: np.random.Generator, drawn: Offspring) -> Offspring:
-        """Replace rows that were tried before, or by an earlier slot, by fresh points."""
+        """Replace rows tried before, or drawn for an earlier slot, by new random points."""
         size = len(drawn.rows_PD)
         again_P = np.zeros(size, dtype=bool)
         earlier: set[bytes] = set()
@@ -301,11 +300,11 @@ class Evolution:
         return Offspring(drawn.number, rows_PD, F_P, CR_P)
 
     def _keys(self, rows_PD: np.ndarray) -> list[bytes]:
-        """What tells rows apart; + 0.0 makes -0.0 and 0.0 one."""
+        """Keys that identify rows; + 0.0 turns -0.0 into 0.0."""
         return [row.tobytes() for row in np.ascontiguousarray(self.visible(rows_PD) + 0.0)]
 
     def _archive(self, parents_AD: np.ndarray, generation: int) -> None:
-        """Keep defeated parents; random ones leave when there is no more room."""
+        """Archive defeated parents; if the archive is full, random ones are dropped."""
         room = round(self.rules.archive_rate * self.rules.population_size)
         self.archive_AD = np.concatenate([self.archive_AD, parents_AD])
         excess = len(self.archive_AD) - room
@@ -317,12 +316,12 @@ class Evolution:
     def _learn(
         self, F_S: np.ndarray, CR_S: np.ndarray, gains_S: np.ndarray, nearer_S: np.ndarray
     ) -> None:
-        """Remember the scales of the S candidates that beat their parents.
+        """Update the memory of F and CR from the S candidates that beat their parents.
 
         Args:
-            F_S: their scales.
+            F_S: their mutation scales.
             CR_S: their crossover rates.
-            gains_S: by how much each has less violation, or else a smaller value.
+            gains_S: how much each reduced the violation, or else the value.
             nearer_S: which of the two, True for violation.
         """
         if self.rules.strategy == "jade":  # Zhang & Sanderson 2009, eqs. 9 to 12
@@ -333,7 +332,7 @@ class Evolution:
         finite = np.isfinite(gains_S)
         gains_S = np.where(finite, gains_S, 1.0) if not finite.all() else gains_S
         if nearer_S.any() and not nearer_S.all():
-            # The paper knows values alone; the units of constraints must not outweigh theirs.
+            # The paper has only values; the scale of constraints must not outweigh theirs.
             for kind_S in (nearer_S, ~nearer_S):
                 gains_S[kind_S] /= gains_S[kind_S].mean()
         self.memory_F[self.next_memory] = _lehmer(F_S, gains_S)
@@ -346,7 +345,7 @@ def has_converged(
 ) -> bool:
     """Scipy's criterion: std of the population's values <= absolute + relative * |mean|.
 
-    Never so where a member is infeasible, as in scipy: constraints come before values.
+    False while any member is infeasible, as in scipy: constraints come before values.
     """
     if violations_P.any() or not np.isfinite(values_P).all():
         return False
@@ -365,10 +364,10 @@ def minimise(
 
     Args:
         objective: rows (P, D) -> values (P,), smaller is better.
-        evolution: the population, as yet without values.
-        generations: the most to draw.
-        relative: share of the mean value in `has_converged`.
-        absolute: the other term of `has_converged`.
+        evolution: the population, without values so far.
+        generations: maximum number to draw.
+        relative: see `has_converged`.
+        absolute: see `has_converged`.
 
     Returns:
         Every row tried (M, D) and its value (M,), in order.
@@ -397,7 +396,7 @@ def minimise(
 
 
 def _others(rng: np.random.Generator, size: int, *taken: np.ndarray) -> np.ndarray:
-    """For each slot a uniform index below `size` that is none of its taken ones."""
+    """For each slot a uniform index below `size`, different from its taken ones."""
     index = rng.integers(size - len(taken), size=len(taken[0]))
     for used in np.sort(np.stack(taken), axis=0):
         index = index + (index >= used)
@@ -411,7 +410,7 @@ def _recategorised(
     attractor_PD: np.ndarray,
     differs_PD: np.ndarray,
 ) -> np.ndarray:
-    """Mutation of categories: a non-zero difference, scaled by F, is a chance F of a new draw."""
+    """Mutation of categories: where two others differ, a new draw with probability F."""
     chance_P1 = F_P[:, None]
     to_attractor = rng.random(base_PD.shape) < chance_P1
     anew = differs_PD & (rng.random(base_PD.shape) < chance_P1)

@@ -19,8 +19,8 @@ from kd.weightings.found import (
 )
 from kd.weightings.objectives import MixtureNLL
 
-CENTRING = 0.1  # by how much a step brings the weights nearer to the optimum
-NEGLIGIBLE = 1e-3  # weights below this are rounded to 0 when the certificate allows it
+CENTRING = 0.1  # each step aims at this share of the mean of w z
+NEGLIGIBLE = 1e-3  # weights below this are rounded to 0 if the certificate allows it
 
 
 @component
@@ -29,22 +29,22 @@ class ExpectationMaximization:
 
     With g_k = mean_n p_k(label_n) / sum_j w_j p_j(label_n), a step of EM is w_k <- w_k g_k, and
     NLL(w) - min NLL <= max_k g_k - 1 (duality gap; Dempster, Laird & Rubin 1977; Cover 1984).
-    But where members are almost equally good, that takes EM more steps than anybody waits for.
+    But where members are almost equally good, EM takes far too many steps.
 
     min NLL(w) + sum_k w_k over w >= 0 has the same solution: 1 - g = z >= 0 and w z = 0.  An
     interior-point method follows w_k z_k = m for m -> 0 (Boyd & Vandenberghe 2004, section 11.7;
-    the relaxed sum: Kim, Carbonetto, Stephens & Anitescu 2020).  There the normalised weights'
-    gap is K m, however small the members' differences are, so some 20 steps do.
+    the relaxed sum: Kim, Carbonetto, Stephens & Anitescu 2020).  The normalised weights' gap is
+    then K m, however little the members differ, so some 20 steps suffice.
     """
 
     kind: Literal["expectation_maximization"] = "expectation_maximization"
     tolerance: float = 1e-12
-    """Certified distance from the least NLL at which it stops."""
+    """Stop at this certified distance from the least NLL."""
     iterations: int = 100
-    """The most steps; the gap that is reached is reported."""
+    """Maximum number of steps; the gap reached is reported."""
 
     def __post_init__(self) -> None:
-        """Refuse tolerances that can never be reached."""
+        """Check the settings."""
         require(self.tolerance > 0, "tolerance", self.tolerance, "above 0")
         require(self.iterations >= 1, "iterations", self.iterations, "at least 1")
 
@@ -56,7 +56,7 @@ class ExpectationMaximization:
         seed: int,
         study_path: Path | None = None,
     ) -> Found:
-        """The weights of least NLL on these samples; nothing is random, nothing is shrunk."""
+        """The weights of least NLL on these samples, deterministic and without shrinkage."""
         check_logits(logits_KNC, labels_N, names)
         nll = MixtureNLL(logits_KNC, labels_N)
         if nothing_to_search(logits_KNC):
@@ -93,7 +93,7 @@ class ExpectationMaximization:
         return path[-1], max(0.0, _gap(likelihoods_KN, path[-1])), path
 
     def _rounded(self, likelihoods_KN: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
-        """The weights without negligible ones, as far as that stays within tolerance."""
+        """Set negligible weights to 0, as long as the gap stays within tolerance."""
         for member in np.argsort(weights_K, kind="stable"):
             if weights_K[member] < NEGLIGIBLE:
                 without_K = weights_K.copy()
@@ -107,10 +107,10 @@ class ExpectationMaximization:
 def _stepped(
     likelihoods_KN: np.ndarray, weights_K: np.ndarray, prices_K: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A primal-dual Newton step towards w z = a tenth of its present mean.
+    """A primal-dual Newton step towards w z = a tenth of its current mean.
 
-    The Hessian of the NLL is that of least squares, J'J; sqrt(w) scales it, so that the system
-    stays well-conditioned while weights go to 0.
+    The Hessian of the NLL is that of least squares, J'J; scaling by sqrt(w) keeps the system
+    well-conditioned as weights go to 0.
     """
     mixed_N, gains_K = _mixed_and_gains(likelihoods_KN, weights_K)
     aim = CENTRING * (weights_K @ prices_K) / len(weights_K)
@@ -123,7 +123,7 @@ def _stepped(
 
 
 def _inside(values_K: np.ndarray, step_K: np.ndarray) -> np.ndarray:
-    """The values after the step, or after as much of it as leaves a tenth of each."""
+    """The values after the step, shortened to leave at least a tenth of each value."""
     shrinks = float((-step_K / values_K).max())
     stepped_K: np.ndarray = values_K + min(1.0, 0.9 / max(shrinks, 0.9)) * step_K
     return stepped_K
@@ -138,5 +138,5 @@ def _mixed_and_gains(
 
 
 def _gap(likelihoods_KN: np.ndarray, weights_K: np.ndarray) -> float:
-    """How far the NLL of weights that sum to 1 may be above the least one."""
+    """Bound on how far the NLL of weights that sum to 1 is above the least one."""
     return float(_mixed_and_gains(likelihoods_KN, weights_K)[1].max() - 1)

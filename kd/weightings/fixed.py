@@ -17,7 +17,7 @@ class Fixed:
 
     kind: Literal["fixed"] = "fixed"
     weights: dict[str, float]
-    """Weight of each member by name, none negative; divided by their sum."""
+    """Weight of each member by name, non-negative; normalised to sum to 1."""
 
     def __post_init__(self) -> None:
         """Refuse negative or non-finite weights, and all zeros."""

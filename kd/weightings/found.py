@@ -1,4 +1,4 @@
-"""What a weighting gives back, and what it asks of its input.
+"""The result of a weighting, and checks of its input.
 
 Shapes: K members, N samples, C classes, G generations, M candidates tried.
 """
@@ -10,12 +10,12 @@ import numpy as np
 from kd.component import ConfigError
 from kd.weightings.objectives import Objective
 
-SAMPLES_PER_MEMBER = 100  # below, validation noise moves the weights more than the members do
+SAMPLES_PER_MEMBER = 100  # with fewer, validation noise affects weights more than members do
 
 
 @dataclass(frozen=True)
 class History:
-    """How a search went, generation by generation."""
+    """A search's progress by generation."""
 
     evaluations_G: np.ndarray
     """Candidates evaluated so far."""
@@ -49,7 +49,7 @@ class Found:
     shrinkage: float | None = None
     """How far towards uniform, in [0, 1], cross-validation moved the weights."""
     temperature: float | None = None
-    """The temperature found together with the weights, where one was asked for."""
+    """The temperature found together with the weights, if one was searched."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -73,7 +73,7 @@ def one_step(weights_K: np.ndarray, value: float) -> History:
 
 
 def uniform_found(names: tuple[str, ...], objective: Objective) -> Found:
-    """Uniform weights, for a search that has nothing to choose from."""
+    """Uniform weights, for when there is nothing to search."""
     weights_K = np.full(len(names), 1 / len(names))
     value = float(objective(weights_K[None])[0])
     return Found(names, weights_K, value, one_step(weights_K, value), evaluations=1)
@@ -82,7 +82,7 @@ def uniform_found(names: tuple[str, ...], objective: Objective) -> Found:
 def population_history(tried_MK: np.ndarray, values_M: np.ndarray, size: int) -> History:
     """The history of a search that tried `size` candidates per generation, slot by slot.
 
-    A slot's occupant is its best candidate so far; a candidate without a value (nan) never is.
+    A slot's occupant is its best candidate so far; candidates without a value (NaN) are ignored.
     """
     num_generations = -(-len(values_M) // size)
     padded = np.full(num_generations * size, np.inf)
@@ -102,11 +102,11 @@ def population_history(tried_MK: np.ndarray, values_M: np.ndarray, size: int) ->
 
 
 def check_logits(logits_KNC: np.ndarray, labels_N: np.ndarray, names: tuple[str, ...]) -> None:
-    """Refuse validation logits that no weights can be found on.
+    """Check validation logits and labels.
 
     Raises:
         ConfigError: wrong shapes or types, no samples, duplicate or missing names, labels out
-            of range, or logits that are not finite; it says which member or sample.
+            of range, or non-finite logits; the message names the member or sample.
     """
     if logits_KNC.ndim != 3 or labels_N.shape != logits_KNC.shape[1:2]:
         raise ConfigError(
@@ -136,12 +136,12 @@ def check_logits(logits_KNC: np.ndarray, labels_N: np.ndarray, names: tuple[str,
 
 
 def nothing_to_search(logits_KNC: np.ndarray) -> bool:
-    """Whether uniform weights are the answer: one member, or members that are all the same."""
+    """Whether all weights are equivalent: one member, or members with identical logits."""
     return bool((logits_KNC == logits_KNC[0]).all())
 
 
 def few_samples_warning(num_samples: int, num_members: int) -> tuple[str, ...]:
-    """A warning when there are fewer than 100 validation samples per member."""
+    """A warning if there are fewer than 100 validation samples per member."""
     if num_samples >= SAMPLES_PER_MEMBER * num_members:
         return ()
     return (

@@ -1,4 +1,4 @@
-"""Ensemble selection: add the member that helps most, again and again."""
+"""Ensemble selection: repeatedly add the member that helps most."""
 
 from pathlib import Path
 from typing import Literal
@@ -31,10 +31,10 @@ class Greedy:
     mixing: Mixing = "probabilities"
     """Whether the ensemble averages probabilities or logits."""
     steps: int = 100
-    """Selections; weights are multiples of 1/steps at the finest."""
+    """Number of selections; the weights are multiples of 1/n, n <= steps."""
 
     def __post_init__(self) -> None:
-        """Refuse an ensemble of none."""
+        """Refuse an empty ensemble."""
         require(self.steps >= 1, "steps", self.steps, "at least 1")
 
     def find(
@@ -45,7 +45,7 @@ class Greedy:
         seed: int,
         study_path: Path | None = None,
     ) -> Found:
-        """Select `steps` times; the best ensemble on the way wins, the earliest of equals."""
+        """Select `steps` times; the best ensemble of all steps wins, the earliest on ties."""
         check_logits(logits_KNC, labels_N, names)
         objective = objective_on(logits_KNC, labels_N, self.objective, self.mixing)
         if nothing_to_search(logits_KNC):

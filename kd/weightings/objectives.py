@@ -1,8 +1,8 @@
-"""What a weight vector is worth on cached validation logits: exact, and fast.
+"""Exact and fast objectives for weight vectors, on cached validation logits.
 
-Every objective takes P candidates at once and returns P values, smaller is better.  The algebra
-does the work: the mixture's NLL needs only the true-class column, its Brier score is a quadratic
-form in the weights, and its accuracy needs only the rivals that can ever win.
+Every objective takes P candidates at once and returns P values, smaller is better.  They are fast
+because the mixture's NLL needs only the true-class column, its Brier score is a quadratic form in
+the weights, and its accuracy needs only the rival classes that can ever win.
 
 Shapes: P candidates, K members, N samples, C classes, R rivals.
 """
@@ -16,10 +16,10 @@ Measure = Literal["nll", "accuracy", "brier"]
 Mixing = Literal["probabilities", "logits"]
 Objective = Callable[[np.ndarray], np.ndarray]
 
-TIE_BREAK = 0.9  # of one error: NLL orders candidates that are equally often wrong
-LOG_TEMPERATURE = np.log(8.0)  # joint temperatures lie in [1/8, 8], on a logarithmic scale
-CHUNK = 2000  # samples whose P x CHUNK block stays in the L2 cache
-RIVALS_CHUNK = 4000  # samples whose rivals are looked at together; float32, so twice as many
+TIE_BREAK = 0.9  # weight of NLL in units of one error: orders candidates with equal error rates
+LOG_TEMPERATURE = np.log(8.0)  # searched temperatures lie in [1/8, 8], on a logarithmic scale
+CHUNK = 2000  # samples at a time: a P x CHUNK block fits into the L2 cache
+RIVALS_CHUNK = 4000  # likewise for rivals; in float32, so twice as many
 FACTORS = 8  # values per logarithm in `_sum_of_logs`
 
 
@@ -36,7 +36,7 @@ def mixed_log_probs(
 ) -> np.ndarray:
     """Log-probabilities of one weighted ensemble: (N, C).
 
-    `probabilities` mixes softmax(z_k / T); `logits` is softmax(sum_k w_k z_k / T), another
+    `probabilities` mixes softmax(z_k / T); `logits` is softmax(sum_k w_k z_k / T), a different
     estimator: the normalised geometric mean.
     """
     if mixing == "logits":
@@ -56,14 +56,14 @@ def objective_on(
     *,
     temperature: bool = False,
 ) -> Objective:
-    """The objective that `measure` and `mixing` name, on these validation logits.
+    """The objective for `measure` and `mixing` on these validation logits.
 
     Args:
         logits_KNC: every member's logits, finite.
         labels_N: true classes.
         measure: "nll", "brier", or "accuracy": the error rate, ties broken by NLL.
         mixing: average "probabilities" or "logits".
-        temperature: candidates carry one more column u in [0, 1], which stands for the
+        temperature: candidates have one more column u in [0, 1], which encodes the
             temperature T = 8 ** (2 u - 1) that divides all logits.
     """
     if temperature:
@@ -92,8 +92,8 @@ class MixtureNLL:
         Args:
             logits_KNC: every member's logits.
             labels_N: true classes.
-            dtype: float32 halves the time and is good to about 1e-7; a search down to 1e-6 and
-                below needs float64.
+            dtype: float32 halves the time and is accurate to about 1e-7; searches to 1e-6 or
+                below need float64.
         """
         true_KN = log_probs(logits_KNC)[:, np.arange(len(labels_N)), labels_N]
         top_N = true_KN.max(axis=0)
@@ -114,7 +114,7 @@ class MixtureBrier:
     """Mean squared distance of mixture and one-hot label, as w' M w.
 
     With residuals r_k = p_k - onehot and weights that sum to 1, the mixture's residual is
-    sum_k w_k r_k, so M_kj = mean_n <r_k, r_j> is all that is needed of the samples.
+    sum_k w_k r_k, so M_kj = mean_n <r_k, r_j> is all that is needed from the samples.
     """
 
     def __init__(self, logits_KNC: np.ndarray, labels_N: np.ndarray) -> None:
@@ -134,7 +134,7 @@ class GeometricNLL:
     """Mean over samples of -log softmax(sum_k w_k z_k)[label]."""
 
     def __init__(self, logits_KNC: np.ndarray, labels_N: np.ndarray) -> None:
-        """Cache the logits relative to the label's: (K, C, N), so classes are added in turn."""
+        """Cache the logits relative to the label's, with the classes first: (C, K, N)."""
         true_KN1 = logits_KNC[:, np.arange(len(labels_N)), labels_N][:, :, None]
         relative_KNC = logits_KNC.astype(np.float64) - true_KN1
         self.relative_CKN = np.ascontiguousarray(relative_KNC.transpose(2, 0, 1))
@@ -154,7 +154,7 @@ class GeometricBrier:
     """Mean squared distance of softmax(sum_k w_k z_k) and one-hot label."""
 
     def __init__(self, logits_KNC: np.ndarray, labels_N: np.ndarray) -> None:
-        """Keep what each candidate must read in full."""
+        """Keep logits and labels, which each candidate needs in full."""
         self.logits_KNC, self.labels_N = logits_KNC, labels_N
 
     def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
@@ -165,22 +165,22 @@ class GeometricBrier:
 
 
 class ErrorRate:
-    """Share of samples whose label does not win, with every rival that cannot matter removed.
+    """Share of samples whose label does not win, without the rival classes that cannot matter.
 
     Exact on the simplex, for scores that mix linearly (probabilities, or logits averaged as
     logits).  A rival that trails the label in every member can never win; one that leads it in
     every member always does, which decides the sample; one that trails another rival in every
-    member is beaten whenever that one is.  Ties go to the lower class index, as in argmax.
+    member is redundant.  Ties go to the lower class index, as in argmax.
 
-    Candidates are counted in float32, whose rounding is bounded; one that has a sample within
-    the bound is counted again in float64.
+    Errors are counted in float32 with a bound on rounding; candidates that have a sample within
+    the bound are counted again in float64.
     """
 
     def __init__(self, scores_KNC: np.ndarray, labels_N: np.ndarray) -> None:
         """Keep, per sample, the margins label - rival of the rivals that can win.
 
-        Samples are sorted by how many rivals they keep, so that rival number r of all samples
-        that have so many is one contiguous block.
+        Samples are sorted by their number of rivals, so that the r-th rivals of all samples that
+        have that many form one contiguous block.
         """
         self.num_samples = len(labels_N)
         parts = [
@@ -218,23 +218,23 @@ class ErrorRate:
 
 
 class _Rivals:
-    """Some samples' rivals: how many of the samples does any of them win?
+    """The rivals of some samples; counts the samples in which any rival wins.
 
     Columns are the first rival of every sample, then the second of those that have one, ...
     """
 
     def __init__(self, margins_KM: np.ndarray, ties_M: np.ndarray, widths: list[int]) -> None:
-        """Scale each pair's margins to at most 1, which no sign notices, for float32."""
+        """Scale each pair's margins to at most 1 for float32, which changes no sign."""
         self.margins_KM, self.widths = margins_KM, widths
-        # margin < least positive float is margin <= 0: a rival of lower index wins ties.
+        # margin < least positive float means margin <= 0: a rival of lower index wins ties.
         self.least_M = np.where(ties_M, np.nextafter(0.0, 1.0), 0.0)
         scaled_KM = margins_KM / np.abs(margins_KM).max(axis=0)
         self.scaled_KM = np.ascontiguousarray(scaled_KM, dtype=np.float32)
-        # Both factors of K products rounded, and K sums (Higham 2002, section 3.1), twice over.
+        # Rounding of K products' factors, and of K sums (Higham 2002, section 3.1), doubled.
         self.slack = np.float32((len(margins_KM) + 2) * np.finfo(np.float32).eps)
 
     def bounds(self, weights_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The least and the most samples lost that float32 weights allow: (P,) and (P,)."""
+        """Lower and upper bounds on the samples lost, from float32 weights: (P,) and (P,)."""
         worst_PN = self._folded(np.minimum, weights_PK @ self.scaled_KM)
         return _row_counts(worst_PN < -self.slack), _row_counts(worst_PN <= self.slack)
 
@@ -244,7 +244,7 @@ class _Rivals:
         return _row_counts(self._folded(np.logical_or, wins_PM))
 
     def _folded(self, fold: np.ufunc, values_PM: np.ndarray) -> np.ndarray:
-        """Fold the values of a sample's rivals, in place, into that of its first: (P, N)."""
+        """Fold the values of a sample's rivals, in place, into its first rival's: (P, N)."""
         end = self.widths[0]
         folded_PN = values_PM[:, :end]
         for width in self.widths[1:]:
@@ -256,8 +256,8 @@ class _Rivals:
 class TieBrokenErrors:
     """Error rate + 0.9 below_an_error(NLL / NLL of uniform weights) / N.
 
-    The second term is less than one error, so it only orders candidates that are equally often
-    wrong, and gives plateaus a slope.
+    The second term is less than one error, so it only orders candidates with equal error rates,
+    and gives plateaus a slope.
     """
 
     def __init__(self, errors: Objective, nll: Objective, num_members: int, num_samples: int):
@@ -275,8 +275,8 @@ class TieBrokenErrors:
 
 
 def below_an_error(relative_P: np.ndarray) -> np.ndarray:
-    """The same up to 1, then ever slower up to 1.1: a single member's NLL is mostly above uniform
-    weights', and equally accurate members must still differ.
+    """The identity up to 1, then saturating at 1.1: a single member's NLL is mostly above that of
+    uniform weights, and equally accurate members must still differ.
     """
     bent_P: np.ndarray = np.minimum(relative_P, 1.0) + 0.1 * (1 - 1 / np.maximum(relative_P, 1.0))
     return bent_P
@@ -308,12 +308,12 @@ class _AtTemperature:
 
 
 def temperature_of(unit: float) -> float:
-    """The temperature that a column's value in [0, 1] stands for."""
+    """The temperature that a column's value in [0, 1] encodes."""
     return float(np.exp((2 * unit - 1) * LOG_TEMPERATURE))
 
 
 def sample_scores(log_probs_NC: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample's NLL and whether it is right: (N,) and (N,) bool."""
+    """Each sample's NLL and whether it is classified correctly: (N,) and (N,) bool."""
     nll_N = -log_probs_NC[np.arange(len(labels_N)), labels_N]
     return nll_N, log_probs_NC.argmax(axis=1) == labels_N
 
@@ -325,7 +325,7 @@ def _score(
     measure: Measure,
     mixing: Mixing,
 ) -> float:
-    """One candidate read in full: the plain way that the fast objectives must equal."""
+    """One candidate's score, computed directly; the fast objectives must equal it."""
     mixed_NC = mixed_log_probs(weights_K, logits_KNC, mixing)
     if measure == "brier":
         residuals_NC = np.exp(mixed_NC)
@@ -342,7 +342,7 @@ def _rivals(
 
     Returns:
         Sample index plus `start` (M,), margins label - rival per member (M, K), whether the
-        rival wins ties (M,), and how many samples every mixture gets wrong.
+        rival wins ties (M,), and the number of samples that every mixture gets wrong.
     """
     samples = np.arange(len(labels_N))
     margins_KNC = scores_KNC[:, samples, labels_N][:, :, None] - scores_KNC
@@ -356,7 +356,7 @@ def _rivals(
     kept_NR = np.take_along_axis(can_win_NC, rivals_NR, axis=1)
     ties_NR = np.take_along_axis(ties_NC, rivals_NR, axis=1)
     margins_KNR = np.take_along_axis(margins_KNC, rivals_NR[None], axis=2)
-    # [n, a, b]: whenever rival a wins, so does b, in any mixture.
+    # [n, a, b]: in any mixture, whenever rival a beats the label, so does b.
     implied_NRR = ~ties_NR[:, :, None] | ties_NR[:, None, :]
     for margins_NR in margins_KNR:
         implied_NRR &= margins_NR[:, None, :] <= margins_NR[:, :, None]
@@ -372,8 +372,8 @@ def _rivals(
 def _sum_of_logs(values_PN: np.ndarray) -> np.ndarray:
     """Sum over samples of log(values), values in [0, 1]: (P,) float64.
 
-    One logarithm per product of 8 values, which is 3 times faster; where a product comes near
-    underflow, one per value.
+    One logarithm per product of 8 values, which is 3 times faster; one per value if a product
+    is near underflow.
     """
     width = values_PN.shape[1] // FACTORS
     tiny = np.finfo(values_PN.dtype).tiny
@@ -389,7 +389,7 @@ def _sum_of_logs(values_PN: np.ndarray) -> np.ndarray:
 
 
 def _row_counts(true_PN: np.ndarray) -> np.ndarray:
-    """How many of each row are true: (P,); row by row, 10 times faster than a sum by axis."""
+    """Number of true values per row: (P,); row by row is 10 times faster than a sum by axis."""
     return np.array([np.count_nonzero(true_N) for true_N in true_PN], dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""The record of a weight set: what it gained on samples it had not seen.
+"""The record of a weight set: its gain on held-out samples.
 
 Shapes: K members, N samples, C classes.
 """
@@ -30,7 +30,7 @@ class HeldOut:
     """Whether the sample was classified correctly, bool."""
 
     def gain_over(self, other: "HeldOut") -> dict[str, float]:
-        """How much less NLL and more accuracy than `other`, with paired standard errors."""
+        """The reduction in NLL and gain in accuracy over `other`, with paired standard errors."""
         nll, nll_se = _mean_and_error(other.nll_N - self.nll_N)
         accuracy, accuracy_se = _mean_and_error(
             self.right_N.astype(float) - other.right_N.astype(float)
@@ -48,14 +48,14 @@ def cross_fitted(
     """Find weights on four folds, score the fifth, five times.
 
     Args:
-        weighting: how weights are found; a study is not kept.
+        weighting: how weights are found; without an Optuna study.
         logits_KNC: every member's validation logits.
         labels_N: true classes.
         names: the members, in order.
         seed: of the folds and of the searches.
 
     Raises:
-        ConfigError: fewer than 5 samples, or what the weighting refuses.
+        ConfigError: fewer than 5 samples, or the weighting refuses the input.
     """
     if isinstance(weighting, DifferentialEvolution):
         weighting = dataclasses.replace(weighting, study=False)
@@ -75,11 +75,11 @@ def weight_record(
     labels_N: np.ndarray,
     seed: int,
 ) -> dict[str, Any]:
-    """What weights.json says: the chosen weights beside the references, and the held-out gain.
+    """The content of weights.json: the chosen weights, the references, and the held-out gain.
 
     Args:
         weighting: the configured one.
-        found: what it found on these samples.
+        found: its result on these samples.
         logits_KNC: every member's validation logits.
         labels_N: true classes.
         seed: of the folds.
@@ -135,7 +135,7 @@ def _set_record(
 def _scores(
     weighting: "Weighting", found: Found, logits_KNC: np.ndarray, labels_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample's NLL and correctness under the ensemble that `weighting` means."""
+    """Each sample's NLL and correctness under the ensemble, mixed as `weighting` says."""
     mixing: Mixing = getattr(weighting, "mixing", "probabilities")
     mixed_NC = mixed_log_probs(found.weights_K, logits_KNC, mixing, found.temperature or 1.0)
     return sample_scores(mixed_NC, labels_N)

@@ -1,4 +1,4 @@
-"""The guard against overfitting: how far towards uniform do held-out samples want the weights?
+"""The guard against overfitting: shrink weights towards uniform, as far as held-out samples say.
 
 Shapes: K members, N samples, C classes, A shares.
 """
@@ -16,7 +16,7 @@ SHARES = np.arange(9) / 8  # 0 keeps the weights, 1 makes them uniform
 
 
 def folds(labels_N: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Five times (indices to fit on, indices held out), each class dealt out evenly.
+    """Five stratified folds, each as (indices to fit on, indices held out).
 
     Raises:
         ConfigError: fewer than five samples.
@@ -41,18 +41,18 @@ def shrinkage_by_cross_validation(
     num_members: int,
     seed: int,
 ) -> float:
-    """The share of uniform weights, in {0, 1/8, ..., 1}, that does best on held-out samples.
+    """The share of uniform weights, in {0, 1/8, ..., 1}, that is best on held-out samples.
 
     Args:
         fit: indices of samples -> the candidate found on them: weights (K,), or weights and
-            more columns, which are left as they are.
+            more columns, which are not changed.
         objective_on: indices of samples -> the objective on them.
-        labels_N: true classes, for even folds.
+        labels_N: true classes, for stratified folds.
         num_members: K.
         seed: shuffles the folds.
 
     Returns:
-        The share; the larger of equals, because it is the safer.
+        The share; on ties the larger one, which is safer.
     """
     total_A = np.zeros(len(SHARES))
     for fitted, held_out in folds(labels_N, seed):

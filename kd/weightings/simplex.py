@@ -9,8 +9,8 @@ import numpy as np
 def onto_simplex(points_PK: np.ndarray) -> np.ndarray:
     """Clip each row at 0 and divide it by its sum: (P, K) -> (P, K).
 
-    Weights that are exactly 0 stay reachable, which matters because optimal ensemble weights are
-    sparse; Euclidean projection reaches them too, but collapses whole populations onto faces.
+    Weights can become exactly 0, which matters because optimal ensemble weights are sparse;
+    Euclidean projection allows this too, but collapses whole populations onto faces.
     A row without a positive entry becomes uniform.
     """
     clipped_PK = np.clip(points_PK, 0.0, None)

@@ -1,4 +1,4 @@
-"""A search as tables, for `dvc plots` and the figures; shapes: K members, G generations."""
+"""A search's history as tables, for `dvc plots` and figures; K members, G generations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def convergence_rows(found: Found) -> list[dict[str, float]]:
 
 
 def path_rows(found: Found) -> list[dict[str, float]]:
-    """The best weights so far by generation, a column for each member."""
+    """The best weights so far by generation, one column per member."""
     return [
         {"generation": generation, **dict(zip(found.names, weights_K.tolist(), strict=True))}
         for generation, weights_K in enumerate(found.history.weights_GK)
@@ -40,7 +40,7 @@ def tried_rows(found: Found) -> list[dict[str, float]]:
 
 
 def weight_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of weights.json that are compared between experiments: held out, all of them."""
+    """The metrics of weights.json for comparing experiments, all of them held out."""
     return {
         "held_out_nll": {name: found["held_out_nll"] for name, found in record["sets"].items()},
         "held_out_accuracy": {

@@ -12,7 +12,7 @@ from kd.weightings.objectives import objective_on
 
 @component
 class Uniform:
-    """Weights 1/K: needs no validation data, and is what every other weighting must beat."""
+    """Weights 1/K: the baseline that every other weighting must beat."""
 
     kind: Literal["uniform"] = "uniform"
 
@@ -24,6 +24,6 @@ class Uniform:
         seed: int,
         study_path: Path | None = None,
     ) -> Found:
-        """1/K for each of `names`; the rest is ignored but for the NLL that is reported."""
+        """1/K for each of `names`; logits and labels serve only for the reported NLL."""
         check_logits(logits_KNC, labels_N, names)
         return uniform_found(names, objective_on(logits_KNC, labels_N))
