@@ -1,7 +1,7 @@
-"""learn(): one network's training, from its section of params.yaml to its folder.
+"""learn(): train one network, from its section of params.yaml to its folder of artifacts.
 
-The role decides nothing here: a teacher is taught by nobody, an assistant by an ensemble of
-one, a student by an ensemble of many, and all of them go the same way.
+All roles take the same path: a teacher has no teachers, an assistant an ensemble of one, and a
+student an ensemble of many.
 """
 
 import signal
@@ -44,21 +44,21 @@ class Role:
     model: Model
     recipe: Recipe
     seed: int
-    """Decides the initial weights and the order of images; a student's and its baselines' are
-    the same, so that they differ in their teachers alone."""
+    """Decides the initial weights and the order of images; a student and its baselines share it,
+    so that they differ only in how they are taught."""
     method: Method | None = None
-    """How it learns from its teachers; None where it has none."""
+    """How it learns; None: from labels."""
     teachers: Mapping[str, float] = field(default_factory=dict)
-    """Weight of each teacher by run name; empty: labels alone."""
+    """Weight of each teacher by run name; empty if it has none."""
     mixing: Mixing = "probabilities"
-    """What of the teachers is averaged."""
+    """Whether the teachers' probabilities or logits are averaged."""
     peers: Mapping[str, Model] = field(default_factory=dict)
-    """Networks that learn along with it."""
+    """Networks that train along with it."""
     generations: int = 1
-    """How often it is trained; each further generation is taught by the last alone."""
+    """How often it is trained; each further generation has the previous one as only teacher."""
 
     def is_taught(self) -> bool:
-        """Whether its method comes into play: one that needs teachers has them."""
+        """Whether its method is used: it needs no teachers, or has them."""
         needs = self.method.resolved().needs if self.method else "teachers"
         return bool(self.teachers) or self.generations > 1 or needs != "teachers"
 
@@ -83,9 +83,9 @@ def learn(role: Role, run: Run) -> None:
 
 
 def settled(role: Role, record: Mapping[str, Any], device: str) -> Recipe:
-    """The role's recipe with all chosen that it left to this machine.
+    """The role's recipe with its `auto` settings resolved for this machine.
 
-    Measured once and then remembered, since a repetition must make the same bytes.
+    They are measured once and cached, so that repeated runs are bit-identical.
     """
     recipe = role.recipe
     if "auto" not in {getattr(recipe, name) for name in CHOICES}:
@@ -117,7 +117,7 @@ def settled(role: Role, record: Mapping[str, Any], device: str) -> Recipe:
 def keep(
     role: Role, described: Manifest, module: nn.Module, history: Sequence[Epoch], run: Run
 ) -> None:
-    """Write what was trained, and how well."""
+    """Save the trained network and its metrics, and log them."""
     folder = artifacts.folder(role.run_name)
     written = manifest.save(folder, module.cpu(), described)
     artifacts.write_curves(folder / "curves.csv", history)
@@ -137,7 +137,7 @@ def train(
     run: Run,
     stop: Callable[[], bool],
 ) -> tuple[nn.Module, list[Epoch]]:
-    """One generation of a role: the trained network, and its epochs."""
+    """Train one generation of a role; returns the network and its epochs."""
     seed = role.seed if generation == 0 else key("generation", role.seed, generation)
     torch.manual_seed(key("weights", seed))
     val = Images.load(artifacts.DATA, "val", device=described.device)
@@ -171,9 +171,9 @@ def taught(
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     on_resume: Callable[[list[Epoch]], None] = lambda history: None,
 ) -> tuple[nn.Module, list[Epoch]]:
-    """`network` after a training by its role, without what trained along with it; its epochs."""
+    """Train `network` by its role; returns it, without its learner or peers, and its epochs."""
     method = role.method.resolved() if role.method else None
-    # An ensemble alone is not enough: of a second generation's, methods with peers hear nothing.
+    # Having an ensemble is not enough: methods with peers ignore that of a second generation.
     listens = ensemble is not None and method is not None and method.needs == "teachers"
     learns_from_pool = listens or (method is not None and method.uses_pool)
     images, epoch_steps = training_images(role, described.device, learns_from_pool)
@@ -183,7 +183,7 @@ def taught(
         members = ensemble.described() if ensemble else None
         learner = surrounded(network, method, peers, members)
     size = sum(t.numel() * t.element_size() for t in learner.state_dict().values())
-    artifacts.check_space(Path.cwd(), 8 * size)  # weights, mean, two optimiser states; twice
+    artifacts.check_space(Path.cwd(), 8 * size)  # weights, mean and two optimiser states, twice
     progress = Progress(role.run_name, role.recipe.epochs, epoch_steps)
 
     def tell(epoch: Epoch) -> None:
@@ -212,16 +212,16 @@ def taught(
 
 
 def checkpoint_of(described: Manifest, generation: int) -> artifacts.DiskCheckpoint:
-    """Where a generation's state is kept while it trains."""
+    """The checkpoint of a generation in training."""
     return artifacts.DiskCheckpoint(described.name, [asdict(described), generation])
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """While the block runs, SIGTERM and Ctrl-C only note that we shall stop: a step is finished
-    and the state saved.  Then, or at a second signal, comes what the signal does otherwise.
+    """In the block, SIGTERM and Ctrl-C only set a flag: training finishes its step, saves its
+    state, and then the signal has its usual effect; a second signal has it at once.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
         yield lambda: False
         return
     heard = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -237,9 +237,9 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(asked)
     except Stopped as stopped:
-        with suppress(OSError):  # whoever listened may be gone: that is why we stop
+        with suppress(OSError):  # stdout may be closed, with whoever stopped us
             print(stopped, flush=True)
-        # Where it was another rank that was asked, none came here.
+        # If another rank got the signal, this one has none.
         number = signal.Signals(asked[0]) if asked else signal.SIGTERM
         signal.signal(number, usual.get(number, signal.SIG_IGN))
         signal.raise_signal(number)
@@ -250,7 +250,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def seed_of(seed: int, run_name: str) -> int:
-    """The experiment's seed made different for each network: equal seeds make equal assistants."""
+    """A network's own seed, from the experiment's: equal seeds would make equal assistants."""
     return key(run_name, seed)
 
 
@@ -260,10 +260,10 @@ def surrounded(
     peers: Mapping[str, nn.Module],
     members: Members | None = None,
 ) -> nn.Module:
-    """What is trained: a network, with what its method has learn along with it.
+    """The module to train: the network, with whatever its method trains along with it.
 
     Raises:
-        ConfigError: the peers are too few or too many, or the method cannot use such networks.
+        ConfigError: there are too few or too many peers, or the method cannot use these networks.
     """
     wanted = f"from {method.num_peers.start} to {method.num_peers.stop - 1} networks"
     require(len(peers) in method.num_peers, "peers", sorted(peers), wanted)
@@ -277,8 +277,7 @@ def try_learners(
     image_size: int,
     num_classes: int,
 ) -> None:
-    """Build all that is to learn once, and compute its loss, so that what cannot learn is found
-    before any work is done.
+    """Build every learner and compute its loss once, so that errors show before any work is done.
 
     Args:
         learners: Networks, their methods and their peers, by their path in params.yaml.
@@ -288,8 +287,8 @@ def try_learners(
 
     Raises:
         ConfigError: a model cannot be built, or does not turn such images into logits; a method
-            is not where it is said to be, cannot use these networks or so few classes, or has no
-            loss; or the user's own code raises something.
+            cannot be imported, cannot use these networks or so few classes, or returns no valid
+            loss; or the user's own code raises.
     """
     shape = {"channels": channels, "image_size": image_size, "num_classes": num_classes}
     for path, (model, method, peers) in learners.items():
@@ -311,13 +310,13 @@ def try_loss(
     image_shape: tuple[int, int, int],
     num_classes: int,
 ) -> None:
-    """Compute a method's loss of random images once, under random teachers where it needs any.
+    """Compute a method's loss on random images once, with random teachers if it needs any.
 
     Raises:
-        ConfigError: it cannot use these networks or so few classes, or its loss is no scalar that
-            they can learn from.
+        ConfigError: it cannot use these networks or so few classes, or its loss is not a scalar
+            with a gradient.
     """
-    # Of different sizes, or a wrong shape could be broadcast.
+    # Sizes that all differ, or a wrong shape could be broadcast.
     batch, number = [size for size in (2, 3, 4) if size != num_classes][:2]
     labels_B = torch.arange(batch) - 1
     members, rows_BR = None, None
@@ -342,7 +341,7 @@ def try_loss(
 def describe(
     role: Role, record: Mapping[str, Any], teachers: tuple[Origin, ...], device: str
 ) -> Manifest:
-    """All that decides what the role learns; `record` is the data's."""
+    """The manifest: everything that determines the result; `record` describes the data."""
     return Manifest(
         name=role.run_name,
         role=role.role,
@@ -367,10 +366,9 @@ def describe(
 
 
 def training_images(role: Role, device: str, learns_from_pool: bool) -> tuple[Images, int]:
-    """What the role learns from, and the steps of an epoch: one pass over train and pool.
+    """The training images, and the steps of an epoch: one pass over train and pool.
 
-    Where the pool says nothing, as without teachers, only labelled images are shown, the more
-    often.
+    A role that cannot learn from the pool sees only the labelled images, correspondingly often.
     """
     load = partial(Images.load, artifacts.DATA, device=device, augment=role.recipe.augment)
     everything = load(("train", "pool"))
@@ -379,7 +377,7 @@ def training_images(role: Role, device: str, learns_from_pool: bool) -> tuple[Im
 
 
 def load_teachers(role: Role, data_hash: str) -> tuple[tuple[nn.Module, ...], tuple[Origin, ...]]:
-    """The role's teachers, and where they come from; refused where their own origins are gone."""
+    """The role's teachers and their origins; refused if data or teachers of theirs changed."""
     loaded = [manifest.load(artifacts.folder(name)) for name in role.teachers]
     present = {m.name: m.sha256 for _, m in loaded}
     for above in {origin.name for _, m in loaded for origin in m.teachers}:
@@ -390,14 +388,14 @@ def load_teachers(role: Role, data_hash: str) -> tuple[tuple[nn.Module, ...], tu
 
 
 def ensemble_of(role: Role, members: tuple[nn.Module, ...]) -> Ensemble | None:
-    """The role's teachers, weighed as it says; None where it has none."""
+    """The role's teachers with their weights; None if it has none."""
     names = tuple(name.removeprefix("assistants/") for name in role.teachers)
     weights_K = tuple(role.teachers.values())
     return Ensemble(members, weights_K, role.mixing, names) if members else None
 
 
 def progress_figures(model: nn.Module, val: Images) -> dict[str, float]:
-    """What is looked at on the validation split while training."""
+    """Validation metrics during training."""
     found = scores(predict(model, val), val.labels_N)
     return {"accuracy": found.accuracy, "nll": found.nll}
 
@@ -405,7 +403,7 @@ def progress_figures(model: nn.Module, val: Images) -> dict[str, float]:
 def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) -> dict[str, float]:
     """A trained network's metrics.json: validation, agreement with the teacher, size, budget.
 
-    It is measured where it was trained, since that device is ours for now.
+    Measured on the device it was trained on, which this process holds anyway.
     """
     val = Images.load(artifacts.DATA, "val", device=described.device)
     logits_NC = predict(module.to(described.device), val)
@@ -432,7 +430,7 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
 
 
 def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What tracked runs are compared by; sizes in millions."""
+    """The metrics for comparing tracked runs; sizes in millions."""
     return {
         **{name: value for name, value in metrics.items() if name.startswith("val_")},
         "params_m": metrics["parameters"] / 1e6,
@@ -443,7 +441,7 @@ def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def epoch_figures(epoch: Epoch) -> dict[str, float]:
-    """What the tracking run is told of an epoch."""
+    """The metrics of an epoch for the tracking run."""
     return {
         "train_loss": epoch.train_loss,
         "lr": epoch.lr,
