@@ -59,7 +59,7 @@ class AFD(Together):
     A critic learns to output 1 for the neighbour's features and 0 for its own network's (least
     squares).  Network k learns from k - 1, the first from the last.  Critics see the features
     before the last layer, normalised (training diverged without), and one optimiser updates all
-    parameters; the paper has feature maps and several optimisers: this project's own reading.
+    parameters; the paper has feature maps and several optimisers: our interpretation.
     """
 
     kind: Literal["afd"] = "afd"

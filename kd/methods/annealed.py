@@ -22,7 +22,7 @@ class AnnealedKD(Taught):
     steps, as 1 - (T - 1) / T_max does when the temperature T falls from T_max to 1.  Stage 2: the
     hard loss.  Logits are centred, since a softmax ignores their mean, and the distance is
     1 / 2C times the sum, which is the limit of the soft loss at high temperatures (Hinton 2015,
-    equation 4); both are this project's own reading.  An ensemble's logits are the logarithm of
+    equation 4); both are our interpretation.  An ensemble's logits are the logarithm of
     its soft targets at temperature 1.
     """
 

@@ -42,7 +42,7 @@ class BOC(Together):
     The first peer is the pseudo-teacher, as large as the uncompressed network; the student and
     any further peers are smaller.  The ensemble is the mean of all logits, detached.  The paper
     compares three blocks through 1x1 adapters; here the features before the last layer are
-    compared through a linear one, which fits any networks (this project's own reading).
+    compared through a linear one, which fits any networks (our interpretation).
     """
 
     kind: Literal["boc"] = "boc"

@@ -16,7 +16,7 @@ class ContinuationKD(Taught):
     """(1 - psi) max(0, distance to annealed logits - margin * factor) + psi * hard loss.
 
     psi rises from 0 to 1 over `handover`, the factor in `levels` steps.  The distance is that of
-    `annealed`, which states what is this project's own reading.
+    `annealed`; see there for what is our interpretation.
     """
 
     kind: Literal["continuation"] = "continuation"

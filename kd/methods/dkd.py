@@ -21,7 +21,7 @@ class DKD(SoftMethod):
 
     b is the pair (probability of the label, probability of all other classes).  The paper's
     weights of 1 for the hard loss and for this one correspond to alpha 0.5 and scale 2.  For an
-    unlabelled image the teachers' top class serves as label (this project's own reading).
+    unlabelled image the teachers' top class serves as label (our interpretation).
     With two classes the second term is zero: there is only one other class.
     """
 

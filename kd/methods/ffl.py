@@ -41,8 +41,8 @@ class FFL(Together):
     """Hard losses + rise * weight * (KL(mean || fused) + sum over networks of KL(fused || own)).
 
     The mean is of logits; every target is detached.  The paper fuses feature maps by convolution;
-    here the features before the last layer are fused, which fits any networks (this project's own
-    reading).  The student, the paper's sub-network, is what is kept.
+    here the features before the last layer are fused, which fits any networks (our
+    interpretation).  The student, the paper's sub-network, is what is kept.
     """
 
     kind: Literal["ffl"] = "ffl"

@@ -42,8 +42,8 @@ class Gated(SoftMethod):
 
     The gate sees each teacher's entropy and top log-probability at temperature 1, and learns from
     the hard loss of the student's teacher mixture at temperature 1.  The student's loss gives it
-    no gradient, or it would move the mixture towards the student.  Both are this project's own
-    reading: the paper's abstract names the gate, not its form.
+    no gradient, or it would move the mixture towards the student.  Both are our
+    interpretation: the paper's abstract names the gate, not its form.
     """
 
     kind: Literal["gated"] = "gated"

@@ -19,7 +19,7 @@ class MLKD(Taught):
 
     With P (B, C) the probabilities, image similarity is P P' and class similarity P' P; both are
     divided by B, and the squared differences summed, so that neither batch size nor number of
-    classes sets their scale (this project's own reading: the public code's sums grow with both).
+    classes sets their scale (our interpretation: the public code's sums grow with both).
     The public code sums over temperatures, with weight 0.9 each and 0.1 for labels; here they are
     averaged, so alpha 0.978 and scale 4.6 give its weights.
     The published recipe uses a weak and a strong view and trains twice as long as its baselines;

@@ -21,8 +21,8 @@ class ProKD(Together):
 
     The one peer is the teacher.  It trains on labels alone alongside the student, so the student
     follows its trajectory step by step and no checkpoints need be kept.  Both trainings are
-    equally long, and the student does not see the teacher after `regression` of it (this
-    project's own reading; in the paper the student follows a teacher that was trained
+    equally long, and the student does not see the teacher after `regression` of it (our
+    interpretation; in the paper the student follows a teacher that was trained
     beforehand to its end).  Distance and annealing are those of `annealed`.
     """
 

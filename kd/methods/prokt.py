@@ -19,8 +19,8 @@ class ProKT(Together):
     """Teacher: hard loss + nearness * KL(student || teacher).  Student: KD from the teacher.
 
     The one peer is the teacher; both start untrained and are updated together.  That divergence
-    stands for the paper's mirror descent, which keeps the teacher near; the exact form is this
-    project's own reading.
+    stands for the paper's mirror descent, which keeps the teacher near; the exact form is our
+    interpretation.
     """
 
     kind: Literal["prokt"] = "prokt"

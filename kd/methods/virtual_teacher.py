@@ -20,7 +20,7 @@ class VirtualTeacher(Learning):
 
     The virtual teacher gives the label probability `correct` and spreads the rest evenly over the
     other classes.  Its logits are the log of that, softened like any teacher's and compared at
-    the same temperature: this project's own reading.  The public code divides *probabilities* by
+    the same temperature: our interpretation.  The public code divides *probabilities* by
     T, so that its teacher is nearly uniform, and compares at two temperatures.
     """
 

@@ -17,7 +17,7 @@ class Correctness(ByImage):
     """Weights members by 1 / (1 + CE_k), labelled images by 1 / (1 + CE of the ensemble), and
     unlabelled images by the members' disagreement, mean_k KL(p_k || mean).
 
-    The paper's abstract names the three ideas; the formulas are this project's own reading, the
+    The paper's abstract names the three ideas; the formulas are our interpretation, the
     first after the same authors' MT-BERT.  Emphasis is scaled to mean 1 over the labelled images
     of a batch, and to mean `unlabelled` over the unlabelled ones.
     """

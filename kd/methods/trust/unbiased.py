@@ -21,7 +21,7 @@ class Unbiased(ByStudent):
     """1 - cosine between a member's gradient and the biased member's, for each image.
 
     The paper takes gradients by the student's parameters; here they are by its logits, which is
-    this project's own reading and saves a backward pass per member.  They are those of plain KD's
+    our interpretation and saves a backward pass per member.  They are those of plain KD's
     soft loss even if the method has another one; AGRE-KD is `kd` with this trust.
     """
 
