@@ -1,8 +1,8 @@
-"""Exporters: the trained student as one file that a phone's runtime loads.
+"""Exporters: write the trained student to one file that a phone's runtime loads.
 
-Each format is one file here and one word in `Exporter`.  `export_and_check` is the way to use
-them: it publishes a file only after its own runtime has shown that it computes what the network
-computes.  What a format needs beyond torch is imported inside its functions.
+Each format is one module here and one member of the union `Exporter`.  Use them through
+`export_and_check`, which publishes a file only after running it and comparing its outputs with
+the network's.  Packages that a format needs besides torch are imported inside its functions.
 """
 
 from kd.exporters.coreml import CoreML

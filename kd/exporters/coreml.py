@@ -1,4 +1,4 @@
-"""Core ML: one .mlpackage for iPhones and Macs, made on Linux.
+"""Core ML: one .mlpackage for iPhones and Macs, converted on Linux.
 
 Shapes: B batch, C classes, H W image.
 """
@@ -38,34 +38,34 @@ from kd.exporters.parity import Tolerance, remove
 from kd.exporters.trained import Normalise, Trained
 
 INSIDE = Path("Data/com.apple.CoreML")
-"""Where a package has its specification and weights."""
+"""Where the specification and weights are inside a package."""
 
 
 @component
 class CoreML:
-    """A program for one image at a time, for iOS 16, macOS 13 and later."""
+    """A program that takes one image at a time, for iOS 16, macOS 13 and later."""
 
     kind: Literal["coreml"] = "coreml"
     precision: Literal["fp16", "fp32", "int8"] = "fp16"
-    """fp16 is what Apple's neural engine computes in; int8 stores weights in 8 bits, a scale for
-    each output channel, and computes in fp16 (it needs no calibration)."""
+    """fp16 is what Apple's Neural Engine computes in; int8 stores the weights in 8 bits with one
+    scale per output channel, and computes in fp16 (no calibration needed)."""
     picture_input: bool = False
-    """Be a classifier of pictures, as the Vision framework takes it: an image in, the label and a
-    table of probabilities out; off: normalised images and logits."""
+    """Export an image classifier for the Vision framework: an image in, the label and a table of
+    probabilities out; off: normalised images in, logits out."""
     tolerance: Tolerance = Tolerance()
-    """How far from eager the file may be and still be published."""
+    """How far outputs may differ from the eager network's before the file is refused."""
 
     suffix: ClassVar[str] = ".mlpackage"
     runs_here: ClassVar[bool] = False
-    """Core ML itself is on Apple's devices alone."""
+    """Core ML itself runs only on Apple devices."""
     int8: ClassVar[None] = None
 
     def check(self) -> None:
-        """Refuse if the package is missing."""
+        """Raise a ConfigError if coremltools is not installed."""
         require_packages("coremltools")
 
     def export(self, trained: Trained, path: Path) -> None:
-        """Write the network to the folder `path`, whole or not at all.
+        """Write the network to the folder `path`, completely or not at all.
 
         Raises:
             ConfigError: the package is not installed, or the network cannot be exported.
@@ -74,7 +74,7 @@ class CoreML:
         with _coremltools(), exporting("a Core ML program"), TemporaryDirectory() as folder:
             saved, staged = Path(folder) / "saved.mlpackage", path.with_name(f".{path.name}")
             self._save(trained, saved)
-            gc.collect()  # its temporary folders: they complain of being forgotten, here unheard
+            gc.collect()  # its temporary folders warn when collected; silenced in this block
             _make_reproducible(saved)
             remove(staged)
             shutil.move(saved, staged)
@@ -106,9 +106,9 @@ class CoreML:
             classes = coremltools.ClassifierConfig(
                 list(trained.class_names), "label", "probabilities"
             )
-        Builder.name_count.clear()  # else names go on counting from earlier conversions
+        Builder.name_count.clear()  # else names depend on how many conversions came before
         made = coremltools.convert(
-            captured(served, example).run_decompositions({}),  # which it wants decomposed
+            captured(served, example).run_decompositions({}),  # coremltools requires this
             inputs=[image],
             outputs=outputs,
             classifier_config=classes,
@@ -129,13 +129,13 @@ class CoreML:
         return optimize.coreml.linear_quantize_weights(made, config)
 
     def load(self, path: Path, threads: int = 1) -> Runner:
-        """The program at `path`, with its own weights, in the reference interpreter (mil.py).
+        """Load the program at `path`, with its weights, in the reference interpreter (mil.py).
 
-        Core ML itself is on Apple's devices alone.
+        Core ML itself runs only on Apple devices.
 
         Raises:
-            ConfigError: the package is not installed, the file is not a program, or has an
-                operation that the interpreter does not know.
+            ConfigError: the package is not installed, the file is not a Core ML program, or it
+                has an operation that the interpreter does not support.
         """
         specification, function = _read(path)
         program = Program(function)
@@ -150,12 +150,12 @@ class CoreML:
         return Runner(run, shape, any_batch=False, threads=threads, pictures=pictures)
 
     def inspect(self, path: Path) -> dict[str, Any]:
-        """What is in the package at `path`.
+        """Describe the package at `path`.
 
         Returns:
             inputs and outputs (shape by name; pictures as H, W, channels, though Core ML takes an
-            image), operators (number of each), specification_version, labels, metadata, runtime,
-            and verified_by: what was run in its place.
+            image), operators (count of each), specification_version, labels, metadata, runtime,
+            and verified_by: what was run instead of Core ML.
         """
         specification, function = _read(path)
         description = specification.description
@@ -181,7 +181,7 @@ class CoreML:
 
 
 class _FromPixels(nn.Module):
-    """Pixels 0 to 255 as Core ML hands over an image, (B, channels, H, W), to probabilities."""
+    """Pixels 0 to 255, in Core ML's image layout (B, channels, H, W), to probabilities."""
 
     mean_C11: Tensor
     scale_C11: Tensor
@@ -199,7 +199,7 @@ class _FromPixels(nn.Module):
 
 
 def _read(path: Path) -> tuple[Any, Any]:
-    """The specification in a package, and its main function."""
+    """Read a package's specification and its main function."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     require_packages("coremltools")
@@ -227,10 +227,10 @@ def _input_shape(specification: Any) -> tuple[int, ...]:
 
 
 def _make_reproducible(package: Path) -> None:
-    """Take out the date, and name the parts by what they are instead of at random."""
+    """Remove the date, and derive the parts' random UUIDs from their names instead."""
     from coremltools.proto import Model_pb2
 
-    for extra in package.glob("*_mapping.json"):  # for debuggers, and with random numbers
+    for extra in package.glob("*_mapping.json"):  # debug information with random UUIDs
         extra.unlink()
     path = package / INSIDE / "model.mlmodel"
     specification = Model_pb2.Model()
@@ -260,9 +260,9 @@ def _make_reproducible(package: Path) -> None:
 
 @contextmanager
 def _coremltools() -> Iterator[None]:
-    """Room for coremltools' import and calls, without its progress bars and version notes."""
+    """Import and call coremltools without its progress bars and version warnings."""
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     with redirect_stderr(io.StringIO()), ignoring(*AT_IMPORT, "Implicitly cleaning up"):
-        # It calls functions that it itself has deprecated.
+        # coremltools calls functions that it has itself deprecated.
         warnings.filterwarnings("ignore", module=r"coremltools\.")
         yield

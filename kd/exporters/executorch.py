@@ -1,4 +1,4 @@
-"""ExecuTorch: one .pte file for phones, its convolutions run by XNNPACK.
+"""ExecuTorch: one .pte file for phones, delegated to XNNPACK.
 
 Shapes: C classes, H W image.
 """
@@ -36,22 +36,22 @@ BYTE = 0
 
 @component
 class ExecuTorch:
-    """A program for one image at a time."""
+    """A program that takes one image at a time."""
 
     kind: Literal["executorch"] = "executorch"
     precision: Literal["fp32", "int8"] = "fp32"
     int8: Int8 = Int8()
-    """How, where the precision is int8."""
+    """Quantisation settings; used only if the precision is int8."""
     picture_input: bool = False
-    """Take pictures (uint8, NHWC) and give probabilities; off: normalised images and logits."""
+    """Take pictures (uint8, NHWC), return probabilities; off: normalised images and logits."""
     tolerance: Tolerance = Tolerance()
-    """How far from eager the file may be and still be published."""
+    """How far outputs may differ from the eager network's before the file is refused."""
 
     suffix: ClassVar[str] = ".pte"
     runs_here: ClassVar[bool] = True
 
     def check(self) -> None:
-        """Refuse if a package is missing."""
+        """Raise a ConfigError if a package is missing."""
         require_packages("executorch", "torchao")
 
     def export(self, trained: Trained, path: Path) -> None:
@@ -86,10 +86,10 @@ class ExecuTorch:
             write(path, lowered.to_executorch().buffer)
 
     def load(self, path: Path, threads: int = 1) -> Runner:
-        """The file at `path` in ExecuTorch's own runtime.
+        """Load the file at `path` in the ExecuTorch runtime.
 
         Raises:
-            ConfigError: the package is not installed, or the file is not a program of its.
+            ConfigError: the package is not installed, or the file is not an ExecuTorch program.
         """
         data = path.read_bytes()
         with _executorch(), readable(path, "an ExecuTorch program"):
@@ -100,12 +100,12 @@ class ExecuTorch:
         return Runner(program, (first, second, third), False, threads, pictures)
 
     def inspect(self, path: Path) -> dict[str, Any]:
-        """What is in the file at `path`.
+        """Describe the file at `path`.
 
         Returns:
-            inputs and outputs (shape by name; in the file itself they go by position), delegates
-            (subgraphs by backend), undelegated (calls of each operator left to the slower
-            portable kernels), labels, metadata, and the runtime that read it.
+            inputs and outputs (shape by name; the file itself has only positions), delegates
+            (number of subgraphs per backend), undelegated (calls of each operator left to the
+            slower portable kernels), labels, metadata, and the runtime that read it.
         """
         data = path.read_bytes()
         with _executorch(), readable(path, "an ExecuTorch program"):
@@ -132,15 +132,15 @@ class ExecuTorch:
 
 
 class _Program:
-    """A program in the runtime, which lives as long as this does.
+    """A program loaded in the runtime, kept alive as long as this object.
 
-    The runtime has one pool of threads a process, and XNNPACK keeps the address of the pool that
-    was there when it loaded a program.  So the pool gets its threads before the program is loaded,
-    and a program loaded before the pool was last replaced is loaded again.  Replacements are
-    counted, so that no call has to ask the runtime, which would be measured with it.
+    The runtime has one thread pool per process, and XNNPACK keeps the address of the pool that
+    existed when it loaded a program.  So the pool is resized before a program is loaded, and a
+    program loaded before the pool was last replaced is reloaded.  We count replacements because
+    asking the runtime on each call would add to the measured latency.
     """
 
-    _pool = 0  # of this process: how often it was replaced
+    _pool = 0  # how often this process has replaced its pool
 
     def __init__(self, data: bytes, threads: int) -> None:
         self._data, self._threads = data, threads
@@ -165,17 +165,17 @@ class _Program:
         self._method = self._program.load_method("forward")
 
     def _size_pool(self) -> None:
-        """Have the pool be one of this program's number of threads."""
+        """Replace the pool if it does not have this program's number of threads."""
         from executorch.extension.pybindings import portable_lib
 
-        with without_lines("[cpuinfo_utils.cpp", "[threadpool.cpp"):  # how it finds the cores
+        with without_lines("[cpuinfo_utils.cpp", "[threadpool.cpp"):  # logs of core detection
             if portable_lib._threadpool_get_thread_count() != self._threads:
                 portable_lib._unsafe_reset_threadpool(self._threads)
                 _Program._pool += 1
 
 
 def _undelegated(plan: Any) -> Iterator[str]:
-    """The operator of each call in the plan that no backend has taken."""
+    """Yield the operator of each call in the plan that was not delegated to a backend."""
     for chain in plan.chains:
         for instruction in chain.instructions:
             index = getattr(instruction.instr_args, "op_index", None)
@@ -189,10 +189,10 @@ def _counted(names: Iterator[str]) -> dict[str, int]:
 
 @contextmanager
 def _executorch() -> Iterator[None]:
-    """Room for executorch's imports and calls: installed, and its own affairs kept quiet."""
+    """Check that executorch is installed; import and call it without its own warnings."""
     require_packages("executorch")
     with ignoring(
-        "This API is experimental and subject to change",  # of its Python runtime, at import
+        "This API is experimental and subject to change",  # its Python runtime, at import
         *AT_IMPORT,
     ):
         yield

@@ -1,4 +1,4 @@
-"""What every format shares: the loaded file, the graph it is made from, quiet third parties.
+"""Shared by all formats: the loaded file, the captured graph, silencing of third parties.
 
 Shapes: B batch, C classes, H W image.
 """
@@ -26,38 +26,38 @@ from kd.disk import atomic
 PYTREE = logging.getLogger("torch.utils._pytree")
 AT_IMPORT = (
     "invalid escape sequence",  # in torchao's and coremltools' sources, when first compiled
-    "read_binary is deprecated",  # importlib.resources, as executorch uses it
+    "read_binary is deprecated",  # executorch's use of importlib.resources
     "read_text is deprecated",
     "open_text is deprecated",
 )
-"""What executorch, torchao and coremltools (which imports both) warn of as they are loaded."""
+"""Warnings that executorch, torchao and coremltools (which imports both) give at import."""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """An exported file, loaded in its own runtime, for any batch size.
+    """An exported file loaded in its own runtime, callable with any batch size.
 
-    Called with what the file takes: normalised float32 images (B, channels, H, W), or where it
-    has the preprocessing inside (`pictures`) uint8 pictures (B, H, W, channels).  Returns logits
-    (B, C), or probabilities (B, C) of pictures.
+    Takes what the file takes: normalised float32 images (B, channels, H, W), or uint8 pictures
+    (B, H, W, channels) if the file includes the preprocessing (`pictures`).  Returns logits
+    (B, C) for images, probabilities (B, C) for pictures.
     """
 
     run: Callable[[Tensor], Tensor]
-    """The runtime's call: a contiguous batch to (B, C) on the CPU."""
+    """Calls the runtime: a contiguous batch to (B, C) on the CPU."""
     image_shape: tuple[int, int, int]
-    """One image as the file takes it: channels, H, W; of pictures H, W, channels."""
+    """Shape of one input: (channels, H, W); for pictures (H, W, channels)."""
     any_batch: bool
-    """Whether `run` takes any batch; if not it takes single images, and batches are looped."""
+    """Whether `run` takes any batch size; if not, it is called once per image."""
     threads: int
     """Threads that the runtime uses."""
     pictures: bool = False
-    """Whether the file takes pictures and gives probabilities."""
+    """Whether the file takes pictures and returns probabilities."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """What the file makes of a batch.
+        """Run the file on a batch.
 
         Raises:
-            ValueError: the batch is of another shape or type than the file takes.
+            ValueError: the batch has another shape or dtype than the file takes.
         """
         if tuple(images.shape[1:]) != self.image_shape or images.dtype != self.dtype:
             raise ValueError(
@@ -71,39 +71,39 @@ class Runner:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the file takes numbers as."""
+        """The file's input dtype."""
         return torch.uint8 if self.pictures else torch.float32
 
     def blank(self, batch: int) -> Tensor:
-        """Black pictures, or grey images, such as the file takes."""
+        """A batch of zeros as the file takes it: black pictures, or images at the mean."""
         return torch.zeros(batch, *self.image_shape, dtype=self.dtype)
 
 
 def in_canonical_memory(images: Tensor) -> Tensor:
-    """The images with their last axis innermost in memory.
+    """A copy of the images with the last axis innermost in memory.
 
-    ExecuTorch reads the strides: channels_last it would take for another layout, and grey images
-    count as contiguous in either, so that `.contiguous()` would leave them as they are.
+    ExecuTorch reads the strides and would misread channels_last.  `.contiguous()` is not enough:
+    single-channel images count as contiguous in both layouts, and it would not change them.
     """
     return images.clone(memory_format=torch.contiguous_format)
 
 
 def for_export(module: nn.Module) -> nn.Module:
-    """A copy of `module` in eval mode, float32, on the CPU; the caller's stays as it is."""
+    """A copy of `module` in eval mode, float32, on the CPU; `module` itself is not changed."""
     made = copy.deepcopy(module).to("cpu", torch.float32)
     return made.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
 def captured(module: nn.Module, example: Tensor) -> ExportedProgram:
-    """The graph of `module` for one image, which every format but ONNX starts from.
+    """Capture the graph of `module` for one image; every format but ONNX starts from it.
 
     Args:
         module: In eval mode, on the CPU.
-        example: A batch such as it takes; only shape and type matter.
+        example: An input batch; only its shape and dtype matter.
 
     Raises:
-        ConfigError: what the network does depends on the values in its images, or cannot be
-            traced at all.
+        ConfigError: the network's control flow depends on the values in its images, or it
+            cannot be traced at all.
     """
     with exporting("a graph (torch.export)"):
         return torch.export.export(module, (in_canonical_memory(example[:1]),))
@@ -111,22 +111,22 @@ def captured(module: nn.Module, example: Tensor) -> ExportedProgram:
 
 @contextmanager
 def exporting(what: str) -> Iterator[None]:
-    """Turn an exporter's complaint about the network into a ConfigError that says so."""
+    """Turn an exporter's error about the network into a ConfigError."""
     try:
         yield
     except (ConfigError, OSError, MemoryError):
         raise
-    except Exception as error:  # each exporter has its own
-        root = error.__cause__ or error  # torch.onnx's own says but which step it was
+    except Exception as error:  # each exporter raises its own types
+        root = error.__cause__ or error  # torch.onnx's own error only names the failed step
         raise ConfigError(
             f"the network cannot become {what}: {type(root).__name__}: {reason(root)}; "
-            "it must do the same steps whatever the image shows, with operators of this format"
+            "it must do the same steps for every image, with operators that this format supports"
         ) from error
 
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch use `threads` threads inside."""
+    """Let torch use `threads` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -136,7 +136,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def require_packages(*packages: str) -> None:
-    """Refuse with a ConfigError, naming it, the first of `packages` that is not installed."""
+    """Raise a ConfigError that names the first of `packages` that is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
@@ -146,23 +146,23 @@ def require_packages(*packages: str) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write the whole file or none of it."""
+    """Write a file atomically."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
 def readable(path: Path, what: str) -> Iterator[None]:
-    """Turn a runtime's complaint about the file's content into a ConfigError that names it."""
+    """Turn a runtime's error about the file's content into a ConfigError that names the file."""
     try:
         yield
-    except Exception as error:  # each runtime has its own, down to struct.error
+    except Exception as error:  # each runtime raises its own types, even struct.error
         raise ConfigError(f"{path} is damaged or not {what} ({error}); export it again") from error
 
 
 @contextmanager
 def ignoring(*messages: str) -> Iterator[None]:
-    """Ignore third parties' warnings that begin with one of `messages`, and no others."""
+    """Ignore warnings that begin with one of `messages`, and torchao's enum log lines."""
     with warnings.catch_warnings():
         for message in messages:
             warnings.filterwarnings("ignore", message=re.escape(message))
@@ -174,13 +174,13 @@ def ignoring(*messages: str) -> Iterator[None]:
 
 
 def not_of_torchao(record: logging.LogRecord) -> bool:
-    """Whether a line of PyTorch's log is about something else than how torchao registers enums."""
+    """Log filter: drop PyTorch's lines about how torchao registers its enums."""
     return "KernelPreference" not in record.getMessage()
 
 
 @contextmanager
 def without_lines(*beginnings: str) -> Iterator[None]:
-    """Drop what C++ code writes to standard error, where a line begins so; the rest follows."""
+    """Drop C++ code's lines on stderr that begin so; the others are written after the block."""
     sys.stderr.flush()
     usual = os.dup(2)
     with tempfile.TemporaryFile() as caught:

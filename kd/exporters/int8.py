@@ -1,22 +1,22 @@
-"""Int8: what it takes to bring a network to 8-bit integers, in whatever format."""
+"""Int8: settings for quantising a network to 8-bit integers, the same for every format."""
 
 from kd.component import component, require
 
 
 @component
 class Int8:
-    """Calibration, and fine-tuning where calibration alone costs too much."""
+    """Calibration, and quantisation-aware training if calibration loses too much accuracy."""
 
     calibration_images: int = 256
-    """Training pictures (labelled and pool) that ranges are taken from, at least 1; all if there
-    are fewer."""
+    """Training pictures (labelled and pool) used to find activation ranges, at least 1; all if
+    there are fewer."""
     qat_when_loss_above: float | None = None
-    """Points of validation accuracy; where calibration loses more, the student is fine-tuned with
+    """Points of validation accuracy; if calibration loses more, the student is fine-tuned with
     simulated int8 under the same teachers, and the better file is kept.  null: never."""
     qat_epochs: int = 3
-    """Passes over the training data in that case, at least 1."""
+    """Epochs of this fine-tuning, at least 1."""
     qat_lr: float = 0.01
-    """Learning rate then, as a share of the student's recipe's; above 0."""
+    """Its learning rate, as a fraction of the student recipe's; above 0."""
 
     def __post_init__(self) -> None:
         images, above = self.calibration_images, self.qat_when_loss_above

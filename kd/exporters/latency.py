@@ -1,4 +1,4 @@
-"""How long one call takes, several candidates side by side.
+"""Measure how long one call takes, for several candidates side by side.
 
 Shapes: B batch, C classes, H W image.
 """
@@ -22,20 +22,20 @@ def latency(
     threads: int = 1,
     seconds: float = 2.0,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds that each candidate takes for `example_BCHW`.
+    """Measure the milliseconds that each candidate takes for `example_BCHW`.
 
-    Candidates take turns of a few calls until the time is over, so that whatever else the
-    machine does in the meantime meets them all.  The first call of a turn is not counted.
+    Candidates take turns of a few calls until the time is up, so that other load on the machine
+    affects them all alike.  The first call of each turn is not counted.
 
     Args:
-        candidates: By name: eager networks (nn.Module; measured in eval mode, on the CPU, without
-            autograd, on a copy) and loaded files (`Runner`).
+        candidates: By name: eager networks (nn.Module; a copy is measured, in eval mode, on the
+            CPU, without autograd) and loaded files (`Runner`).
         example_BCHW: The images of one call; a file that takes pictures gets as many black ones.
-        threads: Threads of eager; each `Runner` must have been loaded with as many.
-        seconds: How long to measure, all candidates together.  At least three turns are made.
+        threads: Threads for eager networks; each `Runner` must have been loaded with as many.
+        seconds: How long to measure all candidates together, with at least three turns each.
 
     Returns:
-        By name: median_ms, p90_ms, n (calls counted), threads, batch_size.
+        By name: median_ms, p90_ms, n (number of timed calls), threads, batch_size.
 
     Raises:
         ValueError: a runner was loaded with another number of threads.
@@ -60,7 +60,7 @@ def latency(
 
 
 def _call(candidate: Callable[[Tensor], Tensor], example_BCHW: Tensor) -> Callable[[], Tensor]:
-    """One call of the candidate with what it takes."""
+    """A call of the candidate with its kind of input."""
     if isinstance(candidate, nn.Module):
         return partial(for_export(candidate), example_BCHW)
     if isinstance(candidate, Runner) and candidate.pictures:
@@ -77,7 +77,7 @@ def _turns(
     end, turns = perf_counter() + seconds, 0
     while turns < 3 or perf_counter() < end:
         for name, call in calls.items():
-            call()  # brings this candidate's weights back into the caches
+            call()  # untimed: brings this candidate's weights back into the caches
             taken[name].extend(_milliseconds(call) for _ in range(CALLS_A_TURN))
         turns += 1
 

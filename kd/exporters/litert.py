@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite): one .tflite file for Android, converted in an environment of its own.
+"""LiteRT (TensorFlow Lite): one .tflite file for Android, converted in a separate environment.
 
 Shapes: C classes, H W image.
 """
@@ -37,29 +37,29 @@ from kd.exporters.trained import Trained
 
 WORKER = Path(__file__).with_name("litert_worker.py")
 PYTHON = "KD_LITERT_PYTHON"
-"""Names the converter's interpreter, where it is not that of `make litert`."""
+"""Environment variable: the converter's Python, if it is not the one from `make litert`."""
 ABOUT = "metadata.json"
-"""What the file says of itself, in the ZIP archive at its end, beside labels.txt."""
+"""The file's description, stored next to labels.txt in the ZIP archive at its end."""
 
 
 @component
 class LiteRT:
-    """A program for one image at a time, its convolutions run by XNNPACK."""
+    """A program that takes one image at a time, delegated to XNNPACK."""
 
     kind: Literal["litert"] = "litert"
     precision: Literal["fp32", "int8"] = "fp32"
     int8: Int8 = Int8()
-    """How, where the precision is int8."""
+    """Quantisation settings; used only if the precision is int8."""
     picture_input: bool = False
-    """Take pictures (uint8, NHWC) and give probabilities; off: normalised images and logits."""
+    """Take pictures (uint8, NHWC), return probabilities; off: normalised images and logits."""
     tolerance: Tolerance = Tolerance()
-    """How far from eager the file may be and still be published."""
+    """How far outputs may differ from the eager network's before the file is refused."""
 
     suffix: ClassVar[str] = ".tflite"
     runs_here: ClassVar[bool] = True
 
     def check(self) -> None:
-        """Refuse if the runtime or the converter's environment is missing."""
+        """Raise a ConfigError if the runtime or the converter's environment is missing."""
         require_packages("ai_edge_litert")
         converter()
 
@@ -82,10 +82,10 @@ class LiteRT:
             write(path, _with_files(_converted(program, images), trained))
 
     def load(self, path: Path, threads: int = 1) -> Runner:
-        """The file at `path` in LiteRT's own runtime.
+        """Load the file at `path` in the LiteRT runtime.
 
         Raises:
-            ConfigError: the package is not installed, or the file is not a program of its.
+            ConfigError: the package is not installed, or the file is not a LiteRT program.
         """
         data = path.read_bytes()
         with _litert(), readable(path, "a LiteRT program"):
@@ -101,12 +101,12 @@ class LiteRT:
         return Runner(run, (first, second, third), False, threads, pictures)
 
     def inspect(self, path: Path) -> dict[str, Any]:
-        """What is in the file at `path`.
+        """Describe the file at `path`.
 
         Returns:
-            inputs and outputs (shape by name), operators (calls of each), undelegated (calls of
-            each that XNNPACK left to the slower reference kernels), labels, metadata, and the
-            runtime that read it.
+            inputs and outputs (shape by name), operators (calls of each), undelegated (those
+            that XNNPACK left to the slower reference kernels), labels, metadata, and the runtime
+            that read it.
         """
         data = path.read_bytes()
         with _litert(), readable(path, "a LiteRT program"):
@@ -129,11 +129,11 @@ class LiteRT:
 
 
 class Unconvertible(RuntimeError):
-    """What LiteRT's converter has against a network, in its words."""
+    """LiteRT's converter rejected the network; the message is the converter's own."""
 
 
 class _Named(nn.Module):
-    """A network whose output has a name."""
+    """Wraps a network to give its output a name."""
 
     def __init__(self, network: nn.Module, name: str) -> None:
         super().__init__()
@@ -144,23 +144,23 @@ class _Named(nn.Module):
 
 
 def converter() -> Path:
-    """The interpreter that has litert-torch: a neighbour of our own environment, or as named.
+    """The Python that has litert-torch: KD_LITERT_PYTHON, or .venv-litert next to our venv.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it does not exist.
     """
     neighbour = Path(sys.prefix).with_name(".venv-litert") / "bin" / "python"
     python = Path(os.environ.get(PYTHON, neighbour))
     if not python.is_file():
         raise ConfigError(
-            f"exports to LiteRT are converted by an environment of its own, and {python} is "
-            f"missing; run: make litert, or name a Python that has litert-torch by {PYTHON}"
+            f"exports to LiteRT are converted in a separate environment, and its {python} is "
+            f"missing; run: make litert, or set {PYTHON} to a Python that has litert-torch"
         )
     return python
 
 
 def _converted(program: torch.export.ExportedProgram, images: Tensor | None) -> bytes:
-    """What the worker makes of a graph, calibrated on the images if there are any."""
+    """Have the worker convert a graph, calibrated on `images` if given."""
     import numpy
 
     with TemporaryDirectory() as temporary:
@@ -180,22 +180,22 @@ def _converted(program: torch.export.ExportedProgram, images: Tensor | None) -> 
         if done.returncode:
             raise ConfigError(
                 f"{converter()} could not run LiteRT's converter ({_last_line(done.stderr)}); "
-                "make its environment again: make litert"
+                "rebuild its environment with: make litert"
             )
         return (folder / "model.tflite").read_bytes()
 
 
 def _with_files(data: bytes, trained: Trained) -> bytes:
-    """The flatbuffer with labels and description behind it, as TensorFlow Lite's associated files.
+    """Append labels and description to the flatbuffer, as TensorFlow Lite's associated files.
 
-    They are a ZIP archive: `unzip model.tflite` finds them, and runtimes read past them.
+    They form a ZIP archive: `unzip model.tflite` extracts them, and runtimes ignore them.
     """
     labels = "".join(f"{name}\n" for name in trained.class_names)
     about = json.dumps(trained.description(), indent=2)
     stream = io.BytesIO(data)
     with zipfile.ZipFile(stream, "a") as files:
         for name, text in (("labels.txt", labels), (ABOUT, about)):
-            files.writestr(zipfile.ZipInfo(name), text)  # dated 1980, always
+            files.writestr(zipfile.ZipInfo(name), text)  # ZipInfo's fixed date: reproducible
     return stream.getvalue()
 
 
@@ -203,14 +203,14 @@ def _interpreter(data: bytes, threads: int) -> Any:
     from ai_edge_litert.interpreter import Interpreter
 
     if data[4:8] != b"TFL3":
-        raise ValueError("it has not the identifier TFL3")
+        raise ValueError("it lacks the identifier TFL3")
     interpreter = Interpreter(model_content=data, num_threads=threads)
-    interpreter.allocate_tensors()  # which hands the graph over to XNNPACK
+    interpreter.allocate_tensors()  # this also delegates the graph to XNNPACK
     return interpreter
 
 
 def _undelegated(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The calls that are not between the inputs and outputs of a delegate's calls."""
+    """The calls that do not lie between the inputs and outputs of any delegate call."""
     maker = {int(out): call for call in calls for out in call["outputs"] if not _delegate(call)}
     taken: set[int] = set()
     for call in filter(_delegate, calls):
@@ -239,7 +239,7 @@ def _last_line(text: str) -> str:
 
 @contextmanager
 def _litert() -> Iterator[None]:
-    """Room for the runtime's calls: installed, and its note about XNNPACK dropped."""
+    """Check that the runtime is installed; call it without its log line about XNNPACK."""
     require_packages("ai_edge_litert")
     with without_lines("INFO: Created TensorFlow Lite XNNPACK delegate"):
         yield

@@ -1,14 +1,14 @@
-"""LiteRT's converter, in an environment of its own: the other half of litert.py.
+"""Runs LiteRT's converter in a separate environment; started by litert.py.
 
     python -P litert_worker.py FOLDER
 
-Its packages want other versions than ours (docs/decisions/0009-litert-s-converter-apart.md), so it
-imports nothing of `kd`, and files go between the two:
+Its packages need other versions than ours (docs/decisions/0009-litert-s-converter-apart.md), so it
+imports nothing of `kd`, and the two processes exchange files:
 
-    program.pt2      in: the graph, by torch.export.save; its output is a table with one name
+    program.pt2      in: the graph, by torch.export.save; its output is a dict with one key
     calibration.npy  in, for int8: images as the graph takes them, one after another
     model.tflite     out
-    refused.txt      out instead of it: what the converter has against the network
+    refused.txt      out if the conversion failed: the converter's error
 """
 
 import sys
@@ -21,11 +21,11 @@ import torch
 
 
 def main(folder: Path) -> None:
-    """Convert what is in the folder."""
+    """Convert the graph in the folder."""
     program = torch.export.load(folder / "program.pt2")
     calibration = folder / "calibration.npy"
     images = np.load(calibration) if calibration.exists() else None
-    # Imported before anything is tried: that it cannot be is no fault of the network.
+    # Imported outside the try: a failed import must not be blamed on the network.
     import ai_edge_quantizer  # noqa: F401
     import litert_torch  # noqa: F401
 
@@ -33,30 +33,30 @@ def main(folder: Path) -> None:
         data = converted(program)
         if images is not None:
             data = quantised(data, images)
-    except Exception as error:  # the converter has its own
+    except Exception as error:  # the converter raises its own types
         (folder / "refused.txt").write_text(f"{type(error).__name__}: {error}", "utf-8")
         raise
     (folder / "model.tflite").write_bytes(data)
 
 
 FLOAT = ("INPUT", "OUTPUT", "SUB", "SOFTMAX")
-"""Operators that stay in floating point: those of the ends that networks seldom have inside."""
+"""Operators kept in floating point: those of preprocessing and softmax, rare inside a network."""
 
 
 class Called(torch.nn.Module):
-    """A graph whose input has a name."""
+    """Wraps a graph to give its input a name."""
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         super().__init__()
-        self.network = program.module()  # "graph" would hide a GraphModule's own
+        self.network = program.module()  # named `graph` it would hide GraphModule.graph
 
     def forward(self, image: torch.Tensor) -> Any:
-        """The graph's output, a table with one name."""
+        """The graph's output, a dict with one key."""
         return self.network(image)
 
 
 def converted(program: torch.export.ExportedProgram) -> bytes:
-    """The graph as a flatbuffer, its input called `image`."""
+    """Convert the graph to a flatbuffer whose input is named `image`."""
     import litert_torch
 
     (image,), _ = program.example_inputs
@@ -65,7 +65,7 @@ def converted(program: torch.export.ExportedProgram) -> bytes:
 
 
 def quantised(data: bytes, images: Any) -> bytes:
-    """The flatbuffer with int8 weights and activations, but for its ends."""
+    """Quantise the flatbuffer's weights and activations to int8, except for the FLOAT ops."""
     from ai_edge_quantizer import qtyping, quantizer, recipe
 
     maker = quantizer.Quantizer(bytearray(data), recipe.static_wi8_ai8())

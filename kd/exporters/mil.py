@@ -1,8 +1,8 @@
 """A reference interpreter of Core ML programs (MIL), for machines that have no Core ML.
 
-It takes a program as it stands in the file, weights included, and does one operation after the
-other in torch: computed in float32, then rounded to the type that the program gives the result.
-What it cannot show is how Apple's kernels order their sums, and how fast they are.
+It runs a program as stored in the file, weights included, one operation after the other in
+torch: computed in float32, then rounded to the type that the program declares for the result.
+It cannot reproduce the order in which Apple's kernels sum, nor their speed.
 
 Shapes: B batch, H W image.
 """
@@ -20,16 +20,16 @@ ROUNDED = {"fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32}
 
 
 class Program:
-    """A function of a program, ready to be called with its one input."""
+    """A function of a MIL program, callable with its one input."""
 
     def __init__(self, function: Any) -> None:
-        """Args: of coremltools' MIL, with one input.
+        """Args: a coremltools MIL function with one input.
 
         Raises:
-            ConfigError: it has an operation that is not known here.
+            ConfigError: it has an operation that is not supported here.
         """
         (self.input,) = function.inputs.values()
-        self.constants: dict[Any, Any] = {}  # by variable: names are not unique
+        self.constants: dict[Any, Any] = {}  # keyed by variable, as names are not unique
         self.operations = []
         for operation in function.operations:
             kind = operation.op_type
@@ -53,7 +53,7 @@ class Program:
             (self.output,) = function.outputs
 
     def __call__(self, image: Tensor) -> Tensor:
-        """The program's output for its input; of a classifier, the probabilities."""
+        """The program's output for an image; for a classifier, the probabilities."""
         values = {**self.constants, self.input: image}
 
         def value_of(given: Any) -> Any:
@@ -73,7 +73,7 @@ class Program:
 
 
 def _constant(value: Any) -> Any:
-    """A number, text or flag as Python has it; arrays as tensors, float16 widened."""
+    """Scalars (number, string, bool) as Python values; arrays as tensors, float16 as float32."""
     if getattr(value, "ndim", 0) == 0:
         return value.item() if hasattr(value, "item") else value
     tensor = torch.from_numpy(value.copy())
@@ -85,7 +85,7 @@ def _several(made: Any) -> Any:
 
 
 def _rounded(tensor: Tensor, variable: Any) -> Tensor:
-    """As the program's own type would hold it; kept as float32 where it is a fraction."""
+    """Round to the variable's type in the program; floats are then widened to float32."""
     from coremltools.converters.mil.mil import types
 
     held = tensor.to(ROUNDED[types.builtin_to_string(variable.dtype)])
@@ -93,7 +93,7 @@ def _rounded(tensor: Tensor, variable: Any) -> Tensor:
 
 
 def _pads(pad_type: str, pad: Tensor | None) -> list[int]:
-    """Rows and columns added before and after, in F.pad's order (last axis first)."""
+    """Padding in F.pad's order, last axis first: left, right, top, bottom."""
     if pad_type == "valid" or pad is None:
         return [0, 0, 0, 0]
     if pad_type != "custom":
@@ -139,7 +139,7 @@ def _avg_pool(
 ) -> Tensor:
     pads = _pads(pad_type, pad)
     if exclude_padding_from_average and any(pads):
-        raise ConfigError("the reference interpreter averages over padding, too")
+        raise ConfigError("the reference interpreter cannot exclude padding from an average")
     return F.avg_pool2d(F.pad(x, pads), kernel_sizes.tolist(), strides.tolist(), 0, ceil_mode)
 
 
@@ -179,7 +179,7 @@ def _pad(x: Tensor, pad: Tensor, mode: str = "constant", constant_val: float = 0
 def _concat(values: list[Tensor], axis: int, interleave: bool = False) -> Tensor:
     if not interleave:
         return torch.cat(values, axis)
-    axis %= values[0].ndim  # the first of each, then the second of each, ...: a channel shuffle
+    axis %= values[0].ndim  # take the first of each, then the second of each: a channel shuffle
     return torch.stack(values, axis + 1).flatten(axis, axis + 1)
 
 
@@ -201,7 +201,7 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "add": lambda x, y: x + y,
     "avg_pool": _avg_pool,
     "batch_norm": _batch_norm,
-    "cast": lambda x, dtype: x,  # its result's type says the same, and _rounded obeys
+    "cast": lambda x, dtype: x,  # _rounded casts to the result's type, which is dtype
     "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
     "concat": _concat,
     "conv": _conv,
@@ -232,4 +232,4 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "thresholded_relu": lambda x, alpha: torch.where(x >= alpha, x, 0),
     "transpose": lambda x, perm: x.permute(perm.tolist()),
 }
-"""What each operation computes (Core ML's MIL reference); rounding is left to `_rounded`."""
+"""Each operation, after Core ML's MIL reference; `_rounded` does the rounding."""

@@ -1,4 +1,4 @@
-"""ONNX: one .onnx file for ONNX Runtime and whatever else reads the format.
+"""ONNX: one .onnx file for ONNX Runtime and anything else that reads the format.
 
 Shapes: B batch, C classes.
 """
@@ -29,7 +29,7 @@ from kd.exporters.parity import Tolerance
 from kd.exporters.trained import Trained
 
 NETWORK = "'network'"
-"""How the exporter writes the scope of kd.exporters.trained.FromPicture.network."""
+"""How torch's exporter writes the scope of kd.exporters.trained.FromPicture.network."""
 
 
 @component
@@ -38,32 +38,32 @@ class Onnx:
 
     kind: Literal["onnx"] = "onnx"
     precision: Literal["fp32", "int8"] = "fp32"
-    """int8 is a static QDQ graph with a scale for each output channel."""
+    """int8 is a static QDQ graph with one weight scale per output channel."""
     int8: Int8 = Int8()
-    """How, where the precision is int8."""
+    """Quantisation settings; used only if the precision is int8."""
     activations: Literal["u8", "s8"] = "u8"
-    """Of int8 files; u8 is what x86 CPUs are fast at (s8 was up to 2.8 times slower)."""
+    """Type in int8 files; x86 CPUs are fastest with u8 (s8 was up to 2.8 times slower)."""
     reduce_range: bool = True
-    """7 bits for the weights of int8 files: x86 CPUs without VNNI instructions add two products of
-    u8 and s8 in 16 bits, where full weights overflow (20 dB were seen instead of 36; 7 bits give
-    32).  Off for files that only phones and newer servers will run."""
+    """Use 7-bit weights in int8 files: x86 CPUs without VNNI add two u8 x s8 products in 16 bits,
+    which 8-bit weights overflow (20 dB measured instead of 36 dB; 7 bits give 32 dB).  Turn it
+    off for files that only phones and newer servers will run."""
     picture_input: bool = False
-    """Take pictures (uint8, NHWC) and give probabilities; off: normalised images and logits."""
+    """Take pictures (uint8, NHWC), return probabilities; off: normalised images and logits."""
     dynamic_batch: bool = False
-    """Take any number of images at once.  Off, because the Core ML and NNAPI providers of phones
-    want fixed shapes; on for a server."""
+    """Accept any batch size.  Off, because the Core ML and NNAPI execution providers on phones
+    want fixed shapes; turn it on for a server."""
     tolerance: Tolerance = Tolerance()
-    """How far from eager the file may be and still be published."""
+    """How far outputs may differ from the eager network's before the file is refused."""
 
     suffix: ClassVar[str] = ".onnx"
     runs_here: ClassVar[bool] = True
 
     def check(self) -> None:
-        """Refuse if a package is missing."""
+        """Raise a ConfigError if a package is missing."""
         require_packages("onnx", "onnxscript", "onnxruntime")
 
     def export(self, trained: Trained, path: Path) -> None:
-        """Write the network to `path`, with labels and the like among its `metadata_props`.
+        """Write the network to `path`; its description, labels too, goes to `metadata_props`.
 
         Raises:
             ConfigError: a package is not installed, the network cannot be exported, or the
@@ -85,27 +85,27 @@ class Onnx:
 
     def _graph(self, trained: Trained) -> Any:
         image = in_canonical_memory(trained.example(self.picture_input))
-        # Two images, because torch.export takes a size of one for a constant.
+        # Two images, because torch.export treats a size of 1 as constant.
         images = torch.cat([image, image]) if self.dynamic_batch else image
         program = torch.onnx.export(
             trained.served(self.picture_input),
             (images,),
             dynamo=True,
-            verbose=False,  # else it prints its progress on stdout
+            verbose=False,  # else it prints progress to stdout
             input_names=["image"],
             output_names=["probabilities" if self.picture_input else "logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")} if self.dynamic_batch else {},),
         )
-        assert program is not None  # None only where torch itself writes the file
+        assert program is not None  # None only if torch itself writes the file
         return program.model_proto
 
     def _quantised(self, model: Any, images: Tensor, outside: list[str]) -> Any:
-        """The graph with int8 weights and activations, but for the nodes `outside`.
+        """Quantise the graph's weights and activations to int8, except for the nodes `outside`.
 
         Args:
             model: The graph.
-            images: What its activations' ranges are learned from.
-            outside: Names of nodes.
+            images: Calibration images, for the ranges of activations.
+            outside: Names of the nodes left in floating point.
         """
         import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -137,14 +137,14 @@ class Onnx:
             quantised = onnx.load(made)
         used = {node.domain for node in quantised.graph.node}
         for entry in [each for each in quantised.opset_import if each.domain not in used]:
-            quantised.opset_import.remove(entry)  # of domains that only the quantiser knows
+            quantised.opset_import.remove(entry)  # domains that the quantiser adds unused
         return quantised
 
     def load(self, path: Path, threads: int = 1) -> Runner:
-        """The file at `path` in ONNX Runtime on the CPU.
+        """Load the file at `path` in ONNX Runtime on the CPU.
 
         Raises:
-            ConfigError: the package is not installed, or the file is not a model.
+            ConfigError: the package is not installed, or the file is not an ONNX model.
         """
         require_packages("onnxruntime")
         import onnxruntime
@@ -168,12 +168,12 @@ class Onnx:
         return Runner(run, (first, second, third), batch != 1, threads, pictures)
 
     def inspect(self, path: Path) -> dict[str, Any]:
-        """What is in the file at `path`.
+        """Describe the file at `path`.
 
         Returns:
-            inputs and outputs (shape by name, "batch" for any number), operators (number of
-            nodes of each), opset and ir_version (what a runtime must support), labels, metadata,
-            and the runtime that read it.
+            inputs and outputs (shape by name, "batch" for any size), operators (number of nodes
+            of each), opset and ir_version (what a runtime must support), labels, metadata, and
+            the runtime that read it.
         """
         require_packages("onnx", "onnxruntime")
         import onnx
@@ -200,7 +200,7 @@ def _shape(value: Any) -> list[int | str]:
 
 
 def _outside(model: Any) -> Iterator[str]:
-    """Names of the nodes that are not the network's own: preprocessing and the last softmax."""
+    """Names of the nodes around the network: preprocessing and the final softmax."""
     scopes = {
         node.name: {entry.key: entry.value for entry in node.metadata_props}.get(
             "pkg.torch.onnx.name_scopes", ""
@@ -212,10 +212,10 @@ def _outside(model: Any) -> Iterator[str]:
 
 
 def _forget_origin(message: Any) -> None:
-    """Remove where each node came from, everywhere below `message`.
+    """Remove the origin of each node, recursively below `message`.
 
-    The exporter stores a stack trace with each node: paths of the machine that exported, which
-    make the file differ between machines, and are nobody's business on a phone.
+    The exporter stores a stack trace with each node: its paths would make the file differ
+    between machines, and should not be published.
     """
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):

@@ -1,4 +1,4 @@
-"""Verified or refused: a file counts only if it computes what the network computes.
+"""Verify exports: a file is published only if its outputs match the network's.
 
 Shapes: N samples, B batch, C classes, H W image.
 """
@@ -28,10 +28,10 @@ HELD_TO: dict[str, dict[str, float]] = {
     "fp16": {"relative": 2e-2, "top1_agreement": 0.99, "accuracy_points": 0.5, "sqnr_db": 30.0},
     "int8": {"top1_agreement": 0.95, "accuracy_points": 1.0, "sqnr_db": 10.0},
 }
-"""What a file of each precision is held to, where its tolerance does not say otherwise.
+"""Default limits for each precision, where a `Tolerance` does not override them.
 
-fp32 files of CNNs were seen to differ by 1e-7 to 1.4e-5.  Logits of int8 files differ by units
-while the classes agree, so their largest difference is not judged."""
+fp32 files of CNNs have differed by 1e-7 to 1.4e-5.  Logits of int8 files differ by whole units
+while the classes agree, so int8 has no limit on the largest difference."""
 
 AT = {
     "relative": "at most",
@@ -39,31 +39,31 @@ AT = {
     "accuracy_points": "at most",
     "sqnr_db": "at least",
 }
-REMEDY = "if that is good enough, say so in the export's `tolerance`"
+REMEDY = "if that is good enough, relax the export's `tolerance`"
 CALIBRATE = "calibrate on more pictures (`int8: {calibration_images: ...}`)"
 
 
 class ExportRefused(Refused):
-    """The exported file does not compute what the network computes; nothing was published."""
+    """The exported file's outputs do not match the network's; nothing was published."""
 
 
 @component
 class Tolerance:
-    """How far an exported file may be from eager on the validation images.
+    """How far an exported file may be from the eager network on the validation images.
 
-    What is left out is as HELD_TO has it for the file's precision.
+    A field that is None takes the default for the file's precision, in HELD_TO.
     """
 
     relative: float | None = None
-    """Largest difference of any output, as a share of the largest eager output (of 1, if that is
+    """Largest difference of any output, relative to the largest eager output (to 1, if that is
     smaller); at least 0."""
     top1_agreement: float | None = None
-    """Smallest share of images with the same predicted class, in [0, 1]."""
+    """Smallest fraction of images with the same predicted class, in [0, 1]."""
     accuracy_points: float | None = None
-    """Largest loss of validation accuracy, in points of 100; at least 0.  Above 0 it allows one
-    picture, however few there are."""
+    """Largest loss of validation accuracy, in percentage points; at least 0.  Any value above 0
+    allows at least one picture, however few there are."""
     sqnr_db: float | None = None
-    """Smallest ratio of the logits' power to that of their differences, in decibels."""
+    """Smallest ratio of the outputs' power to that of their differences, in decibels."""
 
     def __post_init__(self) -> None:
         for name in ("relative", "accuracy_points"):
@@ -76,57 +76,57 @@ class Tolerance:
         require(sqnr is None or not math.isnan(sqnr), "sqnr_db", sqnr, "a number of decibels")
 
     def limits(self, precision: str) -> dict[str, float]:
-        """What a file of this precision is held to, by field; what is missing is not judged."""
+        """The limits for a file of this precision, by field; a missing field has no limit."""
         own = {name: value for name, value in asdict(self).items() if value is not None}
         return HELD_TO[precision] | own
 
 
 @dataclass(frozen=True)
 class Parity:
-    """An exported file beside the eager network, over all validation images."""
+    """An exported file compared with the eager network over all validation images."""
 
     file: str
     """The file's name in its folder."""
     kind: str
     precision: str
     picture_input: bool
-    """Whether it takes uint8 NHWC pictures and gives probabilities, not images and logits."""
+    """Whether it takes uint8 NHWC pictures and returns probabilities, not images and logits."""
     size_bytes: int
     sha256: str
-    """Of the file; of a folder (.mlpackage), of the list of its files' checksums."""
+    """Of the file; for a folder (.mlpackage), of the list of its files' checksums."""
     num_images: int
     max_abs: float
-    """Largest difference of any output."""
+    """Largest absolute difference of any output."""
     mean_abs: float
-    """Mean difference of all outputs."""
+    """Mean absolute difference over all outputs."""
     sqnr_db: float | None
-    """Power of the eager outputs over that of the differences; None where there are none."""
+    """Power of the eager outputs over that of the differences; None if there are none."""
     eager_max_abs_logit: float
-    """The scale that `max_abs` is to be seen on: the largest eager output."""
+    """The largest absolute eager output: the scale to judge `max_abs` by."""
     top1_agreement: float
     val_accuracy: float
     eager_val_accuracy: float
     contents: dict[str, Any] = field(default_factory=dict)
-    """The format's own view of the file: its `inspect`."""
+    """What the format's `inspect` returned for the file."""
 
     @property
     def lost_points(self) -> float:
-        """Validation accuracy lost, in points of 100."""
+        """Validation accuracy lost, in percentage points."""
         return 100 * (self.eager_val_accuracy - self.val_accuracy)
 
     def record(self) -> dict[str, Any]:
-        """What parity.json holds: the figures, then the contents, in one flat table."""
+        """The content of parity.json: the figures, then the contents, in one flat dict."""
         figures = asdict(self)
         contents = figures.pop("contents")
         return {**figures, **contents}
 
 
 class Format(Protocol):
-    """What a member of the union `Exporter` offers; docs/exports.md says how to add one."""
+    """The interface of the union `Exporter`'s members; docs/exports.md says how to add one."""
 
     suffix: ClassVar[str]
     runs_here: ClassVar[bool]
-    """Whether `load` gives the format's own runtime, whose time is worth measuring."""
+    """Whether `load` uses the format's own runtime, so that its latency is worth measuring."""
 
     @property
     def kind(self) -> str: ...  # noqa: D102
@@ -137,38 +137,38 @@ class Format(Protocol):
 
     @property
     def picture_input(self) -> bool:
-        """Whether files take pictures (uint8, NHWC) and give probabilities."""
+        """Whether files take pictures (uint8, NHWC) and return probabilities."""
         ...
 
     @property
     def int8(self) -> Int8 | None:
-        """How int8 files are calibrated; None where the format needs no calibration."""
+        """How int8 files are calibrated; None if the format needs no calibration."""
         ...
 
     @property
     def tolerance(self) -> Tolerance:
-        """How far from eager a file may be and still be published."""
+        """How far outputs may differ from the eager network's before a file is refused."""
         ...
 
     def check(self) -> None:
-        """Refuse, by a ConfigError, what can be known to fail before anything is trained."""
+        """Raise a ConfigError, before anything is trained, if exporting is bound to fail."""
         ...
 
     def export(self, trained: Trained, path: Path) -> None:
-        """Write the network to the file `path`, whole or not at all."""
+        """Write the network to the file `path`, completely or not at all."""
         ...
 
     def load(self, path: Path, threads: int = 1) -> Runner:
-        """The file in the format's own runtime."""
+        """Load the file in the format's own runtime, or in a stand-in if it cannot run here."""
         ...
 
     def inspect(self, path: Path) -> dict[str, Any]:
-        """What is in the file, for the record."""
+        """Describe the file, for the record."""
         ...
 
 
 FineTune = Callable[[Parity], Trained | None]
-"""Given a file's figures, a network that is fine-tuned for the format, if that is called for."""
+"""Takes a file's figures; returns a network fine-tuned for the format, or None if not needed."""
 
 
 def export_and_check(
@@ -180,25 +180,25 @@ def export_and_check(
     threads: int = 1,
     fine_tune: FineTune = lambda parity: None,
 ) -> Parity:
-    """Export the network to `folder`/model`suffix`, if the file agrees with it on every image.
+    """Export the network to `folder`/model`suffix` if the file is within tolerance.
 
-    The file is made beside its place, loaded in its own runtime and compared; only then is it
-    moved there.  Whatever stood there before is gone in any case: it is not this network.
+    The file is written to a staging folder, loaded in its own runtime and compared on every
+    image; only then is it moved into place.  A file left by an earlier export is always deleted.
 
     Args:
         exporter: The format.
         trained: The network; neither moved nor changed.
-        pictures_NHWC: The validation split, uint8.  One pass over it is made for each file.
+        pictures_NHWC: The validation split, uint8.  Each file makes one pass over it.
         labels_N: Its class indices.
-        folder: Where the file goes; made if missing.
-        threads: Threads of eager and of the format's runtime.
-        fine_tune: Asked once, with the file's figures.  If it returns a network, that is exported
-            too, compared with the original like the first, and the file of higher validation
-            accuracy is taken, the first where they are equal; `ptq_val_accuracy`,
-            `qat_val_accuracy` and `chosen` in the contents tell.
+        folder: Where the file goes; created if missing.
+        threads: Threads for the eager network and the format's runtime.
+        fine_tune: Called once, with the file's figures.  If it returns a network, that is exported
+            too and compared with the original network, and the file with the higher validation
+            accuracy is kept (the first if equal); the contents record `ptq_val_accuracy`,
+            `qat_val_accuracy` and `chosen`.
 
     Raises:
-        ExportRefused: the file is outside of the exporter's tolerance.
+        ExportRefused: the file is outside the exporter's tolerance.
         ConfigError: a package that the format needs is not installed, or the network cannot be
             exported.
         ValueError: there are more or fewer labels than pictures.
@@ -238,7 +238,7 @@ def outputs(
     pictures_NHWC: Tensor,
     threads: int,
 ) -> Tensor:
-    """What `network`, eager or a loaded file, makes of the pictures: (N, C) in float64."""
+    """Outputs (N, C) of `network`, eager or a loaded file, for the pictures, in float64."""
     with torch_threads(threads):
         return torch.cat(
             [
@@ -273,7 +273,7 @@ def _compare(
 
 
 def _better(first: tuple[Path, Parity], tuned: tuple[Path, Parity]) -> tuple[Path, Parity]:
-    """The file of higher accuracy, its contents telling of both."""
+    """The file with the higher accuracy; both accuracies are added to its contents."""
     ptq, qat = first[1].val_accuracy, tuned[1].val_accuracy
     path, parity = tuned if qat > ptq else first
     parity.contents.update(
@@ -287,13 +287,13 @@ def _share(holds_N: Tensor) -> float:
 
 
 def _decibels(signal_NC: Tensor, noise_NC: Tensor) -> float | None:
-    """10 log10 of the ratio of powers; None without noise."""
+    """10 log10 of the ratio of powers; None if there is no noise."""
     ratio = (signal_NC.square().sum() / noise_NC.square().sum()).item()
     return None if ratio == math.inf else 10 * math.log10(ratio) if ratio else -math.inf
 
 
 def _refuse_outside(limits: dict[str, float], parity: Parity) -> None:
-    # Written so that a nan, which fails every comparison, is refused.
+    # Each test states what must hold: a NaN fails every comparison and so is refused.
     held: dict[str, Callable[[float], bool]] = {
         "relative": lambda most: parity.max_abs <= most * max(1.0, parity.eager_max_abs_logit),
         "top1_agreement": lambda least: parity.top1_agreement >= least,
@@ -306,11 +306,11 @@ def _refuse_outside(limits: dict[str, float], parity: Parity) -> None:
         if not held[name](limit)
     ]
     if broken or not math.isfinite(parity.max_abs):
-        sqnr = "no" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"
+        sqnr = "infinite" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"
         raise ExportRefused(
-            f"{parity.file} ({parity.kind}, {parity.precision}) is not what the network computes "
+            f"{parity.file} ({parity.kind}, {parity.precision}) does not match the network "
             f"on {parity.num_images} validation images: outputs differ by up to "
-            f"{parity.max_abs:.3g} (largest {parity.eager_max_abs_logit:.3g}, {sqnr} noise), "
+            f"{parity.max_abs:.3g} (largest {parity.eager_max_abs_logit:.3g}, SQNR {sqnr}), "
             f"top-1 agreement is {parity.top1_agreement:.4f}, accuracy {parity.val_accuracy:.4f} "
             f"(eager {parity.eager_val_accuracy:.4f}); outside of tolerance: {', '.join(broken)} "
             f"(one picture is {100 / parity.num_images:.2f} points); nothing was published; "
@@ -319,34 +319,34 @@ def _refuse_outside(limits: dict[str, float], parity: Parity) -> None:
 
 
 def _remedy(parity: Parity) -> str:
-    """What may help a file that was refused, fine-tuning where it has not been tried."""
+    """What to try after a refusal; suggests fine-tuning if it has not been tried."""
     if parity.precision != "int8":
         return REMEDY
     found = parity.contents
     if "chosen" not in found:
-        learn_on = "have the student learn on in int8 (`int8: {qat_when_loss_above: 0.5}`)"
+        learn_on = "fine-tune the student in int8 (`int8: {qat_when_loss_above: 0.5}`)"
         return f"{CALIBRATE}, {learn_on}, or, {REMEDY}"
     return (
-        f"calibrated alone it has accuracy {found['ptq_val_accuracy']:.4f}, after learning on in "
-        f"int8 {found['qat_val_accuracy']:.4f}: learn on for longer or at another rate "
+        f"accuracy is {found['ptq_val_accuracy']:.4f} with calibration alone, after fine-tuning "
+        f"in int8 {found['qat_val_accuracy']:.4f}: fine-tune for longer or at another rate "
         f"(`int8: {{qat_epochs: ..., qat_lr: ...}}`), {CALIBRATE}, or, {REMEDY}"
     )
 
 
 def _points(most: float, parity: Parity) -> float:
-    """The points that may be lost: any at all means one picture, since none is lost in part."""
+    """The points that may be lost: at least one picture's, unless none may be lost at all."""
     return max(most, 100 / parity.num_images) if most else 0.0
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or all files of the folder that some formats are, in order of name."""
+    """The file itself; for a format that is a folder, all files in it, sorted by name."""
     if not path.is_dir():
         return [path]
     return sorted((each for each in path.rglob("*") if each.is_file()), key=Path.as_posix)
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of what `sha256sum` says of its files."""
+    """SHA-256 of a file; for a folder, of the list that `sha256sum` prints of its files."""
     if not path.is_dir():
         return sha256(path)
     lines = (f"{digest(each)}  {each.relative_to(path).as_posix()}\n" for each in files_of(path))
@@ -354,7 +354,7 @@ def digest(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)

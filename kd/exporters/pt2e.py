@@ -1,7 +1,7 @@
-"""Quantisation of a network's graph (torchao's PT2E), after training and within it.
+"""Quantise a network's graph with torchao's PT2E, after training (PTQ) or during it (QAT).
 
-Convolutions and linear layers get symmetric int8 weights, with a scale for each output channel,
-and int8 activations with a scale each.
+Convolutions and linear layers get symmetric int8 weights with one scale per output channel, and
+int8 activations with one scale per tensor.
 
 Shapes: N samples, B batch, H W image.
 """
@@ -24,10 +24,10 @@ from kd.exporters.files import (
 
 
 def quantised(module: nn.Module, images_NCHW: Tensor) -> nn.Module:
-    """A copy of `module` whose activations' ranges are those that `images_NCHW` cause.
+    """A quantised copy of `module`, its activation ranges calibrated on `images_NCHW`.
 
     Returns:
-        A graph of one image with explicit quantisation, which backends turn into int8 kernels.
+        A graph for one image with explicit quantise/dequantise ops, which backends lower to int8.
     """
     with torchao():
         from torchao.quantization.pt2e import allow_exported_model_train_eval
@@ -44,10 +44,10 @@ def quantised(module: nn.Module, images_NCHW: Tensor) -> nn.Module:
 
 
 def simulated(module: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
-    """A copy of `module` that rounds weights and activations as int8 would, for training.
+    """A copy of `module` with fake quantisation of weights and activations, for training.
 
-    Its parameters and buffers go by the names that they have in `module`; it learns the ranges of
-    activations beside.  Batch statistics move on as in ordinary training.
+    Its parameters and buffers have the same names as in `module`; it also learns the activation
+    ranges.  Batch norm statistics are updated as in ordinary training.
 
     Args:
         module: The network.
@@ -57,7 +57,7 @@ def simulated(module: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module
         from torchao.quantization.pt2e import allow_exported_model_train_eval
         from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-        # Traced in the memory order that fit() trains in: a view of one is no view of the other.
+        # Traced in the memory format that fit() trains in, as a view may be valid only in one.
         learner = for_export(module).train().requires_grad_()
         learner = learner.to(memory_format=torch.channels_last)
         images_BCHW = torch.zeros(2, *image_shape).to(memory_format=torch.channels_last)
@@ -69,7 +69,7 @@ def simulated(module: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module
 
 
 def with_weights_of(learned: nn.Module, module: nn.Module) -> nn.Module:
-    """A copy of `module` with the parameters and buffers that its `simulated` copy learned."""
+    """A copy of `module` with the parameters and buffers of `learned`, its `simulated` copy."""
     made = for_export(module)
     state = learned.state_dict()
     made.load_state_dict({name: state[name] for name in made.state_dict()})
@@ -78,11 +78,11 @@ def with_weights_of(learned: nn.Module, module: nn.Module) -> nn.Module:
 
 @contextmanager
 def torchao() -> Iterator[None]:
-    """Room for torchao's and the quantiser's imports and calls, kept quiet."""
+    """Check that torchao and executorch are installed; call them without their own warnings."""
     require_packages("torchao", "executorch")
     with ignoring(
         *AT_IMPORT,
-        "erase_node",  # of the graph, when batch norms are folded
+        "erase_node",  # warned when batch norms are folded
     ):
         yield
 

@@ -1,4 +1,4 @@
-"""What is exported: a trained network, with all that a file can hold besides its weights.
+"""The input of an export: a trained network and everything else that goes into the file.
 
 Shapes: N samples, B batch, C classes, H W image.
 """
@@ -16,11 +16,11 @@ from kd.exporters.files import for_export, in_canonical_memory
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A network, the pictures it understands, and the names of what it tells apart.
+    """A trained network, its input format and its class names.
 
     Raises:
         ConfigError: the network does not give one logit for each class name, or the calibration
-            pictures are not such as it takes.
+            pictures do not have the shape and dtype that it takes.
     """
 
     module: nn.Module
@@ -29,13 +29,13 @@ class Trained:
     """H and W, in pixels."""
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
-    """Of each channel, of pixels in [0, 1]: what is taken from a picture."""
+    """Of each channel, for pixels in [0, 1]; subtracted from a picture."""
     std: tuple[float, ...]
-    """Of each channel, of pixels in [0, 1]: what the rest is divided by."""
+    """Of each channel, for pixels in [0, 1]; the difference is divided by it."""
     calibration_NHWC: Tensor | None = None
-    """uint8 pictures of the training data, from which int8 formats learn their ranges."""
+    """uint8 pictures of the training data, to calibrate int8 formats with."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """What else the file should say of itself, where its format has room."""
+    """Further metadata for the file."""
 
     def __post_init__(self) -> None:
         with torch.inference_mode():
@@ -68,11 +68,11 @@ class Trained:
         return self.image_size, self.image_size, len(self.mean)
 
     def served(self, picture_input: bool, network: nn.Module | None = None) -> nn.Module:
-        """What a file computes: the network alone, or all the way from pictures to probabilities.
+        """What a file computes: the network alone, or pictures to probabilities end to end.
 
         Args:
             picture_input: Whether the file takes pictures.
-            network: Stands in for `module`: a quantised copy of it.
+            network: Used instead of `module`: a quantised copy of it.
 
         Returns:
             A copy in eval mode, float32, on the CPU.
@@ -85,24 +85,24 @@ class Trained:
         return self.inputs(torch.zeros(1, *self.picture_shape, dtype=torch.uint8), picture_input)
 
     def description(self) -> dict[str, str]:
-        """What files say of themselves: how pictures are normalised, the class names, and more."""
+        """A file's metadata: mean, std and labels (as JSON), and what `metadata` adds."""
         numbers = {"mean": self.mean, "std": self.std, "labels": self.class_names}
         return {**{name: json.dumps(each) for name, each in numbers.items()}, **self.metadata}
 
     def inputs(self, pictures_BHWC: Tensor, picture_input: bool) -> Tensor:
-        """The pictures as a file takes them: as they are, or normalised (B, channels, H, W)."""
+        """The pictures as a file takes them: unchanged, or normalised (B, channels, H, W)."""
         return pictures_BHWC if picture_input else self.normalise(pictures_BHWC)
 
     def normalise(self, pictures_BHWC: Tensor) -> Tensor:
-        """Normalised images (B, channels, H, W), in channels_last memory, of uint8 pictures."""
+        """Normalise uint8 pictures to images (B, channels, H, W), in channels_last memory."""
         images_BCHW: Tensor = Normalise(self.mean, self.std)(pictures_BHWC)
         return images_BCHW
 
     def calibration(self, num: int, picture_input: bool = False) -> Tensor:
-        """`num` training images (or all, if there are fewer), spread evenly, as a file takes them.
+        """`num` evenly spaced calibration images (or all, if fewer), as a file takes them.
 
         Raises:
-            ConfigError: the network came without calibration pictures.
+            ConfigError: there are no calibration pictures.
         """
         if self.calibration_NHWC is None:
             raise ConfigError(
@@ -114,7 +114,7 @@ class Trained:
 
 
 class Normalise(nn.Module):
-    """uint8 (B, H, W, channels) to float32 (B, channels, H, W), bit for bit as kd.data does it."""
+    """uint8 (B, H, W, channels) to float32 (B, channels, H, W), bit-identical to kd.data."""
 
     mean: Tensor
     scale: Tensor
@@ -131,7 +131,7 @@ class Normalise(nn.Module):
 
 
 class FromPicture(nn.Module):
-    """What a phone has (a picture) to what it shows (probabilities)."""
+    """A network with preprocessing and softmax: uint8 pictures to probabilities."""
 
     def __init__(
         self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
@@ -142,12 +142,12 @@ class FromPicture(nn.Module):
 
     def forward(self, picture_BHWC: Tensor) -> Tensor:
         """Probabilities (B, C) of uint8 pictures (B, H, W, channels)."""
-        # Else decompositions would see channels_last and spell out its strides.
+        # Else decompositions would see channels_last and hard-code its strides.
         images_BCHW = in_canonical_memory(self.normalise(picture_BHWC))
         logits_BC: Tensor = self.network(images_BCHW)
         return logits_BC.softmax(1)
 
 
 def evenly(num: int, wanted: int) -> Tensor:
-    """`wanted` positions spread evenly over `num`, ascending; each once if there are fewer."""
+    """`wanted` positions spaced evenly over `num`, ascending; all of them if there are fewer."""
     return torch.arange(min(num, wanted)) * num // min(num, wanted)
