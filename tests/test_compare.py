@@ -250,7 +250,7 @@ def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatc
         monkeypatch.setitem(stages.STAGES, "baselines", diverge)
         work.do(here, unit)
         without = report.write(here, here.folder)
-        assert "Diverged, and so without a row: labels in 1 seeds." in without
+        assert "Diverged, so without a row: labels in 1 seeds." in without
         assert "| labels |" in table
         assert "| labels |" not in without
     finally:
@@ -267,7 +267,7 @@ def test_a_unit_that_was_begun_before_says_that_its_seconds_are_not_all(here, mo
     def stop(params, name, run):
         raise RuntimeError("the power is out")
 
-    said = "Begun more than once, so that CPU seconds are those of the last time alone: labels"
+    said = "Started more than once, so CPU seconds are those of the last attempt only: labels"
     try:
         path.unlink()
         with monkeypatch.context() as patch:
@@ -430,7 +430,7 @@ def test_a_unit_that_fails_keeps_no_other_from_being_done(here, monkeypatch, cap
     assert [id for id, u in comparison.units.items() if not comparison.is_done(u)] == failed
     why = f"Odd in {own}, line 11: no"
     first, *others = told.err.splitlines()
-    assert first.startswith("error: 2 of 28 units failed, so that there is no table")
+    assert first.startswith("error: 2 of 28 units failed, so there is no table")
     assert others == [f"{id}: {why}" for id in failed]
     assert f"{failed[0]} failed: {why}" in told.out
     assert "Odd: no\nmore\nin seed-0/" in (here.workspace(0) / "log.txt").read_text()

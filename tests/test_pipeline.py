@@ -563,7 +563,7 @@ def test_the_installed_program_finds_the_users_code_in_the_folder_it_is_run_in(t
         ),
         (
             {"student.model": {"kind": "custom", "path": "tests.models.toys:Choosy"}},
-            "must do the same steps whatever the image shows",
+            "must do the same steps for every image",
         ),
     ],
     ids=["model", "method", "peers", "classes", "export"],

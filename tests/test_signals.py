@@ -135,6 +135,6 @@ def test_a_comparison_takes_its_processes_along_and_says_that_it_goes_on(tell, s
     written(tmp_path, recipe={"epochs": 500, "batch_size": 64})
     process = start(tmp_path, "-m", "kd.compare", "params.compare.yaml", "--processes", "2")
     ended, _, errors = interrupted(process, "seed-1/data", tell)
-    said = "stopped; what was done stays, and the next run goes on from there\n"
+    said = "stopped; finished work is kept, and the next run resumes from it\n"
     assert (ended, errors) == (status, said)
     wait_until(lambda: not is_alive(process.pid))

@@ -1,8 +1,8 @@
-"""The same student under many methods, teachers and weightings, over many seeds, honestly.
+"""Compare methods, teachers and weightings fairly: the same student, over several seeds.
 
     python -m kd.compare params.compare.yaml
 
-Within a seed all cells share data, teacher, assistants, weights and the members' cached answers,
-and differ in nothing but what their section says; equal epochs and images for all.  Work that is
-done is not done again, so a comparison that was stopped goes on.  Needs neither DVC nor Prefect.
+Within a seed all cells share data, teacher, assistants, weights and the members' cached outputs,
+train for equal epochs on equally many images, and differ only in what their section says.
+Finished units are not repeated, so a stopped comparison resumes.  Needs neither DVC nor Prefect.
 """

@@ -1,4 +1,4 @@
-"""`python -m kd.compare FILE`: do what is left of a comparison, then say what came of it."""
+"""`python -m kd.compare FILE`: run a comparison's unfinished units, then write its report."""
 
 import argparse
 import json
@@ -13,17 +13,17 @@ from kd.component import ConfigError, Refused
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do the units, write the report; 0 when all went well."""
+    """Run the units and write the report; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m kd.compare", description=__doc__)
     parser.add_argument("file", type=Path, help="such as params.compare.yaml")
-    parser.add_argument("--seeds", type=int, help="how many, where not as many as the file says")
+    parser.add_argument("--seeds", type=int, help="number of seeds, instead of the file's")
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="units at a time (default: cores)"
     )
-    parser.add_argument("--into", type=Path, help="a page to put the table into, by its name")
+    parser.add_argument("--into", type=Path, help="page whose table of this name is replaced")
     parser.add_argument("--record", type=Path, help="a folder to write the report to as well")
-    parser.add_argument("--list", action="store_true", help="only print the units, as JSON")
-    parser.add_argument("--unit", help="only do this one, whose needs are done")
+    parser.add_argument("--list", action="store_true", help="only print unfinished units, as JSON")
+    parser.add_argument("--unit", help="only run this unit, whose dependencies are done")
     given = parser.parse_args(arguments)
     try:
         comparison = Comparison(given.file, given.seeds)
@@ -48,12 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {said}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     except SystemExit:  # SIGTERM or Ctrl-C
-        print("stopped; what was done stays, and the next run goes on from there", file=sys.stderr)
+        print("stopped; finished work is kept, and the next run resumes from it", file=sys.stderr)
         raise
     print(table)
-    print(
-        f"{comparison.folder}: report.md has this table; the networks of each seed lie beside it"
-    )
+    print(f"{comparison.folder}: report.md has this table; each seed's networks are next to it")
     return 0
 
 

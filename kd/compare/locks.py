@@ -1,4 +1,4 @@
-"""One run a comparison, one process a unit: locks that the kernel frees when their holder dies."""
+"""Locks: one run per comparison, one process per unit; the kernel frees them if a holder dies."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ def held(path: Path, does: str) -> Iterator[None]:
     """Hold a lock.
 
     Args:
-        path: Its file, which stays.
-        does: What its holder does, for whoever is refused: "works in ...".
+        path: The lock file, which is not removed.
+        does: What the holder does, for the message of a refusal: "works in ...".
 
     Raises:
-        Refused: another process holds it; the message says which.
+        Refused: another process holds it; the message names that process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""What a comparison consists of: units of work, each waiting for others, each with a digest."""
+"""A comparison's plan: units of work with their dependencies and digests."""
 
 import dataclasses
 import glob
@@ -24,26 +24,26 @@ from kd.params import (
 )
 
 FOLDER = Path(".kd/compare")
-"""Where comparisons work; each seed is a workspace of its own there."""
+"""The folder of all comparisons; each seed has its own workspace in it."""
 BESIDE = ("weightings", "stages.py", "cast.py", "params.py")
-"""What decides a unit's result beside what decides what is learned."""
+"""Sources that affect a unit's result, in addition to `artifacts.LEARNING`."""
 
 
 @component
 class About:
-    """The section `compare` of a comparison's file; all other keys are an experiment's."""
+    """The section `compare` of a comparison's file; the other keys are as in params.yaml."""
 
     name: str
-    """Of its folder, its report and its tracking runs' tag."""
+    """Names its folder, its report and the tag of its tracking runs."""
     base: str | None = None
-    """A file that all keys are laid over: an experiment's (params.yaml) or a comparison's."""
+    """A file whose keys this file overrides: an experiment (params.yaml) or a comparison."""
     seeds: int = 3
-    """Repetitions, at least 2: one shows no spread."""
+    """Repetitions, at least 2, as a single one shows no spread."""
     reference: str
-    """The cell that all others are compared with, in pairs."""
+    """The cell that all others are compared with, seed by seed."""
 
     def __post_init__(self) -> None:
-        wanted = "a name of small letters, digits, - and _"
+        wanted = "a name of lowercase letters, digits, - and _"
         require(bool(NAME.fullmatch(self.name)), "name", self.name, wanted)
         require(self.seeds >= 2, "seeds", self.seeds, "at least 2")
 
@@ -58,28 +58,28 @@ class Unit:
     needs: tuple[str, ...]
     """Ids of the units whose results it reads."""
     digest: str
-    """Of all that decides its result: settings, code, the user's own files, the units it needs."""
+    """Of all that affects its result: settings, code, the user's own files, the units it needs."""
 
     @property
     def id(self) -> str:
-        """seed-3/baselines/dkd."""
+        """Such as seed-3/baselines/dkd."""
         return f"seed-{self.seed}/{self.run_name}"
 
     @property
     def run_name(self) -> str:
-        """baselines/dkd."""
+        """Such as baselines/dkd."""
         return f"{self.stage}/{self.name}" if self.name else self.stage
 
 
 class Comparison:
-    """A comparison's file, read."""
+    """A comparison, as read from its file."""
 
     def __init__(self, path: Path, seeds: int | None = None) -> None:
-        """Read and check it.
+        """Read and check the file.
 
         Args:
             path: The file.
-            seeds: Repetitions, where not as many as the file says.
+            seeds: Number of seeds, instead of the file's.
 
         Raises:
             ConfigError: a key, type or value is wrong, no cell has the reference's name, or
@@ -104,19 +104,19 @@ class Comparison:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The names of what is compared, in the file's order."""
+        """The names of the cells, in the file's order."""
         return tuple(self.params[0].baselines)
 
     def workspace(self, seed: int) -> Path:
-        """The folder that a seed's artifacts are in."""
+        """The folder with a seed's artifacts."""
         return self.folder / f"seed-{seed}"
 
     def record(self, unit: Unit) -> Path:
-        """Where it is noted that a unit is done."""
+        """The file that records that a unit is done."""
         return self.workspace(unit.seed) / "done" / f"{unit.stage}_{unit.name}.json"
 
     def is_done(self, unit: Unit) -> bool:
-        """Whether the unit's result is there, made from the very inputs it has now."""
+        """Whether the unit has a result, and it is not stale."""
         path = self.record(unit)
         return path.exists() and artifacts.read_json(path).get("digest") == unit.digest
 
@@ -130,11 +130,11 @@ class Comparison:
 
 
 def read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file laid over the one that its `compare.base` names, and so on.
+    """Read a file and merge it over its `compare.base`, recursively.
 
     Args:
         path: The file.
-        above: Those that have it for a base already.
+        above: The files that are being merged over this one.
 
     Raises:
         ConfigError: a file cannot be read, or is its own base.
@@ -142,7 +142,7 @@ def read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     raw = read_yaml(path)
     about = raw.get("compare")
     base = about.get("base") if isinstance(about, dict) else None
-    if not isinstance(base, str):  # what else it is, is refused with the rest of the section
+    if not isinstance(base, str):  # a wrong type is refused when the section is built
         return raw
     below = path.parent / base
     if below.resolve() in (known := (*above, path.resolve())):
@@ -162,10 +162,10 @@ def units_of(
     """The units of one seed, each after those it needs.
 
     Args:
-        params: The seed's.
-        code: Digest of all code of ours that takes part.
-        theirs: SHA-256 of the user's own code, which counts where a part of it takes part.
-        files: What tells whether the user's own data were edited.
+        params: The seed's parameters.
+        code: Digest of all our own code that is involved.
+        theirs: SHA-256 of the user's code; counts only for units that use a part of it.
+        files: Name, size and time of the user's own data files; counts for the data unit.
     """
     made: dict[str, Unit] = {}
 
@@ -191,14 +191,14 @@ def units_of(
 
 
 def own_files(data: DataParams) -> list[tuple[str, int, int]]:
-    """Name, size and time of each of the user's own files of data: whether any was edited.
+    """Name, size and mtime of each of the user's own data files, to notice edits.
 
-    Public data never change.
+    Empty for public data sets, which never change.
     """
     if not isinstance(data.dataset, ImageFolder | CustomDataset):
         return []
     source = Path(data.source).expanduser()
-    below = glob.iglob("**", root_dir=source, recursive=True)  # follows links, as rglob does not
+    below = glob.iglob("**", root_dir=source, recursive=True)  # unlike rglob, follows symlinks
     found = [each for each in (source, *map(source.joinpath, below)) if each.is_file()]
     stats = [(each.as_posix(), each.stat()) for each in found if each.suffix != ".pyc"]
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

@@ -1,4 +1,4 @@
-"""What came of a comparison: tables with spreads and paired differences, made from records alone.
+"""A comparison's report: a table with spreads and paired differences over seeds.
 
 S seeds, N samples, C classes.
 """
@@ -22,9 +22,9 @@ from kd.examine import ensembles, figures
 from kd.report import WEIGHTED
 
 ENSEMBLE = "ensemble"
-"""The row of the weighted assistants themselves; every other row is a run name."""
+"""The row of the weighted ensemble of assistants; all other rows have run names."""
 CELL = "baselines/"
-"""What the run names of cells, and of nobody else, begin with."""
+"""Prefix of the run names of cells, and of no others."""
 MEASURES = {
     "test_accuracy": "test accuracy, %",
     "test_worst_class_accuracy": "worst class, %",
@@ -34,25 +34,25 @@ MEASURES = {
     "cpu_seconds": "training, CPU s",
 }
 NOTE = (
-    "Intervals are of Student's t over the paired differences of seeds, each for itself; p is for "
-    "all rows together (Holm 1979): below 0.05, a difference is more than the luck of the one row "
-    "in so many. A seed draws first "
-    "weights and orders, and splits of the same images unless the test split is official: a "
-    "fixed test split leaves the choice of test images out of the interval, and splits that "
-    "overlap from seed to seed are taken for independent, which makes it too narrow (Nadeau & "
-    "Bengio 2003, Inference for the Generalization Error). Training counts a unit's own "
-    "process, peers included, but not the making of tables of teachers' answers, which others "
-    "find made."
+    "Each interval is Student's t over the seeds' paired differences, for that row alone; p is "
+    "corrected for the number of rows (Holm 1979): below 0.05, a difference is unlikely to be the "
+    "luck of one row among so many. A seed decides initial "
+    "weights and batch order, and splits of the same images unless the test split is official. A "
+    "fixed test split leaves the choice of test images out of the interval; splits that "
+    "overlap between seeds are treated as independent, which makes it too narrow (Nadeau & "
+    "Bengio 2003, Inference for the Generalization Error). Training time is the CPU time of a "
+    "unit's own process, peers included, without the tables of teachers' outputs, which are made "
+    "once and shared."
 )
 NOTED = {
-    "failed": "Diverged, and so without a row",
-    "resumed": "Begun more than once, so that CPU seconds are those of the last time alone",
+    "failed": "Diverged, so without a row",
+    "resumed": "Started more than once, so CPU seconds are those of the last attempt only",
 }
-"""What records say of units, for the table's reader."""
+"""Flags in units' records, and how the report explains them."""
 
 
 def build(comparison: Comparison) -> dict[str, Any]:
-    """All figures of a finished comparison; opens the test split of each seed."""
+    """All figures of a finished comparison; evaluates on the test split of each seed."""
     failed = failures(comparison)
     seeds = [of_seed(comparison, seed, set(failed)) for seed in range(comparison.about.seeds)]
     rows = {
@@ -74,7 +74,7 @@ def build(comparison: Comparison) -> dict[str, Any]:
 
 
 def failures(comparison: Comparison) -> dict[str, int]:
-    """Cells whose training diverged, and in how many seeds; they have no row."""
+    """Cells whose training diverged, with the number of seeds; they have no row."""
     found = noted(comparison, "failed")
     if f"{CELL}{comparison.about.reference}" in found:
         raise Refused(f"the reference {comparison.about.reference} diverged: {found}")
@@ -82,7 +82,7 @@ def failures(comparison: Comparison) -> dict[str, int]:
 
 
 def noted(comparison: Comparison, what: str) -> dict[str, int]:
-    """In how many seeds a unit's record says so, by run name."""
+    """By run name: in how many seeds the unit's record has the flag `what`."""
     units = comparison.units.values()
     said = [unit for unit in units if artifacts.read_json(comparison.record(unit)).get(what)]
     return dict(Counter(unit.run_name for unit in said))
@@ -91,7 +91,7 @@ def noted(comparison: Comparison, what: str) -> dict[str, int]:
 def of_seed(
     comparison: Comparison, seed: int, failed: Collection[str]
 ) -> dict[str, dict[str, float]]:
-    """What every network of a seed, and its ensemble, make of the test images."""
+    """Test figures of every network of a seed and of its ensemble, by row."""
     params = comparison.params[seed]
     with contextlib.chdir(comparison.workspace(seed)):
         test = Images.load(artifacts.DATA, "test")
@@ -117,7 +117,7 @@ def of_seed(
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The report as a table for people, sorted by what the cells gained on the reference."""
+    """The report in Markdown, its cells sorted by their gain over the reference."""
     rows, reference = record["rows"], f"{CELL}{record['reference']}"
     cells = [name for name in rows if name.startswith(CELL)]
     base = rows[reference]["test_accuracy"]
@@ -162,13 +162,13 @@ def several(record: Mapping[str, Any], cells: Sequence[str]) -> str:
 
 
 def shown(name: str, rows: Collection[str]) -> str:
-    """A row's name for people: a cell's own, unless it is called as a row above is."""
+    """A row's displayed name: a cell's short one, unless another row has that name."""
     short = name.removeprefix(CELL)
     return name if short in rows else short
 
 
 def paired(ours_S: Sequence[float], theirs_S: Sequence[float]) -> tuple[float, float]:
-    """Mean difference over seeds in points, and its standard error."""
+    """Mean difference over seeds in percentage points, and its standard error."""
     gaps = [100 * (a - b) for a, b in zip(ours_S, theirs_S, strict=True)]
     return statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
 
@@ -195,13 +195,13 @@ def tails(t: float, freedom: int) -> float:
 
 def chance(mean: float, error: float, freedom: int) -> float:
     """Two-sided p of a paired difference, from its mean and standard error."""
-    if error == 0:  # the same in each seed
+    if error == 0:  # the same difference in each seed
         return 0.0 if mean else 1.0
     return tails(mean / error, freedom)
 
 
 def spread(values_S: Sequence[float], measure: str) -> str:
-    """Mean and standard deviation over seeds; shares in percent."""
+    """Mean and standard deviation over seeds; fractions as percentages."""
     percent = measure not in ("test_nll", "cpu_seconds")
     scale, digits = (100, 2) if percent else (1, 1 if measure == "cpu_seconds" else 3)
     mean, deviation = statistics.mean(values_S), statistics.stdev(values_S)
@@ -209,7 +209,7 @@ def spread(values_S: Sequence[float], measure: str) -> str:
 
 
 def write(comparison: Comparison, folder: Path) -> str:
-    """Write report.json, report.md and results.csv; the table."""
+    """Write report.json, report.md and results.csv; returns the content of report.md."""
     record = build(comparison)
     table = markdown(record)
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def write(comparison: Comparison, folder: Path) -> str:
 
 
 def into(page: Path, name: str, table: str) -> None:
-    """Put a table into a page, between `<!-- NAME -->` and `<!-- /NAME -->`."""
+    """Replace a page's table, which is between `<!-- NAME -->` and `<!-- /NAME -->`."""
     text = page.read_text()
     before, opening, rest = text.partition(f"<!-- {name} -->\n")
     _, closing, after = rest.partition(f"<!-- /{name} -->")

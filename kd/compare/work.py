@@ -1,4 +1,4 @@
-"""Doing a comparison's units: one after the other within a process, several processes at once."""
+"""Run a comparison's units: one after the other in each process, in several processes."""
 
 import contextlib
 import os
@@ -23,10 +23,10 @@ from kd.train import NonFiniteLoss
 
 
 def do(comparison: Comparison, unit: Unit) -> None:
-    """Run one unit in its seed's workspace, where its result is not there yet.
+    """Run one unit in its seed's workspace, unless it is done.
 
     Raises:
-        Refused: another process does it at this moment.
+        Refused: another process is running it.
     """
     with locks.held(comparison.record(unit).with_suffix(".lock"), f"does {unit.id}"):
         if not comparison.is_done(unit):
@@ -34,15 +34,15 @@ def do(comparison: Comparison, unit: Unit) -> None:
 
 
 def carry_out(comparison: Comparison, unit: Unit) -> None:
-    """Run one unit, and note that it is done.
+    """Run one unit, and record that it is done.
 
-    A cell whose training diverges is noted as such, which is a result too; anything else that
-    goes wrong is raised.
+    A cell whose training diverges is recorded as such, which is a result too; all other errors
+    are raised.
     """
     workspace = comparison.workspace(unit.seed)
     params, here = comparison.params[unit.seed], Path.cwd()
     resumed = note_begun(comparison, unit)
-    # Stages find their artifacts from where they are run.
+    # Stages look for their artifacts relative to the working directory.
     with contextlib.chdir(workspace), (workspace / "log.txt").open("a") as log, naming(unit, log):
         started, used, failed = time.time(), cpu_seconds(), dict[str, str]()
         tags = {"kd.comparison": comparison.about.name, "kd.seed": str(unit.seed)}
@@ -72,7 +72,7 @@ def carry_out(comparison: Comparison, unit: Unit) -> None:
 
 
 def note_begun(comparison: Comparison, unit: Unit) -> bool:
-    """Note that a unit was begun; whether it already was, so that its seconds will not be all."""
+    """Record that a unit was begun; returns whether it was before, so its seconds are partial."""
     path = comparison.record(unit)
     before = artifacts.read_json(path) if path.exists() else {}
     artifacts.write_json(path, {"begun": unit.digest})
@@ -80,13 +80,13 @@ def note_begun(comparison: Comparison, unit: Unit) -> bool:
 
 
 def cpu_seconds() -> float:
-    """Of this process, but for the tables that it made for all who ask the same members."""
+    """CPU seconds of this process, without those spent on tables that are shared by units."""
     return time.process_time() - artifacts.DiskTables.cpu_seconds
 
 
 @contextlib.contextmanager
 def naming(unit: Unit, log: IO[str]) -> Iterator[None]:
-    """Have errors say in which unit they arose, and leave their traceback in its log."""
+    """Add the unit's id to errors, and write their traceback to `log`."""
     try:
         yield
     except Exception as error:
@@ -96,7 +96,7 @@ def naming(unit: Unit, log: IO[str]) -> Iterator[None]:
 
 
 def reading_from(folder: Path, params: Params) -> Params:
-    """The same experiment, with the data set's folder named from the root."""
+    """The same experiment, with the data set's relative folder resolved against `folder`."""
     dataset = params.data.dataset
     if isinstance(dataset, Digits | CustomDataset):
         return params
@@ -106,14 +106,14 @@ def reading_from(folder: Path, params: Params) -> Params:
 
 
 def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -> None:
-    """Do what is left to do, each unit as soon as those it needs are done.
+    """Run all unfinished units, each as soon as those it needs are done.
 
-    Where one fails, all that do not need it are done all the same.
+    If one fails, all units that do not depend on it are still run.
 
     Args:
-        comparison: What is compared.
+        comparison: The comparison.
         processes: Units at a time, each with as many threads as its recipe says.
-        say: Told of each unit that is done, or failed.
+        say: Called with a line for each unit that is done or failed.
 
     Raises:
         Refused: units failed; its notes say which, and why.
@@ -129,7 +129,7 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
                 for id, unit in left.items():
                     ready = id not in running and not any(need in left for need in unit.needs)
                     if ready and len(started) < processes:
-                        with deaf_to_ctrl_c():  # and so is the process that this may start
+                        with deaf_to_ctrl_c():  # submit() may start a process, which inherits it
                             started[pool.submit(do_unless_told, comparison, unit)] = unit
                 done, _ = wait(started, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -141,7 +141,7 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
                     said = f"{unit.id} failed: {why}" if why else unit.id
                     say(f"{said} ({len(left)} left)")
         except BaseException as error:
-            if not isinstance(error, Exception):  # what ends us ends them; a failure does not
+            if not isinstance(error, Exception):  # a signal is passed on; an error is not
                 for process in active_children():
                     process.terminate()
             pool.shutdown(cancel_futures=True)
@@ -151,7 +151,7 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
 
 
 def needing(units: Mapping[str, Unit], id: str) -> list[str]:
-    """A unit's id and those of all that need it, of units that each come after those they need."""
+    """The id and those of all units that depend on it; `units` must be in dependency order."""
     found = [id]
     for unit in units.values():
         if not set(found).isdisjoint(unit.needs):
@@ -160,10 +160,10 @@ def needing(units: Mapping[str, Unit], id: str) -> list[str]:
 
 
 def incomplete(comparison: Comparison, failed: Mapping[str, str]) -> Refused:
-    """What a comparison ends with of which units failed, for the reasons given by their ids."""
+    """The error for a comparison with failed units; `failed` has their reasons by id."""
     error = Refused(
-        f"{len(failed)} of {len(comparison.units)} units failed, so that there is no table; what "
-        "needs them was not done, all else is, and the next run goes on from there. "
+        f"{len(failed)} of {len(comparison.units)} units failed, so there is no table; units "
+        "that need them were skipped, all others are done, and the next run resumes from there. "
         f"Tracebacks are in {comparison.folder}/seed-*/log.txt"
     )
     for id, why in failed.items():
@@ -173,10 +173,10 @@ def incomplete(comparison: Comparison, failed: Mapping[str, str]) -> Refused:
 
 @contextlib.contextmanager
 def deaf_to_ctrl_c() -> Iterator[None]:
-    """Keep Ctrl-C waiting; what is started meanwhile never hears it, for we tell it to stop.
+    """Block SIGINT; processes started in the block inherit that, and we send them SIGTERM.
 
-    A terminal tells all processes at once, some of which would be importing, or handing on a
-    result, in code that prints a traceback for it or takes it for the result.
+    On Ctrl-C a terminal signals all processes at once; one that is importing or sending a result
+    would print a traceback, or return the exception as the result.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -186,7 +186,7 @@ def deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def begin(parent: int) -> None:
-    """A process works alone on its core; a recipe may say otherwise for its own training."""
+    """Initialise a worker: one thread each, unless a recipe sets another number for training."""
     import torch
 
     signal.signal(signal.SIGTERM, note)
@@ -196,15 +196,15 @@ def begin(parent: int) -> None:
 
 
 def note(number: int, frame: FrameType | None) -> None:
-    """Leave it to the next unit to heed a signal: the pool's own code would not survive it."""
+    """Only record a signal, for the next unit to act on: raising would break the pool's code."""
     signals.told.append(number)
 
 
 def do_unless_told(comparison: Comparison, unit: Unit) -> str:
-    """Run a unit, which SIGTERM ends, as it does one that has not begun.
+    """Run a unit until SIGTERM; if one was received before, do not start.
 
     Returns:
-        Why it failed, in one line, since not every exception can be sent; "" where it did not.
+        Why it failed, as a line, since not every exception can be pickled; "" if it succeeded.
     """
     signals.end_quietly()
     try:
