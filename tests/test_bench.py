@@ -55,7 +55,7 @@ def test_a_file_whose_checksum_does_not_match_is_not_measured(tmp_path, capsys):
     path = folder / "model.onnx"
     path.write_bytes(path.read_bytes() + b"\0")
     assert run(["bench", str(path)]) == 2
-    assert "model.onnx is not the file of SHA256SUMS" in capsys.readouterr().err
+    assert "model.onnx does not match SHA256SUMS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

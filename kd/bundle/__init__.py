@@ -1,17 +1,18 @@
-"""The bundle: an export's folder, with all that an app's developer needs beside the file.
+"""The bundle: an exported file's folder, with everything an app developer needs besides the file.
 
     model.*             the exported file (a folder for Core ML)
-    labels.txt          class names, one a line, in the order of the outputs
-    preprocessing.json  from a picture's bytes to the file's input, and what its output means
-    MODEL_CARD.md       what it is, how good, how to load it
+    labels.txt          class names, one per line, in the order of the outputs
+    preprocessing.json  how to turn a picture into the file's input, and what its output means
+    MODEL_CARD.md       what the model is, how accurate, how to load it
     parity.json         how the file compares with the network on the validation images
     student.json        the network's manifest: teachers, weights, data, recipe
-    classify.py         a reader of this folder that needs no `kd`
-    SHA256SUMS          of all files above
-    benchmark.json      latency and memory as measured here; the one file that differs from run
-                        to run, and therefore is not in SHA256SUMS
+    classify.py         loads and runs this folder's file without `kd`
+    SHA256SUMS          checksums of all files above
+    benchmark.json      latency and memory as measured here; not in SHA256SUMS, as it is the only
+                        file that differs from run to run
 
-SHA256SUMS goes first and comes last: a folder that lacks it, or differs from it, is no bundle.
+SHA256SUMS is deleted first and written last: a folder without it, or with other files, is not a
+valid bundle.
 """
 
 import json
@@ -42,20 +43,20 @@ WRITTEN = (
     checksums.SUMS,
     checksums.BENCHMARK,
 )
-"""All that a bundle holds beside the exported file."""
+"""All files of a bundle besides the exported one."""
 
 
 def clear(folder: Path) -> None:
-    """Make room for a new export: what an older one left, whole or half, is deleted.
+    """Delete an older export's files, complete or not, before a new export.
 
     Raises:
-        ArtifactError: the folder holds something that no export writes; nothing is deleted.
+        ArtifactError: the folder has a file that no export writes; nothing is deleted.
     """
     present = sorted(folder.iterdir(), key=lambda path: path.name != checksums.SUMS)
     for path in present:
         ours = path.name in WRITTEN or path.stem == "model" or checksums.passing(path.name)
         if not ours:
-            raise ArtifactError(f"{path} is no part of an export: move it away")
+            raise ArtifactError(f"{path} is not part of an export: move it away")
     for path in present:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -63,16 +64,16 @@ def clear(folder: Path) -> None:
 def write(
     folder: Path, parity: Mapping[str, Any], student: Manifest, data: Mapping[str, Any]
 ) -> None:
-    """Put beside an exported file all that belongs to it.
+    """Write the bundle's other files next to an exported file.
 
     Args:
-        folder: Holds the file, and benchmark.json if it was measured.
+        folder: Contains the file, and benchmark.json if it was measured.
         parity: The record of its comparison with the network, `Parity.record()`.
         student: The manifest of the network that was exported.
-        data: The record of the data that it learned from, data.json.
+        data: The record of its training data, data.json.
 
     Raises:
-        Refused: labels and outputs do not fit each other.
+        Refused: the class names do not fit the outputs, or are not one line each.
         ArtifactError: the file is not the one that was compared.
     """
     path = folder / parity["file"]

@@ -1,4 +1,4 @@
-"""The model card: what the file is, how good, for what not, and how it is loaded."""
+"""The model card: what the file is, how accurate, its limits, and how to load it."""
 
 import math
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ def card(
     data: Mapping[str, Any],
     form: Mapping[str, Any],
 ) -> str:
-    """What MODEL_CARD.md holds; no time, host or path is in it.
+    """The text of MODEL_CARD.md; it has no time, host or path.
 
     Args:
         parity: The record of the file's comparison with the network.
         student: The network's manifest.
-        data: The record of the data that it learned from.
-        form: What preprocessing.json holds.
+        data: The record of its training data.
+        form: The content of preprocessing.json.
     """
     sections = [
         f"# {form['file']}: a classifier of {student.num_classes} classes",
@@ -77,7 +77,7 @@ def _samples(form: Mapping[str, Any]) -> list[str]:
     shown = []
     for language, lines in loading(Path(form["file"]).suffix, form).items():
         shown.append(f"### {language}")
-        one_line = "\n" not in lines  # a remark, not a program
+        one_line = "\n" not in lines  # a sentence, not code
         shown.append(lines if one_line else f"```{FENCES[language]}\n{lines}\n```")
     return shown
 
@@ -88,7 +88,7 @@ def _how_good(parity: Mapping[str, Any]) -> str:
     unlike = parity.get("undelegated")
     left = ", ".join(f"{name} ({calls})" for name, calls in (unlike or {}).items())
     bench = f" `kd bench {parity['file']}` measures the file on a computer."
-    if parity.get("verified_by"):  # `kd bench` refuses files whose runtime is elsewhere
+    if parity.get("verified_by"):  # `kd bench` refuses files whose own runtime cannot run here
         bench = ""
     return (
         f"{_verified(parity)}\n\n"
@@ -114,7 +114,7 @@ def _how_good(parity: Mapping[str, Any]) -> str:
 
 
 def _fine_tuned(parity: Mapping[str, Any]) -> str:
-    """Both ways to int8, where both were tried."""
+    """Rows for both ways to int8, if both were tried."""
     if "chosen" not in parity:
         return ""
     ways = {"ptq": "calibrated only", "qat": "fine-tuned with simulated int8"}
@@ -126,7 +126,7 @@ def _fine_tuned(parity: Mapping[str, Any]) -> str:
 
 
 def _verified(parity: Mapping[str, Any]) -> str:
-    """What ran, to give the figures."""
+    """A sentence that says how the figures were measured."""
     stand_in = parity.get("verified_by")
     if stand_in:
         return f"**Not run in its own runtime.** Instead, on every validation image, {stand_in}:"

@@ -3,11 +3,11 @@
     from classify import Classifier
     Classifier(".").predict(images)  # uint8 (N, height, width, channels)
 
-    python classify.py picture.jpg ...  # any size and kind; needs Pillow besides
+    python classify.py picture.jpg ...  # any size and format; also needs Pillow
 
-This file goes along with every bundle and is MLflow's loader too, so it imports nothing of `kd`:
-numpy, and the file's runtime (onnxruntime; executorch with torch; ai-edge-litert).  Core ML is on
-Apple's devices alone, and so not here.
+Every bundle has a copy of this file, and MLflow loads exports with it, so it does not import `kd`:
+only numpy and the file's runtime (onnxruntime; executorch with torch; ai-edge-litert).  Core ML
+runs only on Apple devices and is not supported here.
 
 Shapes: N pictures, H W picture, C classes.
 """
@@ -29,22 +29,23 @@ Call = Callable[["NDArray[Any]"], "NDArray[np.float32]"]
 
 
 class Classifier:
-    """A bundle, loaded: pictures in, class names and probabilities out."""
+    """A loaded bundle: pictures in, class names and probabilities out."""
 
     def __init__(self, folder: str | Path, threads: int = 1) -> None:
         """Args: the bundle's folder, and how many threads the runtime may use.
 
-        ExecuTorch has one number of threads for all files of a process.
+        ExecuTorch uses the same number of threads for all files in a process.
 
         Raises:
-            ValueError: a file is missing or altered, or does not run here.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is altered, or does not run here.
         """
         folder = Path(folder)
         check(folder, "preprocessing.json", "labels.txt")
         self.form = json.loads((folder / "preprocessing.json").read_text("utf-8"))
         self.labels = np.array((folder / "labels.txt").read_text("utf-8").split("\n")[:-1])
         if len(self.labels) != self.form["output"]["shape"][-1]:
-            raise ValueError(f"{folder} has {len(self.labels)} labels, which are another file's")
+            raise ValueError(f"{folder} has {len(self.labels)} labels, which are for another file")
         path = folder / self.form["file"]
         if path.suffix not in RUNTIMES:
             raise ValueError(f"{path.name} does not run here; these do: {', '.join(RUNTIMES)}")
@@ -57,8 +58,8 @@ class Classifier:
         """Classify pictures.
 
         Args:
-            images: uint8 (N, H, W, channels), of the size that preprocessing.json gives.
-            params: Not used; MLflow passes it.
+            images: uint8 (N, H, W, channels), of the size given in preprocessing.json.
+            params: Unused; MLflow passes it.
 
         Returns:
             label (N,): the most probable class; probabilities (N, C), in the order of labels.txt.
@@ -70,7 +71,7 @@ class Classifier:
         return {"label": label_N, "probabilities": scores_NC.astype(np.float32)}
 
     def scores(self, images: "NDArray[np.uint8]") -> "NDArray[np.float32]":
-        """What the file itself gives for pictures: (N, C), logits or probabilities."""
+        """The file's own outputs for pictures: (N, C), logits or probabilities."""
         images_NHWc = np.asarray(images)
         picture = self.form["picture"]
         wanted = (picture["height"], picture["width"], picture["channels"])
@@ -87,7 +88,7 @@ class Classifier:
     def normalised(self, images_NHWc: "NDArray[np.uint8]") -> "NDArray[np.float32]":
         """(pixel / 255 - mean) / std, channels first: (N, channels, H, W).
 
-        In the order of operations that the network was trained with, to the last bit.
+        The order of operations is that of training, so that results are bit-identical.
         """
         mean, std = (np.array(self.form[key]) for key in ("mean", "std"))
         scale = (1 / (255 * std)).astype(np.float32)
@@ -96,24 +97,22 @@ class Classifier:
 
 
 def check(folder: Path, *names: str) -> None:
-    """Refuse files that are not those of SHA256SUMS: cut short, or another bundle's."""
+    """Refuse files that do not match SHA256SUMS: truncated, or from another bundle."""
     lines = (folder / "SHA256SUMS").read_text("utf-8").splitlines()
     for name in names:
         if f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" not in lines:
-            raise ValueError(
-                f"{folder / name} is not the file of SHA256SUMS: copy the folder again"
-            )
+            raise ValueError(f"{folder / name} does not match SHA256SUMS: copy the folder again")
 
 
 def softmax(logits_NC: "NDArray[Any]") -> "NDArray[np.float64]":
-    """Probabilities (N, C); the largest logit is taken off first, so that no power overflows."""
+    """Probabilities (N, C); the largest logit is subtracted first to avoid overflow."""
     powers_NC = np.exp(logits_NC.astype(np.float64) - logits_NC.max(1, keepdims=True))
     probabilities: NDArray[np.float64] = powers_NC / powers_NC.sum(1, keepdims=True)
     return probabilities
 
 
 def onnx(path: Path, form: dict[str, Any], threads: int) -> Call:
-    """The file in ONNX Runtime."""
+    """Load the file in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -123,14 +122,14 @@ def onnx(path: Path, form: dict[str, Any], threads: int) -> Call:
 
 
 def executorch(path: Path, form: dict[str, Any], threads: int) -> Call:
-    """The file in ExecuTorch's runtime, whose inputs and outputs go by position.
+    """Load the file in ExecuTorch's runtime, whose inputs and outputs have only positions.
 
-    The runtime has one pool of threads a process, and XNNPACK keeps the address of the pool that
-    was there when it loaded a file: once there is one, the pool must stay.  The runtime's module
-    notes it, because each bundle has a copy of this file.
+    The runtime has one thread pool per process, and XNNPACK keeps the address of the pool that
+    existed when it loaded a file: from then on the pool must not be replaced.  The number of
+    threads is noted on the runtime's module, because each bundle has its own copy of this file.
 
     Raises:
-        ValueError: a file is loaded already, with another number of threads.
+        ValueError: a file is already loaded with another number of threads.
     """
     import torch
     from executorch.extension.pybindings import portable_lib
@@ -140,7 +139,7 @@ def executorch(path: Path, form: dict[str, Any], threads: int) -> Call:
     if taken != threads:
         raise ValueError(
             f"threads is {threads}, but ExecuTorch has loaded a file with {taken} threads in this "
-            f"process: it must be {taken} here too, or the file run in a process of its own"
+            f"process: use {taken} here too, or run the file in a separate process"
         )
     if portable_lib._threadpool_get_thread_count() != threads:
         portable_lib._unsafe_reset_threadpool(threads)
@@ -149,7 +148,7 @@ def executorch(path: Path, form: dict[str, Any], threads: int) -> Call:
     portable_lib.classify_threads = threads
 
     def call(given: "NDArray[Any]", keeps: Any = program) -> "NDArray[np.float32]":
-        (scores,) = method.execute([torch.tensor(given)])  # the program outlives its method
+        (scores,) = method.execute([torch.tensor(given)])  # `keeps`: program must outlive method
         found: NDArray[np.float32] = scores.numpy().copy()
         return found
 
@@ -157,7 +156,7 @@ def executorch(path: Path, form: dict[str, Any], threads: int) -> Call:
 
 
 def litert(path: Path, form: dict[str, Any], threads: int) -> Call:
-    """The file in LiteRT, through its signature."""
+    """Load the file in LiteRT, called by the names in its signature."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(model_path=str(path), num_threads=threads)
@@ -167,7 +166,7 @@ def litert(path: Path, form: dict[str, Any], threads: int) -> Call:
 
 
 def one_at_a_time(call: Call) -> Call:
-    """A call that waits for its turn: the file has one set of buffers, a server many threads."""
+    """Serialise calls with a lock: the file has one set of buffers, a server many threads."""
     turn = Lock()
 
     def guarded(given: "NDArray[Any]") -> "NDArray[np.float32]":
@@ -181,13 +180,13 @@ RUNTIMES = {".onnx": onnx, ".pte": executorch, ".tflite": litert}
 
 
 def read(path: str, form: dict[str, Any]) -> "NDArray[np.uint8]":
-    """A file's picture as preprocessing.json has it: (H, W, channels).
+    """Read a picture as preprocessing.json specifies: (H, W, channels).
 
-    Turned upright, laid over white, its centre square cut out and resized: to the pixel what the
-    network was trained and judged on.
+    Turned upright, composited over white, centre-cropped to a square and resized: pixel for
+    pixel what the network was trained and evaluated on.
 
     Raises:
-        ValueError: its pixels are 32-bit numbers, whose white nobody knows.
+        ValueError: its pixels are 32-bit numbers, whose value for white is unknown.
     """
     from PIL import Image, ImageOps
 
@@ -212,7 +211,7 @@ def read(path: str, form: dict[str, Any]) -> "NDArray[np.uint8]":
 
 
 def main(files: list[str]) -> int:
-    """Print each picture's label and its probability; the exit status."""
+    """Print each picture's label and its probability; return the exit status."""
     if not files:
         print("usage: python classify.py PICTURE ...", file=sys.stderr)
         return 2
@@ -226,14 +225,14 @@ def main(files: list[str]) -> int:
             raise
         print("error: Pillow reads the pictures: pip install pillow", file=sys.stderr)
         return 1
-    except Exception as error:  # Pillow and each runtime have their own
+    except Exception as error:  # Pillow and each runtime raise their own types
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _load_pyfunc(folder: str) -> Classifier:
-    """What `mlflow.pyfunc.load_model` calls."""
+    """Called by `mlflow.pyfunc.load_model`."""
     return Classifier(folder)
 
 

@@ -1,4 +1,4 @@
-"""preprocessing.json and labels.txt: from pictures to inputs, from outputs to words."""
+"""preprocessing.json and labels.txt: how to get from pictures to inputs, from outputs to names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,15 +11,15 @@ MADE_BY = (
     "turned upright (EXIF); transparency composited over white; {}; largest centre square "
     "cropped; resized by antialiased bilinear (Pillow's BILINEAR) unless already of this size"
 )
-"""What training does to a picture, for {} as colours: kd.data.pictures."""
+"""How training prepares a picture (kd.data.pictures); {} is the conversion of colours."""
 
 
 def preprocessing(parity: Mapping[str, Any], student: Manifest) -> dict[str, Any]:
-    """What preprocessing.json holds.
+    """The content of preprocessing.json.
 
     Args:
         parity: The export's record: file, and shape by name of its one input and one output.  A
-            file that gives probabilities takes pictures; one that gives logits, normalised images.
+            file with the output "probabilities" takes pictures; with "logits", normalised images.
         student: The manifest of the network that was exported.
     """
     ((input_name, input_shape),) = parity["inputs"].items()
@@ -61,22 +61,22 @@ def _taken(inside: bool, file: str) -> dict[str, str]:
     """Type and layout of the input."""
     if not inside:
         return {"type": "float32", "layout": "NCHW"}
-    if file.endswith(".mlpackage"):  # which takes the system's own images
+    if file.endswith(".mlpackage"):  # Core ML takes the system's image types
         return {"type": "image", "layout": "CGImage or CVPixelBuffer"}
     return {"type": "uint8", "layout": "NHWC"}
 
 
 def labels(class_names: Sequence[str], form: Mapping[str, Any]) -> str:
-    """What labels.txt holds: a class a line, in the order of the file's outputs.
+    """The content of labels.txt: one class per line, in the order of the file's outputs.
 
     Raises:
-        Refused: there are more or fewer names than outputs, or one would not be one line.
+        Refused: there are more or fewer names than outputs, or a name is not a single line.
     """
     output = form["output"]
     if output["shape"][-1] != len(class_names):
         raise Refused(
             f"{form['file']} gives {output['name']} of shape {output['shape']}, "
-            f"and there are {len(class_names)} class names; nothing was published"
+            f"but there are {len(class_names)} class names; nothing was published"
         )
     for name in class_names:
         if name.splitlines() != [name]:

@@ -3,6 +3,6 @@
     python -m kd.compare params.compare.yaml
 
 Within a seed all cells share data, teacher, assistants, weights and the members' cached outputs,
-train for equal epochs on equally many images, and differ only in what their section says.
-Finished units are not repeated, so a stopped comparison resumes.  Needs neither DVC nor Prefect.
+have equal budgets (for each generation), and differ only in what their section says.  Finished
+units are not repeated, so a stopped comparison resumes.  Needs neither DVC nor Prefect.
 """

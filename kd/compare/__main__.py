@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="units at a time (default: cores)"
     )
-    parser.add_argument("--into", type=Path, help="page whose table of this name is replaced")
+    parser.add_argument("--into", type=Path, help="a page whose table of this name to replace")
     parser.add_argument("--record", type=Path, help="a folder to write the report to as well")
     parser.add_argument("--list", action="store_true", help="only print unfinished units, as JSON")
     parser.add_argument("--unit", help="only run this unit, whose dependencies are done")

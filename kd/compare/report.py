@@ -36,13 +36,12 @@ MEASURES = {
 NOTE = (
     "Each interval is Student's t over the seeds' paired differences, for that row alone; p is "
     "corrected for the number of rows (Holm 1979): below 0.05, a difference is unlikely to be the "
-    "luck of one row among so many. A seed decides initial "
-    "weights and batch order, and splits of the same images unless the test split is official. A "
-    "fixed test split leaves the choice of test images out of the interval; splits that "
-    "overlap between seeds are treated as independent, which makes it too narrow (Nadeau & "
-    "Bengio 2003, Inference for the Generalization Error). Training time is the CPU time of a "
-    "unit's own process, peers included, without the tables of teachers' outputs, which are made "
-    "once and shared."
+    "luck of one row among so many. A seed decides initial weights and batch order, and how the "
+    "images are split unless the test split is official. A fixed test split leaves the choice of "
+    "test images out of the interval; splits that overlap between seeds are treated as "
+    "independent, which makes the interval too narrow (Nadeau & Bengio 2003, Inference for the "
+    "Generalization Error). Training time is the CPU time of a unit's own process, peers "
+    "included, without the tables of teachers' outputs, which are made once and shared."
 )
 NOTED = {
     "failed": "Diverged, so without a row",
@@ -154,7 +153,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def several(record: Mapping[str, Any], cells: Sequence[str]) -> str:
-    """Which cells had that more than once, as one generation after another has."""
+    """Names the cells that trained for a multiple of these epochs, over several generations."""
     seen, usual = record["samples_seen"], record["samples_seen"][f"{CELL}{record['reference']}"]
     longer = {shown(name, record["rows"]): seen[name] / usual for name in cells}
     found = [f"{times:g} times that for {name}" for name, times in longer.items() if times > 1]

@@ -215,7 +215,7 @@ def test_a_crash_at_any_moment_leaves_nothing_that_passes_for_a_bundle(spare, mo
 
 def test_a_foreign_file_stops_an_export_and_is_kept(spare):
     (spare.folder / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"notes\.txt is no part of an export"):
+    with pytest.raises(ArtifactError, match=r"notes\.txt is not part of an export"):
         bundle.clear(spare.folder)
     assert (spare.folder / "SHA256SUMS").exists()
 
@@ -223,9 +223,9 @@ def test_a_foreign_file_stops_an_export_and_is_kept(spare):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda f: (f / "labels.txt").write_text("cat\ndog\n"), r"labels\.txt is not the file"),
+        (lambda f: (f / "labels.txt").write_text("cat\ndog\n"), r"labels\.txt does not match"),
         (lambda f: (f / "model.onnx").unlink(), r"model\.onnx is missing"),
-        (lambda f: (f / "notes.txt").write_text("mine"), r"notes\.txt is no part"),
+        (lambda f: (f / "notes.txt").write_text("mine"), r"notes\.txt is not part"),
         (lambda f: (f / "SHA256SUMS").write_text("nonsense"), "SHA256SUMS is damaged"),
         (lambda f: (f / "SHA256SUMS").unlink(), "no SHA256SUMS.*copy the whole folder again"),
     ],
@@ -253,14 +253,14 @@ def test_the_files_of_an_export_that_is_a_folder_count_one_by_one(tmp_path):
         "model.mlpackage/Manifest.json",
     }
     (package / "Data" / "weights.bin").write_bytes(b"2")
-    with pytest.raises(ArtifactError, match=r"weights\.bin is not the file"):
+    with pytest.raises(ArtifactError, match=r"weights\.bin does not match"):
         checksums.check(tmp_path)
 
 
 def test_labels_of_another_file_are_refused_by_the_reader(spare):
     (spare.folder / "labels.txt").write_text("cat\ndog\n")
     checksums.write(spare.folder)
-    with pytest.raises(ValueError, match="has 2 labels, which are another file's"):
+    with pytest.raises(ValueError, match="has 2 labels, which are for another file"):
         Classifier(spare.folder)
 
 
@@ -269,7 +269,7 @@ def test_a_bundle_with_a_file_of_another_is_refused_by_the_reader(spare, tmp_pat
     whole = (spare.folder / name).read_bytes()
     (spare.folder / name).write_bytes(whole[:-10])
     Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
-    said = f"{name} is not the file of SHA256SUMS: copy the folder again"
+    said = f"{name} does not match SHA256SUMS: copy the folder again"
     with pytest.raises(ValueError, match=said):
         Classifier(spare.folder)
     shown, told, status = classify(spare.folder, f"{tmp_path}/black.png")
