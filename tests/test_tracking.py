@@ -641,7 +641,7 @@ def test_a_recorder_that_ends_at_once_is_told_with_its_last_words(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc.yaml").touch()
     (tmp_path / "socket.py").write_text("raise ImportError('mine')")  # taken for Python's own
-    told = r"its recorder ended at once, with status 1 \(ImportError: mine; see .*tracking: false"
+    told = r"its recorder exited at once with status 1 \(ImportError: mine; see .*tracking: false"
     with pytest.raises(TrackingError, match=told):
         tracking.start()
 

@@ -1,16 +1,16 @@
-"""What happened, for people to look at: every stage is a run in MLflow.
+"""Experiment tracking: every stage is a run in MLflow.
 
     with tracking.run("assistants", "large", params=params, tags=tags, enabled=True) as run:
         run.log_epoch(1, {"val_accuracy": 0.91})
         run.log_final({"val_accuracy": 0.97, "params_m": 0.31})
 
-Importing MLflow takes longer than many a stage, so no stage does.  `run` speaks over a socket to
-one recorder process on this machine (kd/tracking/recorder.py), starts it where there is none, and
-goes on working; MLflow's own work happens beside the training.  A stage that dies, however it
-dies, closes its socket by dying, and the recorder ends the run: none is left RUNNING.
+Importing MLflow takes longer than many stages, so no stage does.  Instead `run` sends messages
+over a socket to one recorder process on this machine (kd/tracking/recorder.py), which it starts
+if there is none; MLflow's work happens in parallel to the training.  However a stage dies, its
+socket is closed, and the recorder ends the run: none is left RUNNING.
 
-This side needs nothing but the standard library.  MLflow is imported in store.py, models.py and
-trash.py of this folder.
+A stage's side needs only the standard library; MLflow is imported in store.py, models.py and
+trash.py.
 """
 
 import itertools
@@ -51,16 +51,16 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-"""Where a store of each kind listens if its URI does not say."""
+"""Default port of each kind of store, if its URI has none."""
 REACHABLE_WITHIN = 3.0
-"""Seconds that a tracking server has to answer before a stage starts."""
+"""Seconds within which a tracking server must accept a connection before a stage starts."""
 BACK_WITHIN = 120.0
-"""Seconds that a stage of a flow waits for it: a server started anew must not end the run."""
+"""Seconds that a flow's stage retries, so that a restarting server does not end the flow."""
 PATIENCE = 600.0
 """Seconds to wait for the recorder, which may be uploading a model."""
 BETWEEN_KNOCKS = 5.0
 SILENCE = 20.0
-"""Seconds of waiting after which a stage says what it waits for."""
+"""Seconds of waiting after which a stage logs what it is waiting for."""
 ENVIRONMENT_TAGS = {
     "kd.pipeline_run": "KD_PIPELINE_RUN",
     "prefect.flow_run_id": "KD_FLOW_RUN_ID",
@@ -72,13 +72,13 @@ ENVIRONMENT_TAGS = {
 
 
 class TrackingError(ConfigError):
-    """MLflow cannot be used.  The message names the store, and the remedy."""
+    """MLflow cannot be used; the message names the store and the remedy."""
 
     def __init__(self, uri: str, reason: object) -> None:
         """Args: the store's URI, and what went wrong."""
         super().__init__(
             f"MLflow at {recorder.without_password(uri)} cannot be used: {reason}. Start it, "
-            "set MLFLOW_TRACKING_URI, or train without it by `tracking: false` in params.yaml"
+            "set MLFLOW_TRACKING_URI, or turn tracking off with `tracking: false` in params.yaml"
         )
 
 
@@ -88,39 +88,39 @@ class Version:
 
     number: str
     uri: str
-    """Of its model, as MLflow names it."""
+    """Its model's URI in MLflow."""
     tags: Mapping[str, str]
 
     @property
     def sha256(self) -> str:
-        """Of its weights, by which students are told apart."""
+        """SHA-256 of its weights, which identifies a student."""
         return self.tags.get("kd.sha256", "")
 
     @property
     def decision(self) -> str:
-        """What `Run.promote` noted last; "" before it has."""
+        """The decision that `Run.promote` recorded last; "" if none."""
         return self.tags.get("kd.decision", "")
 
 
 class Run:
     """One stage's run.
 
-    No call waits for MLflow but the first `log_epoch`, `id`, `url`, and what asks the registry.
+    Only the first `log_epoch`, `id`, `url` and the registry's queries wait for MLflow.
     """
 
     def __init__(self, line: Line, uri: str) -> None:
-        """Args: the line to the recorder, and the store that it writes to."""
+        """Args: the connection to the recorder, and the URI of the store that it writes to."""
         self._line = line
         self._uri = uri
         self._started: dict[str, Any] | None = None
         self._count = itertools.count()
         self._step = 0
         self.error: str | None = None
-        """Why the record is incomplete, where it is; a loss in mid-run stops no training."""
+        """Why the record is incomplete, if it is; losing MLflow mid-run does not stop training."""
 
     @cached_property
     def _scratch(self) -> "tempfile.TemporaryDirectory[str]":
-        """Made when it is needed: a stage that is killed while it trains leaves none."""
+        """Created on first use, so that a stage killed during training leaves none behind."""
         return tempfile.TemporaryDirectory(prefix="kd-tracking-")
 
     @property
@@ -130,44 +130,44 @@ class Run:
 
     @property
     def url(self) -> str | None:
-        """Where MLflow's pages show the run; for a local file, where `make ui` will."""
+        """The run's page in MLflow; for a local file, the page once `make ui` serves it."""
         return self._begun().get("url")
 
     def log_epoch(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point to each metric's curve.  Once an epoch, never once a step."""
+        """Add a point to each metric's curve; call it once per epoch, not per step."""
         self._begun()
         self.log_curve({step: metrics})
 
     def log_final(self, metrics: Mapping[str, float]) -> None:
-        """Log the figures that runs are compared by, under names that every run shares.
+        """Log the figures that runs are compared by, under names shared by all runs.
 
-        They stand at the last step logged before, because MLflow shows a metric's value at its
+        They are logged at the last step so far, because MLflow shows a metric's value at its
         highest step: log curves first.
         """
         self.log_curve({self._step: metrics})
 
     def log_curve(self, points: Mapping[int, Mapping[str, float]]) -> None:
-        """Log whole curves at once: the metrics by step."""
+        """Log whole curves at once: metrics by step."""
         self._step = max(self._step, *points)
         floats = [(step, _floats(metrics)) for step, metrics in points.items()]
         self._tell("metrics", points=floats, time=time.time())
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Add tags: long text, and what a search should find."""
+        """Add tags: long text, and values to search runs by."""
         self._tell("tags", tags=dict(tags))
 
     def log_file(self, path: Path | str, folder: str = "") -> None:
-        """Keep a copy of a file, which must stay in place until the run ends.
+        """Upload a file or folder as an artifact; it must stay in place until the run ends.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
         """
         if not Path(path).exists():
-            raise FileNotFoundError(f"{path} is to be logged and does not exist")
+            raise FileNotFoundError(f"{path} cannot be logged: it does not exist")
         self._tell("file", path=str(Path(path).resolve()), folder=folder)
 
     def log_figure(self, figure: "Figure", name: str) -> None:
-        """Keep a picture as figures/<name>.png."""
+        """Upload a figure as figures/<name>.png."""
         from kd import figures
 
         path = Path(self._scratch.name) / str(next(self._count)) / f"{name}.png"
@@ -185,18 +185,18 @@ class Run:
         example: "NDArray[np.uint8]",
         beside: Sequence[Path] = (),
     ) -> None:
-        """Log the student as a model that `mlflow.pyfunc.load_model` opens, and register it.
+        """Log the student as a model that `mlflow.pyfunc.load_model` loads, and register it.
 
-        A student that is registered already (by the SHA-256 of its weights) keeps its version.
-        Who is champion is decided elsewhere (kd/promotion.py), and noted by `promote`.
+        A student that is already registered (by the SHA-256 of its weights) keeps its version.
+        kd/promotion.py decides which version is champion; `promote` records that.
 
         Args:
-            folder: Holds model.safetensors and manifest.json.
-            registered_name: The one name in the registry that all students of a pipeline share.
-            val_accuracy: Share in [0, 1].
+            folder: Contains model.safetensors and manifest.json.
+            registered_name: The name in the registry shared by all students of a pipeline.
+            val_accuracy: Validation accuracy, in [0, 1].
             val_hash: SHA-256 of the validation split that it was measured on.
-            example: Two or more images (N, H, W, channels), shown with the model as its input.
-            beside: Further files to keep with it, which must stay until the run ends.
+            example: Two or more images (N, H, W, channels), the model's input example.
+            beside: Further files to log with it, which must stay until the run ends.
         """
         self._tell(
             "model",
@@ -209,26 +209,26 @@ class Run:
         )
 
     def registered(self, registered_name: str, sha256: str) -> Version | None:
-        """The version that a student has in the registry; None where it is not registered.
+        """A student's version in the registry; None if it is not registered.
 
         Raises:
-            TrackingError: MLflow does not answer; so with all that asks the registry.
+            TrackingError: MLflow does not answer; the registry's other queries raise it, too.
         """
         return _version(self._ask("registered", name=registered_name, sha256=sha256))
 
     def champion(self, registered_name: str) -> Version | None:
-        """The version that has the alias champion; None before there is one."""
+        """The version with the alias champion; None if there is none."""
         return _version(self._ask("champion", name=registered_name))
 
     def fetch(self, uri: str, folder: Path) -> Path:
-        """Copy the files of a logged model to `folder`.
+        """Download a logged model to `folder`.
 
         Args:
-            uri: The model, such as models:/m-...
-            folder: Where to put them.
+            uri: The model's URI, such as models:/m-...
+            folder: Where to put it.
 
         Returns:
-            The folder in it that holds what was logged as the model's files.
+            The folder inside with the model's own files.
         """
         return Path(self._ask("fetch", uri=uri, folder=str(folder.resolve()))["folder"])
 
@@ -240,17 +240,17 @@ class Run:
         decision: str,
         wins: bool,
     ) -> bool:
-        """Make a version the challenger, note the decision, and make it champion if it wins.
+        """Make a version the challenger, record the decision, and make it champion if it wins.
 
         Args:
             registered_name: See `log_model`.
             challenger: The version that was compared.
-            champion: What it was compared with.
-            decision: Shown as the version's tag kd.decision; "" leaves what stands there.
+            champion: The version that it was compared with.
+            decision: Stored as the version's tag kd.decision; "" leaves the tag unchanged.
             wins: Whether it becomes champion.
 
         Returns:
-            False where another has become champion meanwhile; then nothing was done.
+            False if the champion has changed in the meantime; then nothing was done.
         """
         answer = self._ask(
             "promote",
@@ -263,7 +263,7 @@ class Run:
         return bool(answer["done"])
 
     def scratch(self) -> Path:
-        """A folder that lasts until the run ends."""
+        """A temporary folder that is deleted when the run ends."""
         return Path(tempfile.mkdtemp(dir=self._scratch.name))
 
     def log_export(
@@ -275,18 +275,18 @@ class Run:
         val_hash: str,
         example: "NDArray[np.uint8]",
     ) -> None:
-        """Log an export as a model of its own, which runs the file in its own runtime.
+        """Log an export as a separate model, which runs the file in the format's runtime.
 
-        It stands below the run of its student, and the student's version in the registry gets
-        the tags kd.export.<name> (the model's URI) and kd.export.<name>.sha256.  A student that
-        is not registered leaves the model below this run.  The same bundle is logged once.
+        The model belongs to its student's run, and the student's version in the registry gets
+        the tags kd.export.<name> (the model's URI) and kd.export.<name>.sha256.  If the student
+        is not registered, the model belongs to this run.  Each bundle is logged only once.
 
         Args:
             folder: The bundle, artifacts/exports/<name>, which must stay until the run ends.
             registered_name: The name of the pipeline's students in the registry.
-            metrics: What exports are compared by.
+            metrics: The figures that exports are compared by.
             val_hash: SHA-256 of the validation split that they were measured on.
-            example: Two or more pictures (N, H, W, channels), shown with the model as its input.
+            example: Two or more pictures (N, H, W, channels), the model's input example.
         """
         self._tell(
             "export",
@@ -299,10 +299,10 @@ class Run:
         )
 
     def _begun(self) -> dict[str, Any]:
-        """What the recorder said when the run began; the first call waits for it.
+        """The recorder's reply to the start of the run; the first call waits for it.
 
         Raises:
-            TrackingError: the run could not begin.
+            TrackingError: the run could not be started.
         """
         if self._started is None:
             try:
@@ -323,7 +323,7 @@ class Run:
                 self._lost(error)
 
     def _ask(self, what: str, **fields: Any) -> Any:
-        """Have the recorder answer, after all that it was told before."""
+        """Wait for the recorder's answer; it first processes all earlier messages."""
         self._begun()
         self._tell(what, **fields)
         answer: dict[str, Any] = {"error": self.error}
@@ -343,13 +343,13 @@ class Run:
         log.warning("MLflow at %s no longer records this stage: %s", where, reason)
 
     def _end(self, status: str, reason: str) -> None:
-        """Send the last word, and wait until all before it is written."""
+        """Send the last message, and wait until everything has been written."""
         try:
             self._begun()
             self._tell("end", status=status, reason=reason)
             if self.error is None and self._line.is_silent(SILENCE):
                 where = recorder.without_password(self._uri)
-                log.warning("waiting for MLflow at %s to take the rest of the record", where)
+                log.warning("waiting for MLflow at %s to write the rest of the run", where)
             if self.error is None and (lost := self._line.receive(PATIENCE).get("error")):
                 self._lost(lost)
         except OSError as error:
@@ -361,7 +361,7 @@ class Run:
 
 
 class NullRun(Run):
-    """The run of a stage that is not tracked: takes every call and keeps nothing."""
+    """The run of a stage that is not tracked: accepts every call and records nothing."""
 
     def __init__(self) -> None:
         self.error = None
@@ -377,10 +377,10 @@ class NullRun(Run):
         raise RuntimeError("a run that is not tracked has no registry to ask")
 
     def log_file(self, path: Path | str, folder: str = "") -> None:
-        """Copy nothing."""
+        """Do nothing, even if the file is missing."""
 
     def log_figure(self, figure: "Figure", name: str) -> None:
-        """Draw nothing."""
+        """Do nothing."""
 
 
 @contextmanager
@@ -394,20 +394,20 @@ def run(
     parent: str | None = None,
     resume: bool = False,
 ) -> Iterator[Run]:
-    """Record what is done inside the block as the run <stage>[/<name>].
+    """Track the block as the run <stage>[/<name>].
 
-    Leaving by an exception ends the run FAILED (KILLED for an interrupt) with the reason as the
-    tag kd.end_reason; a process that is killed ends it KILLED.
+    An exception ends the run as FAILED (an interrupt as KILLED) with the reason in the tag
+    kd.end_reason; if the process is killed, the run ends as KILLED.
 
     Args:
         stage: The stage's name; with `name`, the run's name, and the tags kd.stage and kd.name.
-        name: Which of the stage's several: the assistant, the baseline, the format.
+        name: The key within the stage: the assistant, the baseline, the export.
         params: Nested as in params.yaml; logged flat with dots, `recipe.optimizer.lr`.
-        tags: What else tells the run from others: kd.pipeline, kd.role, kd.data_hash.
-        enabled: False for a block that runs the same without MLflow.
-        parent: Id of the run to stand below; KD_PARENT_RUN, where the flow set it, otherwise.
-        resume: Add something to the last run that has all of `tags`, and leave it as it ended;
-            where there is none, a new run begins.
+        tags: Further tags to find the run by: kd.pipeline, kd.role, kd.data_hash.
+        enabled: False runs the same block without MLflow.
+        parent: Id of the parent run; default: KD_PARENT_RUN, which the flow sets.
+        resume: Add to the last run that has all of `tags`, and leave its status unchanged; if
+            there is none, a new run begins.
 
     Raises:
         TrackingError: the store cannot be reached, or refuses the run.
@@ -436,16 +436,17 @@ def run(
         yield this
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
-        with suppress(TrackingError):  # what ended the stage comes first
+        with suppress(TrackingError):  # the stage's own error must be raised instead
             this._end("KILLED" if killed else "FAILED", f"{type(error).__name__}: {error}")
         raise
     this._end("FINISHED", "")
 
 
 def start() -> tuple[Line, str]:
-    """A line to this machine's recorder, and the store's URI; starts the recorder if need be.
+    """Connect to this machine's recorder, started if necessary; also returns the store's URI.
 
-    Call it early (the recorder imports MLflow while the caller imports torch), and drop the line.
+    To save time, call it early and close the connection: the recorder then imports MLflow while
+    the caller imports torch.
 
     Raises:
         TrackingError: MLflow is not installed, its server does not answer, or the recorder
@@ -459,7 +460,7 @@ def start() -> tuple[Line, str]:
 
 
 def tracking_uri() -> str:
-    """Where runs go: MLFLOW_TRACKING_URI, or a SQLite file in this repository's .kd folder."""
+    """The store's URI: MLFLOW_TRACKING_URI, or a SQLite file in this repository's .kd folder."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         return f"sqlite:///{repository() / '.kd' / 'mlflow.db'}"
@@ -469,13 +470,13 @@ def tracking_uri() -> str:
 
 
 def prepare_store() -> str:
-    """See that the store can be reached, and that a SQLite store has its file; the store's URI.
+    """Check that the store can be reached, create a SQLite store's file; returns the store's URI.
 
-    The tables are made once, by the first recorder, under a lock.
+    The tables are created once, by the first recorder, under a lock.
 
     Raises:
-        TrackingError: MLflow is not installed, the server does not answer within 3 s, or the
-            file cannot be written.
+        TrackingError: MLflow is not installed, the server cannot be reached (3 s per attempt;
+            a flow's stage retries for 120 s), or the file cannot be written.
     """
     uri = tracking_uri()
     if find_spec("mlflow") is None:
@@ -492,7 +493,7 @@ def prepare_store() -> str:
 
 
 def repository() -> Path:
-    """The folder that holds the experiment: the nearest one upwards with a dvc.yaml or .git."""
+    """The repository's root: the nearest folder upwards that has a dvc.yaml or .git."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "dvc.yaml").exists() or (folder / ".git").exists():
@@ -507,7 +508,7 @@ def _version(answer: Mapping[str, Any] | None) -> Version | None:
 def _knock(uri: str) -> None:
     """Open a connection to a server and close it again; raise OSError if that fails.
 
-    Amid a flow a server that is away is waited for, but not one whose name nobody knows.
+    A flow's stage retries an unreachable server, but not one whose host name does not resolve.
     """
     parts = urlsplit(uri)
     port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
@@ -519,7 +520,9 @@ def _knock(uri: str) -> None:
             if isinstance(error, socket.gaierror) or time.monotonic() >= until:
                 raise
             where = f"{parts.hostname}:{port}"
-            log.warning("MLflow at %s is away: waiting %.0f s", where, until - time.monotonic())
+            log.warning(
+                "MLflow at %s is unreachable: retrying for %.0f s", where, until - time.monotonic()
+            )
             time.sleep(BETWEEN_KNOCKS)
         else:
             break
@@ -530,12 +533,12 @@ def _environment_tags() -> dict[str, str]:
 
 
 def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Plain floats of whatever counts as one: numpy's and torch's scalars too."""
+    """Convert all values, such as NumPy's and torch's scalars, to plain floats."""
     return {key: float(value) for key, value in metrics.items()}
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested params as one level of text, keys joined by dots."""
+    """Flatten nested params to one level of strings, keys joined by dots; drops None."""
     flat: dict[str, str] = {}
     for key, value in params.items():
         if isinstance(value, Mapping):

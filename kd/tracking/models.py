@@ -1,7 +1,7 @@
-"""What of a pipeline MLflow can open and serve: the student, and each of its exports.
+"""Models that MLflow can load and serve: the student and each of its exports.
 
-Written by a loader module and files, never by pickling or tracing; the recorder needs neither
-torch nor any format's runtime.
+They are saved as files and a loader module, not pickled or traced, so that the recorder needs
+neither torch nor any format's runtime.
 """
 # mypy: disallow-untyped-calls=False
 # MLflow gives types to half of its functions.
@@ -30,33 +30,33 @@ RUN_BY = {
     ".tflite": ("ai-edge-litert", "numpy"),
     ".mlpackage": ("numpy",),
 }
-"""The packages that open an export, by its suffix; the reader goes along with it.  Core ML files
-are logged like the others, and run on Apple's devices alone."""
+"""Packages needed to run an export with its classify.py, by suffix.  Core ML files are logged like
+the others, but run only on Apple devices."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A model as it is to be logged."""
+    """A model to be logged."""
 
     name: str
     files: Sequence[Path]
-    """What its loader opens: files and folders, put side by side."""
+    """Files and folders for its loader, copied into one folder."""
     loader: str
-    """The module whose `_load_pyfunc` opens them."""
+    """The module whose `_load_pyfunc` loads them."""
     packages: Sequence[str]
-    """What that module imports."""
+    """Packages that this module imports."""
     outputs: Schema
     example_NHWc: NDArray[np.uint8]
-    """Two pictures or more: shown as its input."""
+    """Input example: two or more pictures."""
     code: Path | None = None
-    """The loader's file where it goes along; None for a module of this package."""
+    """The loader's source, to be logged too; None for a module of this package."""
     tags: Mapping[str, str] | None = None
 
 
 def student(
     folder: Path, manifest: Mapping[str, Any], example: list[Any], beside: Iterable[Path] = ()
 ) -> Saved:
-    """The student in `folder`: pictures in, logits out, run by this package."""
+    """The student in `folder`: pictures in, logits out; needs `kd` to run."""
     logits = TensorSpec(np.dtype(np.float32), (-1, len(manifest["class_names"])))
     return Saved(
         name="student",
@@ -69,9 +69,9 @@ def student(
 
 
 def export(folder: Path, tags: Mapping[str, str], example: list[Any]) -> Saved:
-    """The export whose bundle is `folder`: pictures in, labels and probabilities out.
+    """The export in the bundle `folder`: pictures in, labels and probabilities out.
 
-    The file runs in its own runtime, opened by the bundle's classify.py: no `kd` is needed.
+    The bundle's classify.py runs the file in its own runtime; `kd` is not needed.
     """
     form = json.loads((folder / "preprocessing.json").read_text("utf-8"))
     probabilities = (-1, form["output"]["shape"][-1])
@@ -93,7 +93,7 @@ def export(folder: Path, tags: Mapping[str, str], example: list[Any]) -> Saved:
 
 
 def log(client: mlflow.MlflowClient, experiment: str, run_id: str, saved: Saved) -> str:
-    """Log a model as the outcome of a run; its id."""
+    """Log a model as an output of a run; returns the model's id."""
     tags = dict(saved.tags or {})
     logged = client.create_logged_model(experiment, saved.name, run_id, tags)
     pictures = TensorSpec(np.dtype(np.uint8), (-1, *saved.example_NHWc.shape[1:]))
@@ -124,13 +124,13 @@ def log(client: mlflow.MlflowClient, experiment: str, run_id: str, saved: Saved)
 
 
 def fetch(uri: str, folder: str) -> str:
-    """Bring a logged model to `folder`; where in it the files are that its loader opens."""
+    """Download a logged model to `folder`; returns the folder inside with its loader's files."""
     where = mlflow.artifacts.download_artifacts(uri, dst_path=folder)
     return str(Path(where, Model.load(where).flavors["python_function"]["data"]))
 
 
 def _pinned(packages: Iterable[str]) -> Iterable[str]:
-    """The packages at the versions that are here; as they are where they are not."""
+    """The packages pinned to their installed versions; unpinned if not installed."""
     for package in packages:
         try:
             yield f"{package}=={version(package)}"

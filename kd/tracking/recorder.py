@@ -1,8 +1,8 @@
-"""The recorder: one process for each store and machine that writes every stage's run to MLflow.
+"""The recorder: one process per store and machine that writes every stage's run to MLflow.
 
-The first stage starts it; it leaves by itself when it has had no connection for a minute.  The
-stage opens the listening socket and hands it over, so that it can be talked to at once, while it
-still imports MLflow.
+The first stage starts it; it exits after a minute without any connection.  The stage opens the
+listening socket and passes it on, so that stages can connect while the recorder still imports
+MLflow.
 """
 
 import fcntl
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from kd.tracking.store import Session, Store
 
 IDLE_SECONDS = 60.0
-"""How long it waits for the next stage; KD_RECORDER_IDLE sets another number."""
+"""How long it waits for the next stage; KD_RECORDER_IDLE overrides it."""
 OUTAGE_SECONDS = 300.0
-"""How long a store may be away before a record is given up; KD_RECORDER_OUTAGE sets another."""
+"""How long a store may be unreachable before a run is given up; KD_RECORDER_OUTAGE overrides."""
 QUESTIONS = ("registered", "champion", "fetch", "promote")
-"""What a stage waits for, beside its run's beginning and end."""
+"""Messages that are answered, besides a run's start and end."""
 OWN_ENVIRONMENT = ("MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "KD_RECORDER_")
-"""Variables by which a store is reached: a change of them calls for another recorder."""
+"""Prefixes of variables that affect access to a store: if they change, a new recorder starts."""
 
 
 # The stage's side.
 
 
 def connect(uri: str, root: Path) -> Line:
-    """A line to the recorder of a store, which is started where there is none.
+    """Connect to a store's recorder; start it if there is none.
 
     Args:
-        uri: The store, as MLflow writes it.
-        root: The repository whose commit and dvc.lock are noted.
+        uri: The store's URI in MLflow's format.
+        root: The repository whose commit and dvc.lock are recorded.
 
     Raises:
         OSError: it cannot be started.
@@ -59,7 +59,7 @@ def connect(uri: str, root: Path) -> Line:
 
 
 def listens(path: Path) -> bool:
-    """Whether a process answers at a socket; one that was killed leaves its file behind."""
+    """Whether a process listens on a socket; one that was killed leaves the file behind."""
     try:
         _connected(path).close()
     except (FileNotFoundError, ConnectionRefusedError):
@@ -73,7 +73,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def without_password(uri: str) -> str:
-    """A URI that may be shown."""
+    """The URI without user name and password, to be shown."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
@@ -88,13 +88,13 @@ def _connected(path: Path) -> socket.socket:
 
 
 def _start(path: Path, uri: str, root: Path) -> None:
-    """Listen on `path` and start a recorder that answers there, in a session of its own.
+    """Listen on `path` and start a recorder that answers there, in a new session.
 
-    Its own session, because what cancels a stage kills the stage's process group, and somebody
-    has to be left to write that down.
+    It needs its own session because cancelling a stage kills the stage's process group, and the
+    recorder must survive to record that.
 
     Raises:
-        OSError: it ended at once; the message says what it said last.
+        OSError: it exited at once; the message has the last line of its output.
     """
     path.unlink(missing_ok=True)
     said = path.with_suffix(".log")
@@ -112,16 +112,16 @@ def _start(path: Path, uri: str, root: Path) -> None:
             check=False,
         )
     if started.returncode:
-        *_, last = ["no word", *said.read_text(errors="replace").splitlines()]
+        *_, last = ["no output", *said.read_text(errors="replace").splitlines()]
         raise OSError(
-            f"its recorder ended at once, with status {started.returncode} ({last}; see {said})"
+            f"its recorder exited at once with status {started.returncode} ({last}; see {said})"
         )
 
 
 def folder() -> Path:
-    """Where this user's recorders have their sockets, locks and logs; nobody else may enter.
+    """This user's private folder for the recorders' sockets, locks and logs.
 
-    In the system's temporary folder, because a socket's path has room for 100 characters only.
+    In the system's temporary folder, because a socket's path is limited to about 100 characters.
     """
     own = Path(tempfile.gettempdir()) / f"kd-{os.getuid()}"
     own.mkdir(mode=0o700, exist_ok=True)
@@ -131,9 +131,9 @@ def folder() -> Path:
 
 
 def _key(uri: str, root: Path) -> str:
-    """Tells recorders apart: by store, repository, interpreter, code, and ways in.
+    """Identifies a recorder: store, repository, Python, this folder's code, OWN_ENVIRONMENT.
 
-    A SQLite file counts by its inode as well: one that was deleted and made anew is another.
+    A SQLite file's inode counts too: one that was deleted and recreated is another store.
     """
     path = sqlite_path(uri)
     own = sorted(item for item in os.environ.items() if item[0].startswith(OWN_ENVIRONMENT))
@@ -142,14 +142,14 @@ def _key(uri: str, root: Path) -> str:
 
 
 def digest(identity: object) -> str:
-    """A short name for something."""
+    """A short hash of an object's repr, for file names."""
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 
 def _environment(uri: str) -> dict[str, str]:
-    """The recorder's: kd importable from any folder, patience short, nobody phoned.
+    """The recorder's environment: kd importable from anywhere, short timeouts, no telemetry.
 
-    The store's URI is here and not among the arguments, which everybody on the machine can read.
+    The store's URI is passed here because every user of the machine can read the arguments.
     """
     package_root = str(Path(__file__).resolve().parents[2])
     return {
@@ -167,7 +167,7 @@ def _environment(uri: str) -> dict[str, str]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that all processes of this machine respect, and that dies with its holder."""
+    """Hold a lock among all processes of this machine; it is released if the holder dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -177,10 +177,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def serve(path: Path, uri: str, root: Path) -> None:
-    """Serve every stage that connects, a thread each, until none has for IDLE_SECONDS.
+    """Serve every stage that connects, one thread each, until none has for IDLE_SECONDS.
 
     Args:
-        path: Where the socket lies that standard input listens on.
+        path: The socket's path; standard input is the listening socket.
         uri: The store.
         root: The repository.
     """
@@ -202,7 +202,7 @@ def serve(path: Path, uri: str, root: Path) -> None:
             if not sessions:
                 break
     with locked(path.with_suffix(".lock")):
-        path.unlink(missing_ok=True)  # from here on, a stage starts a recorder of its own
+        path.unlink(missing_ok=True)  # from here on, a stage starts a new recorder
         listener.settimeout(0)
         with suppress(BlockingIOError):
             while True:
@@ -210,19 +210,19 @@ def serve(path: Path, uri: str, root: Path) -> None:
 
 
 class Refusal:
-    """Stands for a store that cannot be opened: says why to whoever waits, and is gone."""
+    """Stands in for a store that could not be opened: gives waiting stages the reason."""
 
     def __init__(self, reason: Exception) -> None:
         """Args: reason: What went wrong."""
         self.reason = reason
 
     def begin(self, start: dict[str, Any]) -> "Session":
-        """Refuse."""
+        """Raise the reason."""
         raise self.reason
 
 
 def _answer(listener: socket.socket, store: "Store | Refusal") -> threading.Thread:
-    """Wait for a stage to connect; the thread that serves it."""
+    """Wait for a stage to connect; returns the thread that serves it."""
     connection, _ = listener.accept()
     connection.settimeout(None)
     session = threading.Thread(target=_record, args=(Line(connection), store))
@@ -231,11 +231,11 @@ def _answer(listener: socket.socket, store: "Store | Refusal") -> threading.Thre
 
 
 def _record(line: Line, store: "Store | Refusal") -> None:
-    """Write down one stage's run, from its first word to its last or to its death."""
+    """Record one stage's run, from its first message to its last or to the stage's death."""
     try:
         message = line.receive()
     except (OSError, ValueError):
-        return  # it only wanted a recorder to be there
+        return  # the stage only wanted to start the recorder
     try:
         session = store.begin(message)
     except Exception as error:
@@ -258,20 +258,20 @@ def _record(line: Line, store: "Store | Refusal") -> None:
 
 
 def _listen(line: Line, mail: "SimpleQueue[dict[str, Any]]", pid: int) -> None:
-    """Take in what a stage says as it comes: no training waits for a store that is away."""
+    """Queue a stage's messages as they come, so that training never waits for the store."""
     message: dict[str, Any] = {"do": ""}
     try:
         while message["do"] != "end":
             mail.put(message := line.receive())
     except (OSError, ValueError):
-        reason = f"process {pid} ended without a word; it was killed or crashed"
+        reason = f"process {pid} disappeared: it was killed or crashed"
         mail.put({"do": "end", "status": "KILLED", "reason": reason})
 
 
 def _attempt(session: "Session", message: dict[str, Any], patient: bool = True) -> str | None:
-    """Do what a message says, once more if the store was away; the reason if that failed.
+    """Carry out a message, retrying once after an outage; returns the reason if it failed.
 
-    A store takes the same point, tag or file twice without harm.
+    Writing the same point, tag or file twice is harmless.
     """
     patience = float(os.environ.get("KD_RECORDER_OUTAGE", OUTAGE_SECONDS)) if patient else 0.0
     lost = _try(session, message)
@@ -290,7 +290,7 @@ def _try(session: "Session", message: dict[str, Any]) -> str | None:
 
 
 def _answered(session: "Session", message: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a question, asked once more if the store was away, or why there is none."""
+    """The answer to a question, or the reason for none; retries once after an outage."""
     patience = float(os.environ.get("KD_RECORDER_OUTAGE", OUTAGE_SECONDS))
     for _ in range(2):
         try:

@@ -1,7 +1,7 @@
 """MLflow: the store, one stage's session in it, and the registry.
 
-With models.py and trash.py beside it the only importer of MLflow.  Only the recorder process
-(kd/tracking/recorder.py) works here, off the training's path.
+Besides models.py and trash.py the only module that imports MLflow.  Only the recorder process
+(kd/tracking/recorder.py) runs it, so that training does not wait for it.
 """
 # mypy: disallow-untyped-calls=False
 # MLflow gives types to half of its functions.
@@ -31,18 +31,18 @@ from kd.tracking import models, recorder, views
 T = TypeVar("T")
 
 SAMPLING_SECONDS = 2.0
-"""Between two samples of system metrics; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets another."""
+"""Interval of system metrics; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it."""
 LOCAL_PAGES = "http://127.0.0.1:5000"
-"""Where `make ui` shows a store that has no server of its own."""
+"""Where `make ui` serves a store that has no server of its own."""
 MOST_METRICS, MOST_TAGS, LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 1000, 100, 6000, 8000, 36
-"""What MLflow takes in one batch, and its longest texts."""
+"""MLflow's limits: entries per batch, and lengths of values."""
 
 
 class Store:
-    """A store that is ready for runs: its tables made, its dead runs closed."""
+    """An MLflow store; a SQLite store's tables are created or upgraded if necessary."""
 
     def __init__(self, uri: str, root: Path) -> None:
-        """Args: the store's URI, and the repository whose commit and dvc.lock are noted."""
+        """Args: the store's URI, and the repository whose commit and dvc.lock are recorded."""
         self.uri = uri
         self.root = root
         if path := recorder.sqlite_path(uri):
@@ -52,7 +52,7 @@ class Store:
         self.registry_lock = recorder.folder() / f"{recorder.digest(uri)}.registry.lock"
 
     def begin(self, start: Mapping[str, Any]) -> "Session":
-        """Begin a run, after closing those that dead processes of this machine left RUNNING."""
+        """Begin a run, after ending those that dead processes of this machine left RUNNING."""
         experiment = self._experiment(start["experiment"])
         self._reap(experiment)
         if start["resume"] and (last := self._last(experiment, start["resume"])):
@@ -81,7 +81,7 @@ class Store:
         return session
 
     def answers(self, patience: float) -> bool:
-        """Whether the store answers, within `patience` seconds if it is away now."""
+        """Whether the store answers; retries for `patience` seconds."""
         until = time.monotonic() + patience
         while True:
             try:
@@ -94,13 +94,13 @@ class Store:
                 return True
 
     def _last(self, experiment: str, tags: Mapping[str, str]) -> str | None:
-        """The id of the last run with these tags, if there is one."""
+        """The id of the latest run with these tags, if any."""
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         found = self.client.search_runs([experiment], wanted, max_results=1)
         return str(found[0].info.run_id) if found else None
 
     def _experiment(self, name: str) -> str:
-        """The id of the experiment `name`, made where it is missing."""
+        """The id of the experiment `name`, created if missing."""
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
@@ -109,10 +109,10 @@ class Store:
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
                     raise
-        return str(found.experiment_id)  # it was there, or another recorder was faster
+        return str(found.experiment_id)  # it existed, or another recorder was faster
 
     def _artifacts(self) -> str | None:
-        """Where files go: beside a SQLite file, to .kd for another database, as a server says."""
+        """Where artifacts go: next to a SQLite file, else .kd; None leaves it to a server."""
         if self.uri.startswith(("http://", "https://", "databricks")):
             return None
         path = recorder.sqlite_path(self.uri)
@@ -127,7 +127,7 @@ class Store:
         for run in running:
             tags = run.data.tags
             if "kd.pid" in tags and not _lives(tags):
-                reason = f"process {tags['kd.pid']} is gone; a later start found its run open"
+                reason = f"process {tags['kd.pid']} is gone; a later run found this one RUNNING"
                 self.client.set_tag(run.info.run_id, "kd.end_reason", reason)
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
@@ -138,7 +138,7 @@ class Session:
     def __init__(
         self, store: Store, experiment: str, run_id: str, pid: int, resumed: bool = False
     ) -> None:
-        """Args: the store, the ids of experiment and run, the stage's process, if it was over."""
+        """Args: store, ids of experiment and run, the stage's pid, whether the run had ended."""
         self.store = store
         self.experiment = experiment
         self.run_id = run_id
@@ -154,11 +154,11 @@ class Session:
         return f"{pages.rstrip('/')}/{path}?{views.TRAINING}"
 
     def do(self, do: str, **fields: Any) -> None:
-        """Do what the stage says: metrics, tags, file, model, export, end."""
+        """Carry out a stage's message: metrics, tags, file, model, export or end."""
         getattr(self, do if do == "end" else f"log_{do}")(**fields)
 
     def resume(self) -> None:
-        """Sample the machine again; MLflow's sampling ends for good when its store is away."""
+        """Restart the sampling of system metrics, which MLflow stops when its store fails."""
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = self._watch(resume_logging=True)
@@ -174,11 +174,11 @@ class Session:
         return monitor
 
     def answer(self, do: str, **fields: Any) -> Any:
-        """Answer what the stage asks: registered, champion, fetch, promote."""
+        """Answer a stage's question: registered, champion, fetch or promote."""
         return getattr(self, f"answer_{do}")(**fields)
 
     def log_params(self, params: Mapping[str, str]) -> None:
-        """Log params that never change afterwards."""
+        """Log params; MLflow does not allow changing them later."""
         for part in _parts([Param(k, v[:LONGEST_PARAM]) for k, v in params.items()], MOST_TAGS):
             self.store.client.log_batch(self.run_id, params=part)
 
@@ -197,7 +197,7 @@ class Session:
             self.store.client.log_batch(self.run_id, metrics=part)
 
     def log_file(self, path: str, folder: str) -> None:
-        """Keep a copy of a file."""
+        """Upload a file or folder."""
         self.store.client.log_artifact(self.run_id, path, folder or None)
 
     def log_model(
@@ -209,7 +209,7 @@ class Session:
         example: list[Any],
         beside: list[str],
     ) -> None:
-        """Log and register the student in a folder, unless it is registered."""
+        """Log and register the student in a folder, unless it is already registered."""
         manifest = json.loads(Path(folder, "manifest.json").read_text())
         tags = {
             "kd.sha256": manifest["sha256"],
@@ -230,24 +230,24 @@ class Session:
                 self._log_of_model(model_id, figures, val_hash, time.time())
 
     def answer_registered(self, name: str, sha256: str) -> dict[str, Any] | None:
-        """The version of a student."""
+        """A student's version."""
         return _plain(_version_of(self.store.client, name, sha256))
 
     def answer_champion(self, name: str) -> dict[str, Any] | None:
-        """The version that is champion."""
+        """The champion's version."""
         return _plain(_champion(self.store.client, name))
 
     def answer_fetch(self, uri: str, folder: str) -> dict[str, str]:
-        """Where the files of a logged model are, or were brought to."""
+        """Download a logged model; returns the folder with its files."""
         return {"folder": models.fetch(uri, folder)}
 
     def answer_promote(
         self, name: str, number: str, over: str | None, decision: str, wins: bool
     ) -> dict[str, bool]:
-        """Write a decision down, unless it was made against another than the present champion.
+        """Record a decision, unless the champion has changed since.
 
-        Each step may be the last before a crash: the next run decides the same again.  The alias
-        comes first, so that a version which is said to be champion has been it.
+        A crash between steps is harmless: the next run makes the same decision again.  The alias
+        is set before the tag, so that a version whose tag says champion really was champion.
         """
         client = self.store.client
         with recorder.locked(self.store.registry_lock):
@@ -270,9 +270,9 @@ class Session:
         example: list[Any],
         at: float,
     ) -> None:
-        """Log the export in a folder below its student's run, and let the registry point at it.
+        """Log the export in a folder to its student's run, and point the registry to it.
 
-        The same bundle is logged once; its metrics are those of the last time.
+        A bundle is logged only once; its metrics are updated each time.
         """
         client, name = self.store.client, Path(folder).name
         tags = _export_tags(Path(folder))
@@ -291,21 +291,21 @@ class Session:
     def _log_of_model(
         self, model_id: str, metrics: Mapping[str, float], val_hash: str, at: float
     ) -> None:
-        """Log figures of a model on the validation images, by which MLflow compares models."""
+        """Log a model's metrics on the validation split, by which MLflow compares models."""
         owner = {"model_id": model_id, "run_id": self.run_id}
         images = {"dataset_name": "val", "dataset_digest": val_hash[:LONGEST_DIGEST]}
         points = [Metric(k, v, int(at * 1000), 0, **owner, **images) for k, v in metrics.items()]
         self.store.client.log_batch(self.run_id, metrics=points)
 
     def _logged(self, tags: Mapping[str, str]) -> str | None:
-        """The id of the model that was logged with these very tags, if there is one."""
+        """The id of the model that was logged with exactly these tags, if any."""
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         found = self.store.client.search_logged_models([self.experiment], wanted)
         ready = [model for model in found if model.status == "READY"]
         return str(ready[0].model_id) if ready else None
 
     def end(self, status: str, reason: str) -> None:
-        """End the run: FINISHED, FAILED or KILLED, and why.  A resumed one stays as it ended."""
+        """End the run as FINISHED, FAILED or KILLED; a resumed one keeps its status."""
         if self._monitor is None:
             return
         self._monitor.finish()
@@ -315,10 +315,10 @@ class Session:
 
 
 def make_tables(path: Path) -> None:
-    """Bring a SQLite store's tables to MLflow's version.  Any number of processes may ask at once.
+    """Create a SQLite store's tables or upgrade them; safe to call from many processes at once.
 
-    A new store's tables are made in memory and copied in by one transaction, so that a process
-    killed meanwhile leaves an empty file and not a broken one.
+    A new store's tables are created in memory and copied in one transaction, so that a process
+    killed meanwhile leaves an empty file, not a broken one.
     """
     from mlflow.store.db import utils
     from sqlalchemy import create_engine
@@ -339,7 +339,7 @@ def make_tables(path: Path) -> None:
 
 
 def _champion(client: mlflow.MlflowClient, name: str) -> Any | None:
-    """The version that is champion, if there is one."""
+    """The version with the alias champion, if any."""
     if not client.search_registered_models(f"name = '{name}'"):
         return None
     holder = client.get_registered_model(name).aliases.get("champion")
@@ -347,20 +347,20 @@ def _champion(client: mlflow.MlflowClient, name: str) -> Any | None:
 
 
 def _plain(version: Any | None) -> dict[str, Any] | None:
-    """What the other side knows of a version."""
+    """A version as it is sent to the stage: the fields of `kd.tracking.Version`."""
     if version is None:
         return None
     return {"number": str(version.version), "uri": version.source, "tags": dict(version.tags)}
 
 
 def _version_of(client: mlflow.MlflowClient, name: str, sha256: str) -> Any | None:
-    """The registered version with these weights, if there is one."""
+    """The registered version with these weights, if any."""
     found = client.search_model_versions(f"name = '{name}' and tags.`kd.sha256` = '{sha256}'")
     return found[0] if found else None
 
 
 def _export_tags(folder: Path) -> dict[str, str]:
-    """What tells the bundle in a folder from all others."""
+    """Tags that identify the bundle in a folder."""
     parity, student = (
         json.loads((folder / name).read_text("utf-8")) for name in ("parity.json", "student.json")
     )
@@ -373,7 +373,7 @@ def _export_tags(folder: Path) -> dict[str, str]:
 
 
 def _process_tags(pid: int) -> dict[str, str]:
-    """Who makes the run; a pid alone could be another process's by tomorrow."""
+    """Tags that identify the process; its start time is included because pids are reused."""
     tags = {"kd.host": socket.gethostname(), "kd.pid": str(pid)}
     with suppress(psutil.NoSuchProcess):
         tags["kd.pid_born"] = str(psutil.Process(pid).create_time())
@@ -381,7 +381,7 @@ def _process_tags(pid: int) -> dict[str, str]:
 
 
 def _lives(tags: Mapping[str, str]) -> bool:
-    """Whether the process that a run's tags name is there (clocks may drift a little)."""
+    """Whether the process in a run's tags still exists (start times may differ a little)."""
     try:
         born = psutil.Process(int(tags["kd.pid"])).create_time()
     except psutil.NoSuchProcess:
@@ -390,13 +390,13 @@ def _lives(tags: Mapping[str, str]) -> bool:
 
 
 def _note(tags: Mapping[str, str]) -> dict[str, str]:
-    """A description with a link back to Prefect; MLflow's page shows tags as plain text."""
+    """A description with a link to Prefect, as MLflow's page shows tags as plain text."""
     page = tags.get("prefect.task_run_url")
-    return {"mlflow.note.content": f"[Its task run in Prefect]({page})"} if page else {}
+    return {"mlflow.note.content": f"[Task run in Prefect]({page})"} if page else {}
 
 
 def _user() -> str:
-    """Who runs this, by name; a container's user may have a number alone."""
+    """The user's name, or the number of a user without one, as in containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -413,7 +413,7 @@ def _git_tags(root: Path) -> dict[str, str]:
 
 
 def _dvc_tags(root: Path, stage: str, name: str | None) -> dict[str, str]:
-    """Hashes of what the stage reads, as dvc.lock has them from the stages that made it."""
+    """Hashes of the stage's dependencies: dvc.lock has them as outputs of earlier stages."""
     try:
         lock, pipeline = (
             read_yaml(str(root), file)["stages"] for file in ("dvc.lock", "dvc.yaml")
@@ -421,12 +421,12 @@ def _dvc_tags(root: Path, stage: str, name: str | None) -> dict[str, str]:
         made = {o["path"]: o["md5"] for made_by in lock.values() for o in made_by.get("outs", ())}
         deps = [_filled_in(dep, name or "") for dep in _deps(pipeline[stage])]
     except Exception:
-        return {}  # no pipeline here, or another stage's DVC is writing dvc.lock just now
+        return {}  # no DVC pipeline here, or another stage's DVC is writing dvc.lock
     return {f"dvc.dep.{dep}": read for dep in deps if (read := _read_of(dep, made))}
 
 
 def _read_of(dep: str, made: Mapping[str, str]) -> str:
-    """The hash of a dependency; where several stages fill a folder, their outputs with hashes."""
+    """The hash of a dependency; for a folder filled by several stages, the hash of each output."""
     inside = (
         f"{out[len(dep) + 1 :]} {md5}" for out, md5 in made.items() if out.startswith(f"{dep}/")
     )
@@ -438,7 +438,7 @@ def _filled_in(dep: str, name: str) -> str:
 
 
 def _deps(entry: Mapping[str, Any]) -> Iterator[str]:
-    """The dependencies that a stage of dvc.yaml (plain, matrix or foreach) lists."""
+    """The dependencies of a stage in dvc.yaml (plain, matrix or foreach)."""
     for dep in entry.get("do", entry).get("deps", ()):
         yield dep if isinstance(dep, str) else next(iter(dep))
 

@@ -1,7 +1,7 @@
-"""The student as MLflow's registry serves it: images in, logits out, no pickle.
+"""MLflow's loader for the registered student: images in, logits out, no pickle.
 
 `mlflow.pyfunc.load_model("models:/kd-student@champion").predict(images)` calls `_load_pyfunc`
-with the folder that was logged.  The process needs torch, safetensors, numpy and this package.
+with the logged folder.  The process needs torch, safetensors, numpy and this package.
 """
 
 from pathlib import Path
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Student:
-    """A trained network that takes images as they come out of a file."""
+    """A trained network that takes images of its own size, not yet normalised."""
 
     def __init__(self, folder: Path) -> None:
-        """Args: folder: Holds model.safetensors and manifest.json."""
+        """Args: folder: Contains model.safetensors and manifest.json."""
         from kd import manifest
 
         self._model, self._manifest = manifest.load(folder)
@@ -26,10 +26,10 @@ class Student:
     def predict(
         self, images: "NDArray[np.uint8]", params: dict[str, Any] | None = None
     ) -> "NDArray[np.float32]":
-        """Logits (N, C) of uint8 images (N, H, W, channels), as its validation computed them.
+        """Logits (N, C) of uint8 images (N, H, W, channels), computed as in validation.
 
         Raises:
-            ValueError: the images are of another type or size.
+            ValueError: the images have another dtype or size.
         """
         import numpy as np
         import torch
@@ -56,5 +56,5 @@ class Student:
 
 
 def _load_pyfunc(path: str) -> Student:
-    """What MLflow calls."""
+    """Called by MLflow."""
     return Student(Path(path))

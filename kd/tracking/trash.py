@@ -1,4 +1,4 @@
-"""What people deleted in MLflow, which keeps it until it is emptied out for good."""
+"""Items deleted in MLflow, which keeps them until they are removed permanently."""
 # mypy: disallow-untyped-calls=False
 # MLflow gives types to half of its functions.
 
@@ -18,17 +18,17 @@ from kd.component import ConfigError
 
 
 class Trash:
-    """What was deleted in a database store more than some days ago."""
+    """Runs, models and experiments deleted in a database store more than some days ago."""
 
     def __init__(self, uri: str, days: float) -> None:
-        """Look into it.
+        """Find them.
 
         Args:
-            uri: The store, a database's.
-            days: How long ago; what was deleted later is left alone.
+            uri: The store's URI; it must be a database.
+            days: Minimum age; items deleted more recently are left alone.
 
         Raises:
-            ConfigError: a registered student would lose what it points at.
+            ConfigError: a registered student refers to one of them.
         """
         self.uri, self.days = uri, days
         store = _get_store(uri)
@@ -51,7 +51,7 @@ class Trash:
             self._spare(version.name, str(version.version), version.run_id or "", version.tags)
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Each thing that would go, and its bytes on this machine."""
+        """Each item to be removed, and its size in bytes on this machine."""
         for kind, found in (
             ("run", self.runs),
             ("model", self.models),
@@ -61,7 +61,7 @@ class Trash:
                 yield f"{kind} {identity}", 0 if kind == "experiment" else _bytes(uri)
 
     def empty(self) -> str:
-        """Delete it for good; what `mlflow gc` says."""
+        """Remove them permanently; returns the output of `mlflow gc`."""
         command = [sys.executable, "-m", "mlflow", "gc", "--older-than", f"{self.days}d"]
         done = subprocess.run(
             [*command, "--backend-store-uri", self.uri],
@@ -74,7 +74,7 @@ class Trash:
         return done.stdout.strip()
 
     def _spare(self, name: str, version: str, run_id: str, tags: dict[str, str]) -> None:
-        """See that nothing goes that a registered version points at."""
+        """Raise a ConfigError if a registered version refers to an item to be removed."""
         needed = {run_id, *(uri.removeprefix("models:/") for uri in tags.values())}
         if lost := needed & {*self.runs, *self.models}:
             raise ConfigError(
@@ -83,13 +83,13 @@ class Trash:
             )
         if run_id and _get_store(self.uri).get_run(run_id).info.experiment_id in self.experiments:
             raise ConfigError(
-                f"version {version} of {name} lies in an experiment that was deleted in MLflow: "
+                f"version {version} of {name} is in an experiment that was deleted in MLflow: "
                 "restore it, or delete the version too"
             )
 
 
 def _bytes(uri: str) -> int:
-    """Of the files below a folder; 0 where it is not on this machine."""
+    """Total size of the files below a folder; 0 if it is not on this machine."""
     parts = urlsplit(uri)
     if parts.scheme not in ("", "file"):
         return 0

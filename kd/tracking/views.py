@@ -1,7 +1,7 @@
-"""The views that an experiment's page offers: which runs, which columns, in which order.
+"""Saved views of an experiment's page: which runs and columns to show, in which order.
 
-MLflow keeps a saved view as a tag of the experiment.  They are made with the experiment, so that
-what somebody changes there stays changed.
+MLflow stores a view as a tag of the experiment.  They are written only when the experiment is
+created, so that later changes by users are kept.
 """
 
 import json
@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 
 TRAINING = "workflowType=machine_learning"
-"""Of two faces that MLflow's pages have, the one for runs; they open with the one for agents."""
+"""Selects the mode of MLflow's pages that shows runs; their default is the one for agents."""
 NETWORKS = "networks"
-"""The view to open first."""
+"""The view that links open."""
 
 
 def address(experiment: str) -> str:
-    """The page of an experiment's networks, below the server's address."""
+    """The path of an experiment's page with the view of networks, on the server."""
     return f"/#/experiments/{experiment}/runs?{TRAINING}&viewStateShareKey={NETWORKS}"
 
 

@@ -1,7 +1,7 @@
-"""The weights stage's run: every weight set as a run of its own, the search as curves and figures.
+"""Tracks the weights stage: a child run for each weight set, the search as curves and figures.
 
-MLflow's pages give figures with a slash, which other runs lack, sections of their own.
-Reads what the stage wrote to artifacts/weights, and nothing else.
+Metrics with a slash in their name get a section of their own on MLflow's pages.
+Reads only what the stage wrote to artifacts/weights, and the study's file.
 """
 
 import json
@@ -16,14 +16,14 @@ from kd.tracking import Run, run
 
 
 def log_weight_sets(parent: Run, folder: Path, study: Path | None) -> None:
-    """Log the search to `parent`, and each of its weight sets as the run weights/<set> below it.
+    """Log the search to `parent`, and each weight set as the child run weights/<set>.
 
     Args:
         parent: The weights stage's own run.
-        folder: What the stage wrote: weights.json, val_logits.safetensors, convergence.csv,
+        folder: The stage's output: weights.json, val_logits.safetensors, convergence.csv,
             path.csv and tried.csv.
-        study: The Optuna study's file, kept with the run so that optuna-dashboard can open it;
-            None where nothing was searched.
+        study: The Optuna study's file, uploaded to the run so that optuna-dashboard can open it;
+            None if there was no search.
     """
     record = json.loads((folder / "weights.json").read_text())
     parent.log_figure(figures.weights(record), "weights")
@@ -46,7 +46,7 @@ def log_weight_sets(parent: Run, folder: Path, study: Path | None) -> None:
 
 
 def _log_search(parent: Run, record: Mapping[str, object], folder: Path) -> None:
-    """The search by generation: convergence, the best weights' path, and for K = 3 the map."""
+    """Log the search by generation: convergence, best weights; for K = 3 a map of the simplex."""
     convergence = figures.read_rows(folder / "convergence.csv")
     path = figures.read_rows(folder / "path.csv")
     parent.log_curve(
@@ -75,7 +75,7 @@ def _log_search(parent: Run, record: Mapping[str, object], folder: Path) -> None
 
 
 def _finals(found: Mapping[str, object]) -> dict[str, float]:
-    """What a weight set is compared by, under the names that all runs share where they can."""
+    """A weight set's metrics, under the names that all runs share where possible."""
     weights = found["weights"]
     assert isinstance(weights, dict)
     numbers = {key: float(each) for key, each in found.items() if isinstance(each, int | float)}
@@ -83,7 +83,7 @@ def _finals(found: Mapping[str, object]) -> dict[str, float]:
 
 
 def _gains(gain: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Held-out gains with their standard errors, flat: gain/over_uniform.nll."""
+    """Held-out gains and their standard errors, flattened: gain/over_uniform.nll."""
     return {
         f"gain/{over}.{key}": float(value)
         for over, row in gain.items()

@@ -153,7 +153,7 @@ def test_mlflows_server_away_amid_a_training_gets_all_of_it_later(
     mlflow_server.start()
     said = said_by(process)
     assert process.returncode == 0, said
-    assert "is away" in said
+    assert "is unreachable" in said
     assert said.count("lost None") == 2, said
     assert toy.status() == {}
 
