@@ -55,7 +55,7 @@ class ExecuTorch:
         require_packages("executorch", "torchao")
 
     def export(self, trained: Trained, path: Path) -> None:
-        """Write the network to `path`, with the methods `labels` and `metadata` beside `forward`.
+        """Write the network to `path`, with methods `labels` and `metadata` besides `forward`.
 
         Raises:
             ConfigError: a package is not installed, the network cannot be exported, or the
