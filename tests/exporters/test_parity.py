@@ -257,9 +257,7 @@ def test_a_file_refused_after_fine_tuning_is_not_told_to_fine_tune(tmp_path: Pat
         check(exporter, tmp_path, labels=top1_N)
     assert "qat_epochs" not in str(untuned.value)
     tuner = Tuner(trained(a_module()))
-    both = (
-        r"accuracy is (0\.\d{4}) with .* int8 \1: .*qat_epochs: \.\.\., qat_lr: .*tolerance"
-    )
+    both = r"accuracy is (0\.\d{4}) with .* int8 \1: .*qat_epochs: \.\.\., qat_lr: .*tolerance"
     with pytest.raises(ExportRefused, match=both) as tuned:
         check(exporter, tmp_path, labels=top1_N, fine_tune=tuner)
     assert "qat_when_loss_above" not in str(tuned.value)
