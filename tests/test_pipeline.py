@@ -559,7 +559,7 @@ def test_the_installed_program_finds_the_users_code_in_the_folder_it_is_run_in(t
                     "method": {"kind": "kd", "standardize": True},
                 },
             },
-            "^baselines.labels: standardize is true; it must be false where there are only two",
+            "^baselines.labels: standardize is true; it must be false with only two classes",
         ),
         (
             {"student.model": {"kind": "custom", "path": "tests.models.toys:Choosy"}},
