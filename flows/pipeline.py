@@ -1,7 +1,7 @@
-"""`python -m flows.pipeline`: bring every stage up to date, and show what came of it.
+"""`python -m flows.pipeline`: bring every stage up to date, and show the result.
 
-Nothing of Prefect is imported before it is known that something is to do: its import and its
-server cost more than finding out.
+Prefect is imported only once some stage is known to be stale: importing it and starting its
+server take longer than finding that out.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from kd import SETTINGS, STAGES, disk, warm, workspace
 
 
 class PipelineStoppedError(Exception):
-    """A stage failed, or somebody cancelled the run."""
+    """A stage failed, or the run was cancelled."""
 
 
 OURS = (
@@ -35,13 +35,13 @@ OURS = (
     needs.WorkersCannotError,
     server.NoServerError,
 )
-"""What is said to people without a traceback."""
+"""Errors that are reported without a traceback."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C or SIGTERM, as shells have it."""
+"""Exit status after Ctrl-C or SIGTERM, as shells use it."""
 
 
 def main() -> int:
-    """Run what is stale in this folder; 0 when all is up to date in the end."""
+    """Run the stale stages in this folder; exit with 0 when all are up to date in the end."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=main.__doc__)
     parser.add_argument(
         "--remote",
@@ -49,7 +49,7 @@ def main() -> int:
         help="run the stages on the workers of a Prefect server (docs/orchestration.md)",
     )
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it in the same order
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # same clean-up as for Ctrl-C
     root = Path.cwd()
     console = Console()
     complaints = Console(stderr=True, style="bold red", highlight=False, soft_wrap=True)
@@ -77,16 +77,16 @@ def main() -> int:
         complaints.print(f"error: {said}", markup=False)
         return 1
     except KeyboardInterrupt:
-        complaints.print("stopped; what was finished stays, and the next run goes on from there")
+        complaints.print("stopped; finished stages are kept, and the next run goes on from there")
         return INTERRUPTED
 
 
 def read(root: Path) -> graph.Plan:
-    """What is to be done; where DVC cannot say, kd may know better what is wrong.
+    """Return the plan; where DVC fails, have kd check params.yaml for a better message.
 
     Raises:
-        kd.component.ConfigError: names what is wrong in params.yaml.
-        dvc.exceptions.DvcException: something else is.
+        kd.component.ConfigError: params.yaml is wrong; the message names where.
+        dvc.exceptions.DvcException: something else is wrong.
     """
     try:
         return graph.read(root)
@@ -99,31 +99,31 @@ def read(root: Path) -> graph.Plan:
 
 
 def check_unseen(root: Path) -> None:
-    """Refuse a key of params.yaml that no stage reads, and what a key made that was taken out.
+    """Refuse a key of params.yaml that no stage reads, and outputs of a key that was removed.
 
-    Neither is anything to DVC.  What is wrong inside a section makes its stage stale, and the
-    stage says so.
+    DVC notices neither.  An error inside a section makes its stage stale, and that stage reports
+    it.
 
     Raises:
-        kd.component.ConfigError: names the key and the nearest one, or the folder.
+        kd.component.ConfigError: names the key and the closest valid one, or the folder.
     """
     if not is_ours(root):
         return
     experiment = load_yaml(root / "params.yaml")
     if not experiment.keys() <= {*STAGES, *SETTINGS}:
-        from kd import params  # 5 s, for a better message than we could give
+        from kd import params  # 5 s, for a better message than one written here
 
         params.load()
     workspace.check_foreign(experiment)
 
 
 def check_writable(plan: graph.Plan) -> None:
-    """Find out that a stage's folder cannot be written to before DVC tries to empty it.
+    """Check that the stages' folders are writable, before DVC tries to empty them.
 
-    Folders that are not there yet are left to the stages: DVC takes them for outputs.
+    Folders that do not exist yet are left to the stages: DVC would take them for outputs.
 
     Raises:
-        OSError: names the folder.
+        OSError: a folder is not writable; names it.
     """
     workspace.check_writable("")
     for name in (stage.replace("@", "/") for stage in plan.reasons):
@@ -132,18 +132,19 @@ def check_writable(plan: graph.Plan) -> None:
 
 
 def is_ours(root: Path) -> bool:
-    """Whether the pipeline is kd's, and params.yaml in its form."""
+    """Whether dvc.yaml holds kd's own stages, so that params.yaml has kd's format."""
     path = root / "dvc.yaml"
     return path.exists() and set(load_yaml(path).get("stages", ())) == set(STAGES)
 
 
 def check_params(root: Path) -> None:
-    """Have kd read all of params.yaml, in a fork of the warm process where there is one.
+    """Have kd validate all of params.yaml, in a fork of the warm process if there is one.
 
-    A stage does so, too; but DVC runs none whose inputs are missing, as those of a name misspelt.
+    Each stage does so, too; but DVC does not run a stage whose inputs are missing, which a
+    misspelt name leads to.
 
     Raises:
-        PipelineStoppedError: says what is wrong.
+        PipelineStoppedError: params.yaml is wrong; the message says how.
     """
     command = [sys.executable, "-m", "kd", "check"]
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
@@ -152,15 +153,16 @@ def check_params(root: Path) -> None:
 
 
 def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> int:
-    """Run the plan as a Prefect flow, on the user's server or on one of our own.
+    """Run the plan as a Prefect flow, on the user's server or on a temporary one.
 
     Raises:
-        flows.needs.WorkersCannotError: what workers need is not there.
-        flows.server.NoServerError: PREFECT_API_URL does not answer, or our own did not start, or
-            it went away for too long.
-        OSError: names a folder that cannot be written to.
+        flows.needs.WorkersCannotError: something that workers need is missing.
+        flows.server.NoServerError: PREFECT_API_URL does not answer, or our own server did not
+            start, or the server was unreachable for too long.
+        OSError: a folder is not writable; names it.
+        PipelineStoppedError: a stage failed, or the run was cancelled.
     """
-    locks.slots()  # a wrong KD_CPUS is told before anything starts
+    locks.slots()  # reports a wrong KD_CPUS before anything starts
     if is_ours(root):
         check_writable(plan)
     display.show_plan(plan, console)
@@ -171,7 +173,7 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
         if not api:
             raise needs.WorkersCannotError(
                 "workers get their stages from a Prefect server: set PREFECT_API_URL to its "
-                "address, here and for them"
+                "address, both here and for the workers"
             )
     if api and not server.answers(f"{api}/health"):
         raise server.NoServerError(
@@ -195,8 +197,8 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
                 state = pipeline(str(root), on_workers=on_workers, return_state=True)
         except HTTPError as error:
             raise server.NoServerError(
-                f"Prefect's server at {os.environ['PREFECT_API_URL']} went away ({error}): what "
-                "was finished stays, and the next run goes on from there"
+                f"Prefect's server at {os.environ['PREFECT_API_URL']} went away ({error}): "
+                "finished stages are kept, and the next run goes on from there"
             ) from error
     console.print()
     if len(plan.reasons) > 1:
@@ -210,7 +212,7 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
 
 @contextlib.contextmanager
 def warm_process(root: Path) -> Iterator[None]:
-    """Keep a process that has imported torch, from which stages are forked (kd/warm.py)."""
+    """Keep a process running that has imported torch, for stages to fork from (kd/warm.py)."""
     if os.environ.get("KD_WARM") == "0" or sys.platform != "linux":
         yield
         return

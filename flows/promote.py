@@ -1,7 +1,7 @@
-"""Who is champion is decided by `kd promote`, in a process of its own: flows hold no tensors.
+"""Run `kd promote`, which picks the champion, in its own process: flows hold no tensors.
 
-It always runs where there is a student, and never asks what was stale: a promotion that a crash
-cut short would otherwise never come.  Repeating it changes nothing.
+It runs whenever there is a student, whatever was stale: otherwise a promotion that a crash
+interrupted would never be made up for.  Repeating it changes nothing.
 """
 
 import sys
@@ -14,7 +14,7 @@ from flows.stage import ERROR, environment
 
 
 class PromotionFailedError(Exception):
-    """The student was not registered, compared or published; the message says why."""
+    """The student could not be registered, compared or published; the message says why."""
 
 
 def promote(
@@ -26,18 +26,18 @@ def promote(
     stop: threading.Event,
     workspace: int,
 ) -> None:
-    """Register the student, decide who is champion, and publish its exports.
+    """Register the student, pick the champion, and publish the champion's exports.
 
     Args:
         root: The workspace.
-        publish: Where the champion's exports are copied to; None for nowhere.
-        env: What its environment has beside ours.
+        publish: Where to copy the champion's exports; None for nowhere.
+        env: Environment variables to add to ours.
         hear: Called with each line that is printed.
-        stop: Cancels it when set.
-        workspace: The descriptor of its lock.
+        stop: Cancels the promotion when set.
+        workspace: The descriptor of the workspace's lock.
 
     Raises:
-        PromotionFailedError: see there.
+        PromotionFailedError: `kd promote` failed.
         flows.child.Stopped: `stop` was set.
     """
     errors: list[str] = []
@@ -54,5 +54,5 @@ def promote(
     if code:
         raise PromotionFailedError(
             f"every stage is up to date, but `kd promote` ended with exit code {code}; "
-            f"run it again: {errors[-1] if errors else 'it did not say why'}"
+            f"run it again: {errors[-1] if errors else 'it gave no reason'}"
         )

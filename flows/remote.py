@@ -1,8 +1,8 @@
-"""Stages on workers that share no disk with us: handed to Prefect work pools, results from DVC.
+"""Run stages on workers that share no disk with us: Prefect work pools, and results by DVC.
 
-A worker (flows/remote_stage.py) checks out our commit, pulls what the stage reads, runs it and
-pushes the result with its entry in DVC's run-cache.  That entry is found by what the stage reads
-and not by who ran it, so `dvc repro` here finds the stage done, and records it in our dvc.lock.
+A worker (flows/remote_stage.py) checks out our commit, pulls the stage's inputs, runs it and
+pushes the outputs with their entry in DVC's run-cache.  That entry is keyed by the stage's inputs
+and not by who ran it, so `dvc repro` here gets a cache hit, and records it in our dvc.lock.
 """
 
 import contextlib
@@ -33,32 +33,32 @@ from flows.remote_stage import BEAT, LOGGER, Order, settings
 from flows.stage import DVC, StageFailedError, environment, reproduce
 
 POOLS = ("gpu", "cpu")
-"""Work pools: for stages that a GPU helps, and for the others."""
+"""Work pools: for stages that benefit from a GPU, and for the others."""
 POLL = 2.0
-"""Seconds between looks at a stage that was handed out."""
+"""Seconds between polls of a submitted stage."""
 PATIENCE = 60.0
-"""Seconds without a sign of life after which a worker counts as dead; it gives one every ten."""
+"""Seconds without a heartbeat after which a worker counts as dead; it sends one every ten."""
 LIVES = 3
-"""How many workers may die over one stage: it may be the stage that kills them."""
+"""How many workers may die on one stage: it may be the stage that kills them."""
 LONGEST = timedelta(days=7)
-"""Nothing is expected to take longer; see `Workers._hand_out`."""
+"""Cap on a stage's expected duration; see `Workers._hand_out`."""
 Log = logging.Logger | logging.LoggerAdapter[Any]
 
 
 class Workers:
-    """The workers of a Prefect server, ready for the stages of one plan."""
+    """The workers of a Prefect server, prepared for the stages of one plan."""
 
     def __init__(self, root: Path, plan: graph.Plan, seconds: Mapping[str, float]) -> None:
-        """See that workers can do it, and give them what they will need.
+        """Check that workers can run the plan, create deployments, and push the inputs.
 
         Args:
             root: Our workspace.
-            plan: What is to be done.
-            seconds: How long each stage will probably take.
+            plan: The stages, and which of them are stale.
+            seconds: Each stage's expected duration.
 
         Raises:
             flows.needs.WorkersCannotError: names what is missing, and the remedy.
-            flows.stage.StageFailedError: the DVC remote did not take our data.
+            flows.stage.StageFailedError: pushing our data to the DVC remote failed.
         """
         self.root = root
         self.seconds = seconds
@@ -77,11 +77,11 @@ class Workers:
         stop: threading.Event,
         hold: Sequence[int],
     ) -> graph.Hashes:
-        """Have a worker run `stage`, and take over its result; what it read and made.
+        """Have a worker run `stage`, fetch the result, and return its input and output hashes.
 
         Raises:
-            flows.stage.StageFailedError: the stage failed there, or its result did not come.
-            flows.child.Stopped: `stop` was set; the worker was told.
+            flows.stage.StageFailedError: the stage failed there, or its result is not available.
+            flows.child.Stopped: `stop` was set; the worker was told to cancel.
         """
         order = self._order(stage, env)
         for _ in range(LIVES):
@@ -104,14 +104,15 @@ class Workers:
         return Order(stage, self.commit, inputs, lock, {**settings(), **env})
 
     def _hand_out(self, client: SyncPrefectClient, order: Order) -> UUID:
-        """The id of a flow run that does it.
+        """Create the flow run for `order`, or find the one still under way; return its id.
 
-        A flow that was killed leaves its workers at work: the order's digest, as a key that the
-        server creates one run for, finds the run that is still under way.  Workers take the run
-        with the earliest time first, so a stage is dated back by what it will take.
+        If our flow is killed, its workers carry on.  The order's digest serves as idempotency key,
+        for which the server creates one run only, so the next flow finds the run still under way.
+        Workers take the run with the earliest scheduled time first, so each is backdated by its
+        expected duration: long stages start first.
         """
         told = asdict(order)
-        del told["env"]  # says who ordered it
+        del told["env"]  # differs from one flow run to the next
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         ahead = min(self.seconds[order.stage.name], LONGEST.total_seconds())
         for number in itertools.count():
@@ -130,10 +131,10 @@ class Workers:
     def _take_over(
         self, stage: graph.Stage, log: Log, stop: threading.Event, hold: Sequence[int]
     ) -> graph.Hashes:
-        """Bring the result here, and never train here.
+        """Fetch the result from the run-cache, and never train here.
 
-        DVC runs commands by $SHELL: with one that refuses, a stage that is not in the run-cache
-        fails instead.
+        DVC runs commands with $SHELL.  We set it to `false`, so that a stage that is missing from
+        the run-cache fails instead of running.
         """
         env = {"SHELL": str(shutil.which("false"))}
         try:
@@ -142,13 +143,13 @@ class Workers:
             )
         except StageFailedError as error:
             raise StageFailedError(
-                f"{stage.name}: a worker finished it, but the DVC remote has no result for the "
-                f"inputs that are here now; were they edited?\n{error}"
+                f"{stage.name}: a worker finished it, but the DVC remote has no result for its "
+                f"inputs as they are here now; were they edited?\n{error}"
             ) from error
 
 
 class HandedOut:
-    """A stage that was handed out."""
+    """A stage that was submitted to a work pool."""
 
     def __init__(
         self,
@@ -169,10 +170,10 @@ class HandedOut:
         self.attended = True
 
     def follow(self) -> State:
-        """Its last state, once it has one; its lines are logged on the way.
+        """Wait for the stage to end, logging its lines meanwhile; return its final state.
 
         Raises:
-            flows.child.Stopped: `stop` was set, and the worker was told.
+            flows.child.Stopped: `stop` was set; the worker was told to cancel.
         """
         while not self.stop.wait(POLL):
             try:
@@ -181,7 +182,7 @@ class HandedOut:
                 if state.is_scheduled():
                     self._count_workers()
             except httpx.HTTPError:
-                # The server is away: that says nothing of the worker.
+                # The server is unreachable, which says nothing about the worker.
                 self.since = time.monotonic()
                 continue
             if state.is_final():
@@ -190,7 +191,7 @@ class HandedOut:
         raise Stopped
 
     def _look(self) -> State:
-        """Its state; CRASHED where its process gives no sign of life."""
+        """The run's state; set to CRASHED if its process has stopped sending heartbeats."""
         run = self.client.read_flow_run(self.run_id)
         assert run.state
         sign = (run.state.type, run.labels.get(BEAT))
@@ -203,7 +204,7 @@ class HandedOut:
         return run.state
 
     def _count_workers(self) -> None:
-        """Say so where nobody is left to take it; it waits on, since somebody may come."""
+        """Warn if no worker is left to take the stage; keep waiting, since one may be started."""
         if time.monotonic() - self.counted < PATIENCE:
             return
         attended, self.counted = _attended(self.client, self.pool), time.monotonic()
@@ -221,7 +222,7 @@ class HandedOut:
                 self.log.info("%s", line.message, extra=starts)
 
     def _cancel(self) -> None:
-        """Tell the worker, and wait until the stage has ended there."""
+        """Tell the worker to cancel, and wait until the stage has ended there."""
         deadline = time.monotonic() + PATIENCE
         with contextlib.suppress(httpx.HTTPError):
             waits = self.client.read_flow_run(self.run_id).state
@@ -246,20 +247,20 @@ def _attended(client: SyncPrefectClient, pool: str) -> bool:
     try:
         client.read_work_pool(pool)
         workers = client.read_workers_for_work_pool(pool)
-    except ObjectNotFound:  # of the pool, which the first worker makes
+    except ObjectNotFound:  # no such pool yet: its first worker creates it
         return False
     return any(each.status is WorkerStatus.ONLINE for each in workers)
 
 
 def _unattended(pool: str) -> str:
     return (
-        f"no worker of work pool {pool} is there: start one, in a clone of its own, "
+        f"no worker of work pool {pool} is online: start one, in a clone of its own, "
         f"by `python -m flows.worker {pool}`"
     )
 
 
 def _deploy(pools: set[str]) -> dict[str, UUID]:
-    """Tell the server what workers run: the flow `stage`, as their own clone has it."""
+    """Create a deployment per pool: the flow `stage`, imported from the worker's own clone."""
     with get_client(sync_client=True) as client:
         flow_id = client.create_flow_from_name("stage")
         return {
@@ -271,10 +272,10 @@ def _deploy(pools: set[str]) -> dict[str, UUID]:
 
 
 def _push(root: Path, stale: list[str]) -> None:
-    """Push what stale stages read, and no stale stage makes: that is here alone, for all we know.
+    """Push the stale stages' inputs that no stale stage makes: the remote may not have them yet.
 
     Raises:
-        flows.stage.StageFailedError: DVC could not; the message has its last lines.
+        flows.stage.StageFailedError: `dvc push` failed; the message has its last lines.
     """
     needed, _ = graph.tracked_inputs(root, stale)
     if not needed:

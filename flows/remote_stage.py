@@ -1,7 +1,7 @@
 """One stage on a remote worker: the Prefect flow that `python -m flows.worker` runs in its clone.
 
-Code comes by git, data and results by the DVC remote, metrics go to the MLflow server.  Whoever
-handed the stage out takes the result from the remote's run-cache (flows/remote.py).
+Code comes from git, data and results go through the DVC remote, metrics to the MLflow server.
+The flow that submitted the stage takes the result from the remote's run-cache (flows/remote.py).
 """
 
 import itertools
@@ -29,10 +29,10 @@ from flows.stage import DVC, StageFailedError, environment, reproduce
 from kd import git
 
 BEAT = "kd.beat"
-"""The flow run's label that counts up while the stage's process lives."""
+"""Label of the flow run that counts up while the stage's process is alive."""
 BEAT_SECONDS = 10.0
 LOGGER = "stage"
-"""Child of Prefect's logger for the stage's own lines, which are shown where it was ordered."""
+"""Child of Prefect's logger for the stage's own lines, which the submitting flow shows."""
 
 
 SETTINGS = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "KD_PARENT_RUN")
@@ -40,34 +40,34 @@ SETTINGS = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "KD_PARENT_RUN")
 
 @dataclass(frozen=True)
 class Order:
-    """All that a worker must be told to run a stage."""
+    """Everything a worker needs to know to run a stage."""
 
     stage: graph.Stage
 
     commit: str
 
     inputs: tuple[str, ...]
-    """Paths of the outputs that it reads, which DVC brings."""
+    """Paths of the outputs of other stages that it reads; DVC pulls them."""
 
     lock: dict[str, Any]
-    """What dvc.lock has of the stages that made them."""
+    """The entries in dvc.lock of the stages that made them."""
 
     env: dict[str, str]
-    """What the stage's environment has beside the worker's."""
+    """Environment variables for the stage; the worker's own `SETTINGS` take precedence."""
 
 
 def settings() -> dict[str, str]:
-    """What of this process's environment a stage is to have, wherever it runs."""
+    """The environment variables of this process that every stage gets, wherever it runs."""
     return {key: os.environ[key] for key in SETTINGS if os.environ.get(key)}
 
 
 @flow(name="stage", persist_result=False)
 def stage(order: Order) -> None:
-    """Run one stage in this worker's clone, and push what came of it.
+    """Run one stage in this worker's clone, and push its result.
 
     Raises:
-        flows.stage.StageFailedError: the message says why.
-        flows.locks.WorkspaceBusyError: another flow works in the clone.
+        flows.stage.StageFailedError: the stage, git or DVC failed; the message says why.
+        flows.locks.WorkspaceBusyError: another flow is using the clone.
     """
     run_id = UUID(str(flow_run.id))
     log = flow_run_logger(flow_run_id=run_id).getChild(LOGGER)
@@ -82,7 +82,7 @@ def stage(order: Order) -> None:
                 reproduce(
                     order.stage,
                     root,
-                    env={**order.env, **settings(), **slot.env},  # the worker's own come first
+                    env={**order.env, **settings(), **slot.env},  # the worker's settings win
                     hear=log.info,
                     stop=stop,
                     hold=[*slot.descriptors, workspace],
@@ -92,10 +92,10 @@ def stage(order: Order) -> None:
 
 
 def _check_out(order: Order, root: Path, run: Callable[..., None]) -> None:
-    """Put the clone where the stage's inputs are as they were ordered.
+    """Check out the order's commit, and pull the exact versions of the stage's inputs.
 
-    A pull alone would not do: DVC only fetches what is missing, and what an earlier stage left in
-    the clone is there, but may be another version.
+    The pull needs dvc.lock and --force: an earlier stage may have left other versions of the
+    inputs in the clone.
     """
     if not git.ask(root, "rev-parse", "--verify", "--quiet", f"{order.commit}^{{commit}}"):
         run("fetch", "--quiet", "origin", program="git")
@@ -106,7 +106,7 @@ def _check_out(order: Order, root: Path, run: Callable[..., None]) -> None:
 
 
 def _runner(root: Path, stop: threading.Event, hold: list[int]) -> Callable[..., None]:
-    """A function that runs a command of DVC's, or of another program, to its good end."""
+    """Return a function that runs a DVC (or other) command, and raises if it fails."""
 
     def run(*words: str, program: str = "dvc") -> None:
         last = deque[str](maxlen=15)
@@ -127,10 +127,9 @@ def _runner(root: Path, stop: threading.Event, hold: list[int]) -> Callable[...,
 
 @contextmanager
 def _beating(run_id: UUID, stop: threading.Event) -> Iterator[None]:
-    """Say every ten seconds that this process lives, which Prefect would believe of a killed one.
+    """Send a heartbeat every ten seconds: Prefect would take a killed process for running.
 
-    Should the run have been given up meanwhile, since we could not be heard, or was it cancelled,
-    the stage is stopped.
+    Stops the stage if the run was cancelled, or was given up because no heartbeat got through.
     """
     ended = threading.Event()
 

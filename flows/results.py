@@ -1,6 +1,6 @@
-"""What a run leaves to look at in Prefect: why it ran, when what ran, and links to MLflow.
+"""Publish Prefect artifacts of a run: why and when stages ran, and links to MLflow.
 
-A server that is away for the moment costs the picture, not the training; so does a full disk.
+If the server is unreachable or the disk full, the artifact is lost, but the run goes on.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ def publish_plan(plan: graph.Plan) -> None:
 
 
 def publish_stage(root: Path, name: str, hashes: graph.Hashes) -> None:
-    """Attach to the stage's task run its MLflow run, and DVC's hashes of what it read and made."""
+    """Attach to the stage's task run its MLflow link, and DVC's hashes of inputs and outputs."""
     made = [(f"made `{path}`", value) for path, value in hashes.outputs.items()]
     read = [(f"read `{path}`", value) for path, value in hashes.inputs.items()]
     record = root / "artifacts" / "runs" / f"{name.replace('@', '/')}.json"
     link = _url(record) if str(record.relative_to(root)) in hashes.outputs else None
     lines = [f"[Its run in MLflow]({link})", ""] if link else []
     _attach(
-        "\n".join([*lines, _table(("", "DVC's hash, or the value"), [*made, *read])]),
+        "\n".join([*lines, _table(("", "DVC hash, or value"), [*made, *read])]),
         key=re.sub("[^a-z0-9]+", "-", f"stage {name.lower()}"),
         description=f"What {name} read and made",
     )
 
 
 def publish(root: Path, times: Timeline) -> None:
-    """Attach to the flow run its timeline, and a link to each stage's MLflow run."""
+    """Attach the timeline and a link to each stage's MLflow run to the flow run."""
     if drawn := times.draw():
         _write(root / FILE, f"{drawn}\n")
         _attach(f"```\n{drawn}\n```", key="timeline", description="When each stage ran, and where")
@@ -65,7 +65,7 @@ def publish_report(root: Path) -> None:
 
 
 def mlflow_links(root: Path) -> Iterator[tuple[str, str]]:
-    """Each stage that was tracked, in the pipeline's order, and where its MLflow run is."""
+    """Yield each tracked stage, in the pipeline's order, and the URL of its MLflow run."""
     folder = root / "artifacts" / "runs"
     for stage in STAGES:
         for path in sorted([folder / f"{stage}.json", *(folder / stage).glob("*.json")]):
@@ -74,7 +74,7 @@ def mlflow_links(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _url(record: Path) -> str | None:
-    """Where the MLflow run of a stage's record is, if it was tracked."""
+    """The URL of the MLflow run that a stage's record names; None if it was not tracked."""
     with contextlib.suppress(FileNotFoundError):
         found: str | None = json.loads(record.read_text()).get("url")
         return found
@@ -89,12 +89,12 @@ def _table(head: tuple[str, str], rows: Iterable[tuple[str, object]]) -> str:
 def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text)
-    except OSError as error:  # the run's last line belongs to what a stage said of the same disk
-        log.warning("%s is lost: %s", path, error.strerror)
+    except OSError as error:  # do not mask the failing stage's message about the same disk
+        log.warning("%s was not written: %s", path, error.strerror)
 
 
 def _attach(text: str, *, key: str, description: str) -> None:
     try:
         create_markdown_artifact(text, key=key, description=description)
-    except (httpx.HTTPError, RuntimeError) as error:  # Prefect has both for a server that is away
-        log.warning("the artifact %s is lost: %s", key, error)
+    except (httpx.HTTPError, RuntimeError) as error:  # Prefect raises either if its server is down
+        log.warning("the artifact %s was not saved: %s", key, error)

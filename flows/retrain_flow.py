@@ -1,4 +1,4 @@
-"""Retrain when the data changed: the flow that a schedule or the event kd.data.changed starts.
+"""Retrain when data changed: the flow that a schedule or the event kd.data.changed starts.
 
 infra/prefect.yaml deploys `flows/retrain_flow.py:retrain`; docs/schedules.md says how to use it.
 """
@@ -18,12 +18,12 @@ from flows.flow import pipeline
 from flows.pipeline import warm_process
 
 NOTE = Path(".kd", "retrain.run")
-"""Like that of the pipeline's run; see flows/last_run.py."""
+"""Holds the last flow run's id, like the pipeline's note; see flows/last_run.py."""
 
 
 @task(task_run_name="update", cache_policy=NO_CACHE, persist_result=False)
 def update(root: Path, follow: bool, stop: threading.Event) -> graph.Plan:
-    """Bring code and data up to date, and find out what is stale."""
+    """Update code and data, and find out which stages are stale."""
     log = get_run_logger()
     with locks.workspace(root):
         last_run.follow(root, UUID(flow_run.id), NOTE)
@@ -38,7 +38,7 @@ def update(root: Path, follow: bool, stop: threading.Event) -> graph.Plan:
 
 @task(task_run_name="push", cache_policy=NO_CACHE, persist_result=False)
 def push(root: Path, stop: threading.Event) -> None:
-    """Send what was made to DVC's remote, where there is one."""
+    """Push the results to the DVC remote, if there is one."""
     log = get_run_logger()
     with locks.workspace(root):
         log.info(upstream.push(root, log.info, stop))
@@ -51,16 +51,17 @@ def retrain(root: str = ".", follow: bool = True, publish: str | None = None) ->
     Args:
         root: The folder that holds dvc.yaml: a clone that nobody works in.
         follow: Whether to take new commits of the branch's upstream first.
-        publish: Where the champion's exports are copied to: a folder, or a URL such as
+        publish: Where to copy the champion's exports: a folder, or a URL such as
             s3://bucket/models.
 
     Returns:
-        Completed, saying "nothing changed" or which stages ran.
+        Completed, with the message "nothing changed" or the stages that ran.
 
     Raises:
-        flows.upstream.UpdateFailedError: new code or data could not be had.
-        flows.flow.PipelineFailedError: a stage failed, or the promotion; the next run goes on.
-        flows.locks.WorkspaceBusyError: another flow works there.
+        flows.upstream.UpdateFailedError: new code or data could not be fetched.
+        flows.flow.PipelineFailedError: a stage or the promotion failed; the next run goes on
+            from there.
+        flows.locks.WorkspaceBusyError: another flow is using the folder.
     """
     folder, stop = Path(root).resolve(), threading.Event()
     try:

@@ -111,7 +111,9 @@ def test_a_full_disk_costs_the_timeline_and_hides_no_reason(
         assert (state.message or "").endswith("one: the disk is full")
     else:
         assert state.is_completed()
-    assert f"{toy.path('.kd/timeline.txt')} is lost: No space left on device" in caplog.text
+    assert (
+        f"{toy.path('.kd/timeline.txt')} was not written: No space left on device" in caplog.text
+    )
 
 
 def test_a_result_that_dvcs_cache_has_no_room_for_is_named(

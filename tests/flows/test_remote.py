@@ -151,7 +151,7 @@ def test_a_stage_that_no_worker_is_left_for_says_so_and_waits(
     assert state is not None
     assert state.is_cancelled()
     assert said == [
-        "waits, but no worker of work pool left is there: start one, in a clone of its own, "
+        "waits, but no worker of work pool left is online: start one, in a clone of its own, "
         "by `python -m flows.worker left`"
     ]
 
