@@ -1,7 +1,7 @@
-"""A Prefect server for the time of one run, where nobody runs one.
+"""A temporary Prefect server for one run, where the user runs none.
 
-Prefect would start such a server by itself, but gives a fresh database 20 seconds, which its
-migrations alone can take, and cuts off the last events when it stops.
+Prefect could start one by itself, but allows only 20 seconds for it, which the migrations of a
+fresh database alone can take, and it drops the last events when it stops.
 """
 
 import atexit
@@ -16,14 +16,14 @@ from pathlib import Path
 from flows import child
 
 PAGES = "http://127.0.0.1:4200"
-"""Where `make ui` shows the runs of a server that lives for one run only."""
+"""Where `make ui` later shows the runs that a temporary server recorded."""
 STARTUP_SECONDS = 120
 """A fresh database takes 25 s on two slow cores."""
 
 HEARTBEAT = "30"
-"""Seconds between a flow's signs of life, the least that Prefect takes.
+"""Seconds between a flow's heartbeats, the shortest that Prefect allows.
 
-After 90 without one, infra/automations.yaml takes it for dead.
+After 90 seconds without one, infra/automations.yaml marks the flow run as crashed.
 """
 
 
@@ -32,9 +32,9 @@ class NoServerError(Exception):
 
 
 def configure(root: Path) -> None:
-    """Set Prefect's environment before it is imported; what the user set stays.
+    """Set Prefect's environment variables before it is imported, unless the user has set them.
 
-    Its data stays in the project, and its log goes to the server instead of the terminal.
+    They keep its data in the project, and send its logs to the server, not to the terminal.
     """
     for key, value in {
         "PREFECT_HOME": str(root / ".kd" / "prefect"),
@@ -48,30 +48,30 @@ def configure(root: Path) -> None:
 
 
 def answers(address: str) -> bool:
-    """Whether a server answers there, within three seconds."""
+    """Whether a server answers at `address` within three seconds."""
     try:
         with urllib.request.urlopen(address, timeout=3):
             return True
     except urllib.error.HTTPError:
-        return True  # one that wants a login; the client has it
+        return True  # such as one that asks for a login, which the client has
     except OSError:
         return False
 
 
 class Server:
-    """A server of our own on a free port of this machine, which ends with this process."""
+    """A Prefect server on a free local port, which ends with this process."""
 
     def __init__(self, root: Path) -> None:
-        """Start it, and make it the one that Prefect uses in this process.
+        """Start it, and point this process's Prefect client at it.
 
-        That takes seconds: `wait` when there is nothing else to do.
+        Startup takes seconds: do other work first, then `wait`.
         """
         home = Path(os.environ["PREFECT_HOME"])
         home.mkdir(parents=True, exist_ok=True)
         self.log = home / "server.log"
         port = free_port()
         self.api = f"http://127.0.0.1:{port}/api"
-        # What `prefect server start` runs, without its 2 s of command line and its UI.
+        # What `prefect server start` runs, without the UI and the 2 s that its CLI takes.
         application = "prefect.server.api.server:create_app"
         command = [
             sys.executable,
@@ -92,14 +92,14 @@ class Server:
             )
         os.environ["PREFECT_API_URL"] = self.api
         os.environ.setdefault("PREFECT_UI_URL", PAGES)
-        # Registered before Prefect is imported, so it is called after Prefect's own last words.
+        # Registered before Prefect is imported, so it runs after Prefect has sent its last events.
         atexit.register(child.end, self.process)
 
     def wait(self) -> None:
         """Return once it answers.
 
         Raises:
-            NoServerError: it ended, or did not answer in time; the message has its last words.
+            NoServerError: it ended, or did not answer in time; the message has its last lines.
         """
         deadline = time.monotonic() + STARTUP_SECONDS
         while not answers(f"{self.api}/health"):
@@ -110,6 +110,6 @@ class Server:
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """A local port that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Run one stage through DVC, in a child process, and take its result only if it can be trusted."""
+"""Run one stage through DVC in a child process; reject the result if inputs changed meanwhile."""
 
 import os
 import sys
@@ -18,14 +18,14 @@ ADVICE = (
     "Use `dvc push`",
     "Data and pipelines are up to date",
 )
-"""How lines begin that DVC prints after every stage, for people who call it by hand."""
+"""Prefixes of hints that DVC prints after every stage, meant for people who run it by hand."""
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
-"""Without the wait, a stage that ends while another one is being recorded fails after three
-seconds: trained, but not recorded."""
+"""The DVC command.  Without the wait, a stage that ends while another one holds DVC's lock fails
+after three seconds: trained, but not recorded."""
 ERROR = "error: "
-"""How the line begins in which `kd` says why it ends; DVC's own are in capitals."""
+"""Prefix of the line in which `kd` reports why it failed; DVC's own is in capitals."""
 UNSTORED = "ERROR: failed to transfer "
-"""How DVC's line begins that says which file it could not take into its cache, and why."""
+"""Prefix of the line in which DVC reports a file that it could not add to its cache, and why."""
 
 
 class StageFailedError(Exception):
@@ -47,17 +47,18 @@ def reproduce(
     Args:
         stage: What to run.
         root: The workspace.
-        env: What its environment has beside ours.
+        env: Environment variables to add to ours.
         hear: Called with each line it prints.
         stop: Cancels it when set.
-        hold: Descriptors of locks that must stay taken while any of its processes lives.
-        pull: Look in the DVC remote's run-cache first, where another machine may have put it.
+        hold: Descriptors of locks that must stay held while any of its processes lives.
+        pull: Look in the DVC remote's run-cache first, where another machine may have pushed it.
 
     Returns:
-        What it read and made.
+        The hashes of its inputs and outputs.
 
     Raises:
-        StageFailedError: see there; the message says why, in the stage's own words if it has any.
+        StageFailedError: it failed, ran too long, or its inputs were edited meanwhile; the message
+            is the stage's own if it gave one.
         flows.child.Stopped: `stop` was set.
     """
     before = graph.hashes(root, stage.name)
@@ -94,20 +95,23 @@ def reproduce(
 
 
 def environment() -> dict[str, str]:
-    """Ours, with this interpreter first: by `python` dvc.yaml means the environment's own."""
+    """Our environment variables, with this interpreter first on PATH, for dvc.yaml's `python`."""
     return {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        "PYTHONUNBUFFERED": "1",  # lines are shown as they come
+        "PYTHONUNBUFFERED": "1",  # show lines as soon as they are printed
         "DVC_NO_ANALYTICS": "1",
-        "KD_WARM": "0",  # a `dvc` that runs one stage alone gains nothing by one of its own
+        "KD_WARM": "0",  # a `dvc` that runs a single stage gains nothing from its own warm process
     }
 
 
 def _refuse_edited_inputs(
     stage: graph.Stage, root: Path, before: dict[str, object], after: dict[str, object]
 ) -> None:
-    """DVC would certify that the edited inputs made the output (its issue 11058)."""
+    """Reject the result if inputs changed meanwhile.
+
+    DVC would record the output as made from the edited inputs (its issue 11058).
+    """
     edited = [each for each in sorted({*before, *after}) if before.get(each) != after.get(each)]
     if edited:
         graph.disown(root, stage.name)

@@ -1,9 +1,9 @@
-"""When each stage waited, ran and ended, and on which slot: a picture in letters.
+"""When each stage waited, ran and ended, and on which slot: a text chart.
 
     teacher           ██████                      2 threads   31.0 s
     assistants@large        ░░████████████████    GPU 0       80.4 s  after 10.2 s of waiting
 
-The same lines stand at the end of a run on a terminal and among the flow run's artifacts.
+It is printed at the end of a run, and is one of the flow run's artifacts.
 """
 
 import logging
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = Path(".kd", "timeline.txt")
-"""Where the last run's picture lies."""
+"""The last run's timeline."""
 WIDTH = 48
-"""Characters of a bar that lasts as long as the run."""
+"""Characters in a bar that spans the whole run."""
 WAITS, RUNS = "░", "█"
 LOGGER = logging.getLogger("prefect.task_runs")
 
@@ -27,7 +27,7 @@ class Span:
 
     stage: str
     ready: float
-    """When all that it needs was there, and it asked for a slot."""
+    """When all its inputs were ready and it asked for a slot."""
     started: float | None = None
     slot: str = "no slot"
     ended: float | None = None
@@ -35,25 +35,25 @@ class Span:
 
 
 class Timeline(logging.Handler):
-    """Hears from the tasks' log what becomes of a run's stages, wherever they run."""
+    """A log handler that follows a run's stages through the tasks' logs, wherever they run."""
 
     def __init__(self, flow_run: str) -> None:
-        """Args: flow_run: The id of the run; a process may have several."""
+        """Args: flow_run: The id of the flow run to follow; a process may have several."""
         super().__init__(logging.INFO)
         self.flow_run = flow_run
         self.spans: list[Span] = []
 
     def __enter__(self) -> "Timeline":
-        """Start to listen."""
+        """Start listening."""
         LOGGER.addHandler(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop to listen."""
+        """Stop listening."""
         LOGGER.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line of a task's log, if it says that something begins or ends."""
+        """Process a task's log record if it marks a change of a stage's state."""
         state = getattr(record, "stage_state", None)
         if not state or str(getattr(record, "flow_run_id", "")) != self.flow_run:
             return
@@ -72,7 +72,7 @@ class Timeline(logging.Handler):
             span.ended, span.state = record.created, state
 
     def draw(self) -> str:
-        """A line for each stage, and how busy the slots were; nothing where nothing ran."""
+        """Draw a line per stage, and how busy the slots were; "" if nothing ran."""
         now = time.time()
         for span in self.spans:
             if span.ended is None:
@@ -81,7 +81,7 @@ class Timeline(logging.Handler):
 
 
 def draw(spans: Iterable[Span]) -> str:
-    """The picture of spans that ended."""
+    """Draw the timeline of spans that have ended."""
     every = sorted(spans, key=lambda each: each.ready)
     if not every:
         return ""
@@ -103,7 +103,7 @@ def _row(span: Span, first: float, whole: float) -> tuple[str, str, str, str, st
     end = span.ended or span.ready
     ran = end - (span.started or end)
     waited = end - span.ready - ran
-    # Whatever ran is seen, however short it was.
+    # Whatever ran gets at least one character.
     ready, ended = min(at(span.ready), WIDTH - 1), at(end)
     started = ended if span.started is None else min(at(span.started), WIDTH - 1)
     ended = max(ended, min(started + 1, WIDTH))
@@ -114,7 +114,7 @@ def _row(span: Span, first: float, whole: float) -> tuple[str, str, str, str, st
 
 
 def _use(spans: Iterable[Span], whole: float) -> Iterator[str]:
-    """How many stages ran at a time, on the whole and on each GPU or worker."""
+    """How many stages ran at a time on average, overall and on each GPU or worker."""
     ran: dict[str, float] = defaultdict(float)
     for each in spans:
         if each.started is not None and each.ended is not None:

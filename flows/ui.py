@@ -1,4 +1,4 @@
-"""`python -m flows.ui`: this project's runs in the browser, in MLflow and in Prefect."""
+"""`python -m flows.ui`: show this project's runs in the browser, in MLflow and Prefect."""
 
 import contextlib
 import json
@@ -18,17 +18,17 @@ from kd.tracking import views
 PAGES = {"Prefect": server.PAGES, "MLflow": "http://127.0.0.1:5000"}
 HEALTH = {"Prefect": "/api/health", "MLflow": "/health"}
 POLL = 0.5
-"""Seconds between looks at the servers."""
+"""Seconds between polls of the servers."""
 
 
 def main() -> int:
-    """Start both servers, say where they are, and end them on Ctrl-C."""
+    """Start both servers, print their addresses, and stop them on Ctrl-C."""
     root = Path.cwd()
     server.configure(root)
     commands = {}
     api = os.environ.pop("PREFECT_API_URL", None)
     if api and server.answers(f"{api}/health"):
-        print(f"Prefect: {api.removesuffix('/api')}")  # somebody else's server
+        print(f"Prefect: {api.removesuffix('/api')}")  # runs already, and is not ours to stop
     else:
         commands["Prefect"] = [sys.executable, "-m", "prefect", "server", "start"]
     uri = tracking.tracking_uri()
@@ -36,7 +36,7 @@ def main() -> int:
         print(f"MLflow: {uri}")
     else:
         commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-        # The default is 14 processes and 3 GB.
+        # The default takes 14 processes and 3 GB.
         commands["MLflow"] += ["--workers", "1"]
     if not commands:
         return 0
@@ -49,7 +49,7 @@ def main() -> int:
         for name, process in servers.items():
             _wait(root, name, process)
             print(f"{name}: {PAGES[name]}{_first_page() if name == 'MLflow' else ''}")
-        print("Ctrl-C ends them")
+        print("Ctrl-C stops the servers started here")
         while all(process.poll() is None for process in servers.values()):
             time.sleep(POLL)
     return 0
@@ -62,7 +62,7 @@ def _start(root: Path, name: str, command: list[str]) -> subprocess.Popen[bytes]
 
 
 def _wait(root: Path, name: str, process: subprocess.Popen[bytes]) -> None:
-    """Return once the server answers; SystemExit with its last words when it does not."""
+    """Return once the server answers; exit with its last log lines if it does not."""
     deadline = time.monotonic() + server.STARTUP_SECONDS
     while not server.answers(PAGES[name] + HEALTH[name]):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -72,7 +72,7 @@ def _wait(root: Path, name: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def _first_page() -> str:
-    """Where MLflow shows this project's networks; nothing before there are any."""
+    """The part of MLflow's URL that shows this project's networks; "" before any run."""
     name = urllib.parse.quote(os.environ.get("MLFLOW_EXPERIMENT_NAME", "kd"))
     ask = f"{PAGES['MLflow']}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
     try:

@@ -1,4 +1,4 @@
-"""New code and new data for a workspace that runs by itself: git's branch, and DVC's sources."""
+"""Update an unattended workspace: code from git's upstream branch, data from DVC's sources."""
 
 import subprocess
 import threading
@@ -14,25 +14,26 @@ LOCK = "dvc.lock"
 
 
 class UpdateFailedError(Exception):
-    """New code or data could not be had; the message says what git or DVC said."""
+    """Fetching new code or data failed; the message quotes git or DVC."""
 
 
 def follow(root: Path) -> str:
-    """Bring the branch to where its upstream is, if it has one; what was done, in a line.
+    """Fast-forward the branch to its upstream, if it has one; return one line on what was done.
 
-    dvc.lock may differ, since runs write it; where the upstream brings another one, that one is
-    taken, and DVC finds what was done here in its run-cache.
+    dvc.lock may differ, since runs write it.  If the upstream changed it, the upstream's version
+    is taken; DVC still finds results made here in its run-cache.
 
     Raises:
-        UpdateFailedError: the upstream cannot be reached, or other files here are in its way.
+        UpdateFailedError: the upstream is unreachable, or the merge is not a fast-forward or would
+            overwrite other changes here.
     """
     upstream = git.ask(root, "rev-parse", "--abbrev-ref", "@{upstream}")
     if not upstream:
-        return "code: as it is here; its branch follows no other"
+        return "code: unchanged; its branch has no upstream"
     _git(root, "fetch", "--quiet")
     before, after = (git.ask(root, "rev-parse", each) for each in ("HEAD", upstream))
     if git.ask(root, "merge-base", before, after) == after:
-        return f"code: {before[:10]}, as {upstream} has it"
+        return f"code: {before[:10]}, up to date with {upstream}"
     if LOCK in git.ask(root, "diff", "--name-only", before, after).splitlines():
         if git.ask(root, "ls-files", LOCK):
             _git(root, "checkout", "--quiet", "--", LOCK)
@@ -43,18 +44,18 @@ def follow(root: Path) -> str:
 
 
 def pull(root: Path, hear: Callable[[str], None], stop: threading.Event) -> str:
-    """Bring what the pipeline reads and DVC keeps track of (.dvc files); what was done, in a line.
+    """Update the pipeline's inputs that DVC tracks (.dvc files); return one line on what was done.
 
-    An import is updated from where it was imported.  Other data come from DVC's default remote,
-    and where there is none they are those that lie here.
+    An import is updated from its source.  Other data are pulled from DVC's default remote; without
+    a remote, they stay as they are.
 
     Raises:
-        UpdateFailedError: it could not be had, or would overwrite what was changed here.
+        UpdateFailedError: fetching failed, or would overwrite local changes.
         flows.child.Stopped: `stop` was set.
     """
     sources = graph.sources(root)
     if not sources:
-        return "data: none in DVC's care; the stage `data` reads them where they are"
+        return "data: not tracked by DVC; the stage `data` reads them where they are"
     remote = has_remote(root)
     done = []
     for path, imported in sources.items():
@@ -62,15 +63,15 @@ def pull(root: Path, hear: Callable[[str], None], stop: threading.Event) -> str:
             dvc(root, ["update" if imported else "pull", path], hear, stop)
             done.append(path)
     if not done:
-        return f"data: as they are here; {', '.join(sources)} could be pulled if DVC had a remote"
+        return f"data: unchanged; {', '.join(sources)} could be pulled if DVC had a remote"
     return f"data: pulled {', '.join(done)}"
 
 
 def push(root: Path, hear: Callable[[str], None], stop: threading.Event) -> str:
-    """Send results and run-cache to DVC's default remote, if there is one, for `dvc repro --pull`.
+    """Push results and run-cache to DVC's default remote, if there is one, for `dvc repro --pull`.
 
     Raises:
-        UpdateFailedError: the remote does not take them.
+        UpdateFailedError: the push failed.
         flows.child.Stopped: `stop` was set.
     """
     if not has_remote(root):
@@ -88,10 +89,10 @@ def has_remote(root: Path) -> bool:
 
 
 def dvc(root: Path, words: list[str], hear: Callable[[str], None], stop: threading.Event) -> None:
-    """Run `dvc WORDS` to its good end.
+    """Run `dvc WORDS`.
 
     Raises:
-        UpdateFailedError: it failed; the message ends with what it said.
+        UpdateFailedError: it failed; the message ends with its last lines.
         flows.child.Stopped: `stop` was set.
     """
     said = deque[str](maxlen=15)

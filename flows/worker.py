@@ -1,7 +1,7 @@
-"""`python -m flows.worker POOL`: this clone serves a Prefect work pool, one stage at a time.
+"""`python -m flows.worker POOL`: serve a Prefect work pool from this clone, one stage at a time.
 
-It needs PREFECT_API_URL, a DVC remote that the clone's configuration names, and a clone that
-nobody works in: what a stage needs is checked out there (flows/remote_stage.py).
+It needs PREFECT_API_URL, a DVC remote in the clone's configuration, and a clone that nobody works
+in, because each stage's commit and inputs are checked out there (flows/remote_stage.py).
 """
 
 import argparse
@@ -18,9 +18,9 @@ from kd import git
 
 
 def main() -> int:
-    """Become a Prefect worker; Ctrl-C or SIGTERM ends it, and hands its stage to another one."""
+    """Become a Prefect worker; Ctrl-C or SIGTERM ends it, and another one takes over its stage."""
     parser = argparse.ArgumentParser(prog="python -m flows.worker", description=main.__doc__)
-    parser.add_argument("pool", help="gpu, or cpu for the stages that no GPU helps")
+    parser.add_argument("pool", help="gpu, or cpu for stages that do not need a GPU")
     given = parser.parse_args()
     root = Path.cwd()
     if refusal := _refusal(root):
@@ -29,34 +29,34 @@ def main() -> int:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
     server.configure(root)
     os.environ["KD_CLONE"] = str(root)
-    # The stage's process starts in a folder of Prefect's, and is to import what we imported.
+    # The stage's process starts in one of Prefect's folders, and must import the same code as we.
     sources = str(Path(__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [sources, os.environ.get("PYTHONPATH")])
     )
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` leaves it ignored
     command = ["prefect", "worker", "start", "--pool", given.pool, "--type", "process"]
     command += ["--limit", "1", "--name", f"{platform.node()}{root}".replace("/", ".")]
     return os.execv(sys.executable, [sys.executable, "-m", *command])
 
 
 def _refusal(root: Path) -> str | None:
-    """Why this folder cannot serve; None where it can, and it is held for this process."""
+    """Why this folder cannot serve; None if it can, in which case this process holds its lock."""
     api = os.environ.get("PREFECT_API_URL")
     if not api or not server.answers(f"{api}/health"):
         return f"PREFECT_API_URL is {api or 'not set'}: name the server that hands out the stages"
     if not (root / "dvc.yaml").exists() or git.state(root) is None:
-        return "a worker runs in a clone of the project, in the folder of dvc.yaml"
+        return "a worker runs in a clone of the project, in the folder that holds dvc.yaml"
     if changed := "\n".join(git.changed(root)):
         return (
-            "a worker checks out what it is told to, and would overwrite what is not committed "
-            f"here; give it a clone of its own:\n{changed}"
+            "a worker checks out other commits, which would overwrite uncommitted changes here; "
+            f"give it a clone of its own:\n{changed}"
         )
     (root / ".kd").mkdir(exist_ok=True)
     descriptor = os.open(root / ".kd" / "worker.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    os.set_inheritable(descriptor, True)  # held by what this process becomes
+    os.set_inheritable(descriptor, True)  # the lock survives the exec
     if not filelock.lock_descriptor(descriptor, blocking=False):
-        return "another worker serves from this clone; each needs its own"
+        return "another worker is running in this clone; each needs its own"
     return None
 
 

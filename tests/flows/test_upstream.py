@@ -37,7 +37,7 @@ def test_a_clone_follows_its_branch_and_gives_way_in_the_lock_file_only(
     cloned: tuple[Toy, Toy],
 ) -> None:
     origin, clone = cloned
-    assert "as origin/" in upstream.follow(clone.root)
+    assert "up to date with origin/" in upstream.follow(clone.root)
     clone.path("dvc.lock").write_text("a run's\n")
     origin.write({"one": timed("one", 0), "two": timed("two", 0)})
     commit(origin)
@@ -70,7 +70,7 @@ def test_a_lock_file_that_git_does_not_know_gives_way_too(cloned: tuple[Toy, Toy
 
 
 def test_a_branch_that_follows_none_stays_as_it_is(toy: Toy) -> None:
-    assert "follows no other" in upstream.follow(toy.root)
+    assert "has no upstream" in upstream.follow(toy.root)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_data_in_dvcs_care_are_pulled_and_imports_updated(toy: Toy, tmp_path: Pa
     heard: list[str] = []
     stop = threading.Event()
     toy.write({"one": timed("one", 0)})
-    assert upstream.pull(toy.root, heard.append, stop).startswith("data: none in DVC's care")
+    assert upstream.pull(toy.root, heard.append, stop).startswith("data: not tracked by DVC")
     outside = tmp_path / "outside.txt"
     outside.write_text("1")
     toy.path("pictures.txt").write_text("1")
