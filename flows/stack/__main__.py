@@ -22,13 +22,13 @@ from flows.stack import control, postgres, programs, settings
 from flows.stack.settings import USER, Settings, StackError
 
 STARTUP_SECONDS = 300
-"""Both servers make their tables the first time: a minute on two slow cores."""
+"""On first start, both servers create their tables: a minute on two slow cores."""
 LAST_RITES = leash.GRACE + 5
-"""Seconds until the programs of a supervisord that was killed have let go of their ports."""
+"""Seconds until the programs of a killed supervisord have released their ports."""
 
 
 def main() -> int:
-    """Start the stack in the background, show it, or end it."""
+    """Start the stack in the background, show its status, or stop it."""
     commands = {"start": start, "status": status, "stop": stop}
     parser = argparse.ArgumentParser(prog="python -m flows.stack", description=main.__doc__)
     parser.add_argument("command", choices=commands)
@@ -44,27 +44,27 @@ def main() -> int:
 
 
 def start(stack: Settings, console: Console) -> int:
-    """Start what is not there; 0 when all of it runs in the end."""
+    """Start the stack unless it runs already; 0 if every program runs in the end."""
     settings.refuse_open_doors(stack)
     stack.folder.mkdir(parents=True, exist_ok=True)
     (stack.folder / "logs").mkdir(exist_ok=True)
     try:
         with filelock.FileLock(stack.folder / "starting.lock", timeout=0):
             if control.runs(stack):
-                console.print("The stack runs already; `make stack-stop` ends it.")
+                console.print("The stack is already running; `make stack-stop` stops it.")
                 return status(stack, console)
             _wait_for_ports(stack)
             with console.status("starting PostgreSQL, Prefect and MLflow"):
                 _bring_up(stack)
     except filelock.Timeout:
-        raise StackError("another `make stack` is just starting it") from None
+        raise StackError("another `make stack` is already starting it") from None
     return status(stack, console)
 
 
 def stop(stack: Settings, console: Console) -> int:
-    """End it, and nothing else."""
+    """Stop the stack; its data stays."""
     if not control.runs(stack):
-        console.print("The stack does not run.")
+        console.print("The stack is not running.")
         return 0
     with console.status("stopping"):
         control.stop(stack)
@@ -73,9 +73,9 @@ def stop(stack: Settings, console: Console) -> int:
 
 
 def status(stack: Settings, console: Console) -> int:
-    """Show it; 0 when every program runs and both servers answer."""
+    """Show the programs; 0 if every program runs and both servers answer."""
     if not control.runs(stack):
-        console.print("The stack does not run; `make stack` starts it.")
+        console.print("The stack is not running; `make stack` starts it.")
         return 1
     addresses = {
         "postgres": f"127.0.0.1:{stack.postgres_port}",
@@ -110,7 +110,7 @@ def _bring_up(stack: Settings) -> None:
     control.launch(stack)
     try:
         control.start(stack, "postgres")
-        # Processes of one that was killed hold its memory for a moment longer.
+        # It may fail at first: processes of a killed server keep its shared memory for a moment.
         postgres.make_databases(stack, lambda: control.check(stack, "postgres", again=True))
         for name in ("prefect", "mlflow"):
             control.start(stack, name)
@@ -144,7 +144,7 @@ def _wait(stack: Settings, name: str, address: str) -> None:
 
 
 def _wait_for_ports(stack: Settings) -> None:
-    """Refuse a port that somebody else has; those of a killed stack of ours come free."""
+    """Refuse a port that another program uses; wait for those of our own killed stack."""
     ours = (stack.folder / "supervisord.pid").exists()
     deadline = time.monotonic() + (LAST_RITES if ours else 0)
     for key in ("STACK_POSTGRES_PORT", "STACK_PREFECT_PORT", "STACK_MLFLOW_PORT"):
@@ -152,8 +152,8 @@ def _wait_for_ports(stack: Settings) -> None:
         while _taken(port):
             if time.monotonic() > deadline:
                 raise StackError(
-                    f"port {port} is taken by another program: end it, or change {key} in "
-                    f"{settings.FILE} (`make ui` has 4200 and 5000 while it is open)"
+                    f"port {port} is taken by another program: stop it, or change {key} in "
+                    f"{settings.FILE} (`make ui` uses 4200 and 5000 while it runs)"
                 )
             time.sleep(0.5)
 
@@ -164,7 +164,7 @@ def _taken(port: int) -> bool:
 
 
 def _check_login(stack: Settings) -> None:
-    """MLflow keeps the password it was first started with."""
+    """Check that MLflow accepts the password: it keeps the one it was first started with."""
     if not stack.password:
         return
     address = f"http://{stack.here}:{stack.mlflow_port}/api/2.0/mlflow/users/get?username={USER}"
@@ -176,7 +176,7 @@ def _check_login(stack: Settings) -> None:
     except urllib.error.HTTPError as error:
         raise StackError(
             f"MLflow refuses STACK_PASSWORD ({error}): it keeps the one it was first started "
-            "with, until that is changed on MLflow's page"
+            "with, until you change that on MLflow's page"
         ) from None
 
 
@@ -198,7 +198,7 @@ def _env_file(stack: Settings) -> Path:
 
 
 def _write_env_file(stack: Settings) -> None:
-    lines = ["# To use the stack: `.` this file in a shell.  It may hold the password."]
+    lines = ["# To use the stack, source this file in a shell.  It may contain the password."]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in stack.clients().items()]
     settings.private(_env_file(stack), "\n".join([*lines, ""]))
 

@@ -1,4 +1,4 @@
-"""To speak with supervisord, the process that keeps the others up."""
+"""Control supervisord, the process that starts the stack's programs and keeps them up."""
 
 import http.client
 import subprocess
@@ -17,26 +17,26 @@ from flows.stack import programs
 from flows.stack.settings import Settings, StackError
 
 LONGEST_SOCKET = 100
-"""Linux takes 107 bytes, and supervisord adds its process id while it makes the socket."""
+"""Longest path, in bytes: Linux allows 107, and supervisord appends its PID to create it."""
 PATIENCE = 20.0
-"""Seconds that supervisord has to start."""
+"""Seconds that supervisord may take to start."""
 STOP_PATIENCE = 90.0
-"""Seconds until all are gone: each has ten between SIGTERM and SIGKILL."""
+"""Seconds that stopping may take: each program has ten between SIGTERM and SIGKILL."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What supervisord knows of one of them."""
+    """What supervisord reports about one program."""
 
     name: str
     state: str
     pid: int
     seconds: int
-    """Since it started, where it runs."""
+    """Since its start, if it is running."""
 
 
 def runs(settings: Settings) -> bool:
-    """Whether this stack's supervisord is there."""
+    """Whether this stack's supervisord is running."""
     try:
         with _supervisor(settings) as supervisor:
             return bool(supervisor.getState())
@@ -45,14 +45,14 @@ def runs(settings: Settings) -> bool:
 
 
 def launch(settings: Settings) -> None:
-    """Start supervisord; its programs wait to be started.
+    """Start supervisord, but none of its programs yet.
 
     Raises:
-        StackError: it does not start; the message says what it said.
+        StackError: it does not start; the message has its output.
     """
     path = programs.socket(settings)
     if len(str(path)) > LONGEST_SOCKET - len(".4194304"):
-        raise StackError(f"{path} is too long a name for a socket: set STACK_FOLDER to a shorter")
+        raise StackError(f"{path} is too long for a socket: set STACK_FOLDER to a shorter path")
     command = [sys.executable, "-m", "supervisor.supervisord"]
     done = subprocess.run(
         [*command, "--configuration", str(programs.write(settings))],
@@ -77,7 +77,7 @@ def start(settings: Settings, name: str) -> None:
 
 
 def status(settings: Settings) -> list[Program]:
-    """All programs, in the order of their start."""
+    """All programs, in the order in which they start."""
     with _supervisor(settings) as supervisor:
         found = {each["name"]: each for each in supervisor.getAllProcessInfo()}
     return [
@@ -92,15 +92,15 @@ def status(settings: Settings) -> list[Program]:
 
 
 def check(settings: Settings, name: str, *, again: bool = False) -> None:
-    """Do nothing while the program runs or is about to.
+    """Raise unless the program is running or starting.
 
     Args:
         settings: The stack.
         name: The program.
-        again: It may fall at first; supervisord tries four times.
+        again: Accept that it failed and is being restarted; supervisord tries four times.
 
     Raises:
-        StackError: it fell; the message has its last words.
+        StackError: it failed; the message has its last lines.
     """
     state = next(each.state for each in status(settings) if each.name == name)
     if state not in ("starting", "running", *(("backoff",) if again else ())):
@@ -110,10 +110,10 @@ def check(settings: Settings, name: str, *, again: bool = False) -> None:
 
 
 def stop(settings: Settings) -> None:
-    """End all programs, the last one first, and supervisord; return when they are gone.
+    """Stop all programs in reverse order, then supervisord; return once they are gone.
 
     Raises:
-        StackError: they are still there after a minute and a half.
+        StackError: they are still running after a minute and a half.
     """
     with _supervisor(settings) as supervisor:
         pid = supervisor.getPID()
@@ -121,7 +121,7 @@ def stop(settings: Settings) -> None:
     deadline = time.monotonic() + STOP_PATIENCE
     while psutil.pid_exists(pid):
         if time.monotonic() > deadline:
-            raise StackError(f"supervisord does not end; see {settings.folder / 'logs'}")
+            raise StackError(f"supervisord does not stop; see {settings.folder / 'logs'}")
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""PostgreSQL from the system's packages, with its data in the stack's folder."""
+"""Run PostgreSQL from the system's packages, with its data in the stack's folder."""
 
 import os
 import pwd
@@ -17,17 +17,17 @@ from flows.stack.settings import Settings, StackError, private
 USER = "kd"
 DATABASES = ("prefect", "mlflow", "mlflow_auth")
 PATIENCE = 60.0
-"""Seconds until it answers: after a crash it first replays its log."""
+"""Seconds that it may take to answer: after a crash it first replays its write-ahead log."""
 
 
 def url(settings: Settings, database: str, driver: str = "postgresql") -> str:
-    """Where a client finds `database`."""
+    """The URL at which a client reaches `database`, with the password."""
     login = f"{USER}:{settings.secret('postgres')}"
     return f"{driver}://{login}@127.0.0.1:{settings.postgres_port}/{database}"
 
 
 def command(settings: Settings) -> list[str]:
-    """The server, in the foreground."""
+    """The command that runs the server in the foreground."""
     options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
     return [
         *_as_user(settings),
@@ -37,10 +37,10 @@ def command(settings: Settings) -> list[str]:
 
 
 def prepare(settings: Settings) -> None:
-    """Make the data folder, once.
+    """Create the data folder if it does not exist.
 
     Raises:
-        StackError: PostgreSQL is not installed, or its user cannot reach the folder.
+        StackError: PostgreSQL is not installed, cannot reach the folder, or its initdb failed.
     """
     initdb, data = program("initdb"), _data(settings)
     _check_reachable(settings)
@@ -48,7 +48,7 @@ def prepare(settings: Settings) -> None:
         return
     fresh, password = data.with_name("postgres.new"), data.with_name("postgres.password")
     if fresh.exists():
-        shutil.rmtree(fresh)  # of an attempt that was killed
+        shutil.rmtree(fresh)  # left by an attempt that was killed
     fresh.mkdir(mode=0o700)
     private(password, settings.secret("postgres"))
     if os.geteuid() == 0:
@@ -57,7 +57,7 @@ def prepare(settings: Settings) -> None:
     options = ["--auth=scram-sha-256", f"--pwfile={password}", "--encoding=UTF8", "--no-locale"]
     done = subprocess.run(
         [*_as_user(settings), initdb, "-D", str(fresh), f"--username={USER}", *options],
-        cwd="/",  # as another user it may not be allowed to be here
+        cwd="/",  # another user may not be allowed to enter the current folder
         capture_output=True,
         text=True,
         check=False,
@@ -69,14 +69,14 @@ def prepare(settings: Settings) -> None:
 
 
 def make_databases(settings: Settings, check: Callable[[], None]) -> None:
-    """Wait until the server answers, and make what is missing.
+    """Wait until the server answers, and create the databases that are missing.
 
     Args:
         settings: The stack.
-        check: Called while waiting; raises when there is nothing to wait for.
+        check: Called while waiting; raises if the server has failed.
 
     Raises:
-        StackError: it does not answer, or refuses.
+        StackError: it does not answer, or has no extension pg_trgm.
     """
     with _connect(settings, "postgres", check) as server:
         present = {name for (name,) in server.execute("SELECT datname FROM pg_database")}
@@ -85,7 +85,7 @@ def make_databases(settings: Settings, check: Callable[[], None]) -> None:
                 server.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     with _connect(settings, "prefect", check) as prefect:
         try:
-            prefect.execute("CREATE EXTENSION IF NOT EXISTS pg_trgm")  # Prefect's searches
+            prefect.execute("CREATE EXTENSION IF NOT EXISTS pg_trgm")  # for Prefect's searches
         except psycopg.Error as error:
             raise StackError(
                 f"PostgreSQL has no pg_trgm ({error}): install postgresql-contrib"
@@ -111,20 +111,20 @@ def _data(settings: Settings) -> Path:
 
 
 def program(name: str) -> str:
-    """From the path, or from where Debian keeps what it does not put there; the newest version."""
+    """Find a program of PostgreSQL on PATH, else the newest one where Debian installs them."""
     versions = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
     newest = sorted(versions, key=lambda path: int(path.parts[-3]))
     found = shutil.which(name) or (newest and str(newest[-1]))
     if not found:
         raise StackError(
-            f"PostgreSQL's {name} is not here: install the package postgresql "
+            f"PostgreSQL's {name} was not found: install the package postgresql "
             "(Debian, Ubuntu) or postgresql-server and postgresql-contrib (Fedora)"
         )
     return found
 
 
 def _as_user(settings: Settings) -> list[str]:
-    """What stands before a command of PostgreSQL's, which refuses to be root."""
+    """The command prefix that drops root for PostgreSQL, which refuses to run as root."""
     if os.geteuid():
         return []
     user = settings.postgres_user
@@ -147,5 +147,5 @@ def _check_reachable(settings: Settings) -> None:
         raise StackError(
             f"the user {settings.postgres_user}, who runs PostgreSQL for root, may not enter "
             f"{settings.folder}: start the stack as another user, or set STACK_FOLDER to a folder "
-            "below directories that everybody may enter"
+            "whose parent directories everybody may enter"
         )

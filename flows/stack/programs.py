@@ -1,8 +1,8 @@
-"""The stack's programs, as supervisord is told of them.
+"""The stack's programs, as configured for supervisord.
 
-Supervisord starts them, starts a fallen one again, keeps and cuts their logs, and knows who is
-up.  Each is on a leash (flows/leash.py) whose other end is supervisord's, so a supervisord that
-is killed by force takes them all with it, and none is left to hold a port.
+Supervisord starts them, restarts any that fails, rotates their logs and reports their state.  Each
+runs on a leash (flows/leash.py) held by supervisord: if supervisord is killed, they all end with
+it, and none is left holding a port.
 """
 
 import configparser
@@ -17,11 +17,11 @@ from flows.stack import postgres
 from flows.stack.settings import USER, Settings, private
 
 ORDER = ("postgres", "prefect", "mlflow", "worker")
-"""They start in this order, and stop in the other."""
+"""They start in this order, and stop in reverse."""
 
 
 def write(settings: Settings) -> Path:
-    """Write supervisord's configuration; nobody else may read it, it holds passwords."""
+    """Write supervisord's configuration, readable by this user only: it holds passwords."""
     folder = settings.folder
     commands = {
         "postgres": (postgres.command(settings), {}),
@@ -65,17 +65,17 @@ def write(settings: Settings) -> Path:
 
 
 def socket(settings: Settings) -> Path:
-    """Where supervisord is spoken to."""
+    """The socket that supervisord listens on."""
     return settings.folder / "supervisord.sock"
 
 
 def log(settings: Settings, name: str) -> Path:
-    """What a program printed."""
+    """The file with a program's output."""
     return settings.folder / "logs" / f"{name}.log"
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """What every program has: ours, but nothing that would lead it to another server."""
+    """Every program's environment: ours, without variables that point to another server."""
     kept = {
         key: value
         for key, value in os.environ.items()
@@ -103,7 +103,7 @@ def _prefect(settings: Settings) -> tuple[list[str], dict[str, str]]:
 
 
 def _mlflow(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    # The default is 14 processes and 3 GB.
+    # The default takes 14 processes and 3 GB.
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", settings.host, "--port", str(settings.mlflow_port)]
     command += ["--artifacts-destination", str(settings.folder / "artifacts")]
@@ -138,10 +138,10 @@ def _mlflow_logins(settings: Settings) -> Path:
 
 def _worker(settings: Settings) -> tuple[list[str], dict[str, str]]:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process"]
-    command += ["--pool", settings.pool, "--name", "stack", "--limit", "1"]  # one clone bears one
+    command += ["--pool", settings.pool, "--name", "stack", "--limit", "1"]  # one flow per clone
     return command, settings.clients()
 
 
 def _plain(value: object) -> str:
-    """As it is: supervisord's files give % a meaning."""
+    """Escape %, which supervisord's configuration files interpret."""
     return str(value).replace("%", "%%")

@@ -1,6 +1,6 @@
 """`python -m flows.stack.register`: create the automations of infra/automations.yaml in Prefect.
 
-Those of the same name are brought up to the file, so it may be run again.
+Existing ones of the same name are updated, so it may be run again.
 """
 
 import sys
@@ -14,7 +14,7 @@ FILE = Path("infra", "automations.yaml")
 
 
 def main() -> int:
-    """On the server that PREFECT_API_URL names."""
+    """Create or update the automations on the server that PREFECT_API_URL names."""
     wanted = yaml.safe_load(FILE.read_text())["automations"]
     with get_client(sync_client=True) as client:
         for each in wanted:
@@ -23,7 +23,7 @@ def main() -> int:
 
 
 def register(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Create it, or change the one of this name."""
+    """Create the automation, or update the one of the same name."""
     present = client.read_automations_by_name(automation.name)
     if present:
         client.update_automation(present[0].id, automation)

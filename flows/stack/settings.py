@@ -1,4 +1,4 @@
-"""What infra/stack.env says, checked, and what follows from it."""
+"""The settings in infra/stack.env, validated, and what is derived from them."""
 
 import ipaddress
 import os
@@ -13,13 +13,13 @@ from flows import server
 
 FILE = Path("infra", "stack.env")
 PASSWORD = re.compile(r"[\w.+=-]{12,}", re.ASCII)
-"""MLflow wants twelve characters; these mean nothing to shells, URLs and configuration files, into
-which infra/compose.yaml and infra/kubernetes put them as they are."""
+"""MLflow requires twelve characters; these need no escaping in shells, URLs and configuration
+files, into which infra/compose.yaml and infra/kubernetes insert them as they are."""
 USER = "admin"
 
 
 class StackError(Exception):
-    """The stack cannot do what it was asked for; the message names the remedy."""
+    """The stack cannot do what was asked; the message names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,26 @@ class Settings:
 
     @property
     def shared(self) -> bool:
-        """Whether other machines reach it."""
+        """Whether other machines can reach it."""
         return not _address(self.host).is_loopback
 
     @property
     def prefect(self) -> str:
-        """Prefect's page."""
+        """The URL of Prefect's UI."""
         return f"http://{self.name}:{self.prefect_port}"
 
     @property
     def mlflow(self) -> str:
-        """MLflow's page."""
+        """The URL of MLflow's UI."""
         return f"http://{self.name}:{self.mlflow_port}"
 
     @property
     def here(self) -> str:
-        """The address by which this machine reaches the servers."""
+        """The address at which this machine reaches the servers."""
         return _here(self.host)
 
     def clients(self) -> dict[str, str]:
-        """The environment of whoever uses the stack."""
+        """The environment variables that clients of the stack need."""
         env = {
             "PREFECT_API_URL": f"{self.prefect}/api",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": server.HEARTBEAT,
@@ -71,7 +71,7 @@ class Settings:
         return env
 
     def secret(self, name: str) -> str:
-        """A password between the stack's own programs, made on first use."""
+        """A password for use between the stack's own programs, created on first use."""
         path = self.folder / "secrets" / name
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class Settings:
 
 
 def private(path: Path, text: str) -> None:
-    """Write a file that nobody else may read."""
+    """Write a file that only this user may read."""
     fresh = path.with_name(path.name + ".new")
     fresh.unlink(missing_ok=True)
     fresh.touch(mode=0o600)
@@ -95,7 +95,7 @@ def read(root: Path) -> Settings:
         StackError: infra/stack.env, or a STACK_ variable in the environment, is wrong.
     """
     if not (root / FILE).exists():
-        raise StackError(f"{FILE} is missing: work in the project's folder")
+        raise StackError(f"{FILE} is missing: run this in the project's folder")
     values = {key: value or "" for key, value in dotenv_values(root / FILE).items()}
     values |= {key: os.environ[key] for key in values if key in os.environ}
     try:
@@ -131,23 +131,23 @@ def _port(key: str, values: dict[str, str]) -> int:
 
 
 def refuse_open_doors(settings: Settings) -> None:
-    """Refuse to let other machines in without a password.
+    """Refuse to let other machines in without a password, or without a name to reach this one by.
 
     Raises:
-        StackError: see there.
+        StackError: STACK_PASSWORD or STACK_NAME is missing.
     """
     if not settings.shared:
         return
     if not settings.password:
         raise StackError(
-            f"{FILE}: STACK_HOST is {settings.host}, so other machines reach Prefect and MLflow, "
-            "and both run what they are sent: give STACK_PASSWORD in the environment, or keep "
-            "to 127.0.0.1"
+            f"{FILE}: STACK_HOST is {settings.host}, so other machines can reach Prefect and "
+            "MLflow, and both run what they are sent: give STACK_PASSWORD in the environment, or "
+            "keep to 127.0.0.1"
         )
     if settings.name == settings.here != settings.host:
         raise StackError(
             f"{FILE}: STACK_HOST is {settings.host}, so STACK_NAME is needed: "
-            "the name or address by which other machines reach this one"
+            "the name or address at which other machines reach this one"
         )
 
 
@@ -156,13 +156,14 @@ def _address(host: str) -> ipaddress.IPv4Address:
         return ipaddress.IPv4Address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
         raise StackError(
-            f"{FILE}: STACK_HOST is {host!r}; it is an IPv4 address of this machine, or 0.0.0.0"
+            f"{FILE}: STACK_HOST is {host!r}; it must be an IPv4 address of this machine, or "
+            "0.0.0.0"
         ) from None
 
 
 def _password(text: str) -> str:
     if text and not PASSWORD.fullmatch(text):
         raise StackError(
-            "STACK_PASSWORD needs at least twelve characters out of letters, digits and . _ + = -"
+            "STACK_PASSWORD needs at least twelve characters: letters, digits and . _ + = -"
         )
     return text

@@ -196,9 +196,9 @@ def stack(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
 
 @pytest.mark.slow
 def test_the_stack_is_started_used_killed_secured_and_ended(toy: Toy, stack: Stack) -> None:
-    assert "does not run" in stack("status", status=1)
+    assert "not running" in stack("status", status=1)
     assert "does not answer" not in stack("start")
-    assert "runs already" in stack("start")
+    assert "already running" in stack("start")
     api = stack.clients["PREFECT_API_URL"]
     pages = stack.run(["flows.ui"], **stack.clients).split()
     assert {api.removesuffix("/api"), stack.clients["MLFLOW_TRACKING_URI"]} <= set(pages)
@@ -265,7 +265,7 @@ def test_the_stack_is_started_used_killed_secured_and_ended(toy: Toy, stack: Sta
     processes = stack.processes()
     assert "Stopped" in stack("stop")
     assert not any(each.is_running() for each in processes)
-    assert "does not run" in stack("stop")
+    assert "not running" in stack("stop")
 
 
 def _settings(stack: Stack) -> settings.Settings:
