@@ -80,6 +80,6 @@ def _check_tracking(root: Path) -> None:
         )
     if "@" in uri.netloc:
         raise WorkersCannotError(
-            "MLFLOW_TRACKING_URI contains a password, which Prefect would show: pass it to the "
+            "MLFLOW_TRACKING_URI holds a password, which Prefect would show: pass it to the "
             "workers as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
         )
