@@ -1,8 +1,8 @@
-"""A stage's checkpoints, kept on the DVC remote while it trains: another machine can go on there.
+"""Mirror a stage's checkpoints to the DVC remote while it trains, so another machine can resume.
 
-They lie in a folder named by what the stage reads, so that it is brought its own alone.  Training
-names a checkpoint by all that decides the result and checks it when it loads one
-(kd/artifacts.py), so one that came too late does no harm.
+The remote folder is named by a hash of the stage's inputs, so a stage downloads only its own
+checkpoints.  Training names a checkpoint by everything that determines the result and checks this
+on loading (kd/artifacts.py), so a stale checkpoint does no harm.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ from dvc.repo import Repo
 from flows import graph
 
 PAUSE = 10.0
-"""Seconds between two looks at the folder, at least."""
+"""Minimum seconds between two scans of the local folder."""
 SHARE = 0.05
-"""The most of the time that is spent on sending them."""
+"""Maximum fraction of the time spent on uploads."""
 OLD = 30 * 86_400.0
-"""Seconds after which nobody is expected to go on with a training that was left."""
+"""Age in seconds at which an abandoned checkpoint is deleted from the remote."""
 
 
 class Checkpoints:
-    """Those of one stage, here and there.  Nothing that goes wrong with them ends a training."""
+    """One stage's checkpoints, local and remote.  A failed transfer never ends the training."""
 
     def __init__(self, root: Path, stage: str, warn: Callable[[str], None]) -> None:
-        """Args: the workspace, the stage's name, and who is told what went wrong."""
+        """Args: the workspace, the stage's name, and a callback for warnings."""
         self.here = root / ".kd" / "checkpoints" / stage.replace("@", "/")
         read = json.dumps(graph.hashes(root, stage).inputs, sort_keys=True)
         with Repo(str(root)) as repo:
@@ -40,13 +40,13 @@ class Checkpoints:
         self.there = remote.fs.join(self.every, hashlib.sha256(read.encode()).hexdigest()[:32])
         self.warn = warn
         self.known: dict[str, int] = {}
-        """When each file was written that is not to be sent: it is there, or is not this run's."""
+        """Write times of files that need no upload: already uploaded, or not from this run."""
 
     @contextmanager
     def carried(self) -> Iterator[None]:
-        """Bring what there is, send what is written while the block runs, the last of it too.
+        """Download existing checkpoints, then upload new ones until the block has ended.
 
-        Where the block ends well, its result is safe, and the checkpoints are removed there.
+        If the block succeeds, its result is safe, and the remote checkpoints are deleted.
         """
         self._attempt(self._bring)
         self.known = {path.name: written for path, written in self._written()}
@@ -81,18 +81,18 @@ class Checkpoints:
     def _send(self) -> None:
         for path, written in self._written():
             if self.known.get(path.name) != written:
-                with suppress(FileNotFoundError):  # training replaces it just now
+                with suppress(FileNotFoundError):  # training is replacing it
                     self.fs.put_file(str(path), self.fs.join(self.there, path.name))
                     self.known[path.name] = written
 
     def _written(self) -> Iterator[tuple[Path, int]]:
-        """The stage's checkpoints here, and when each was written."""
+        """The stage's local checkpoints, each with its write time."""
         for path in self.here.glob("*.safetensors"):
             with suppress(FileNotFoundError):
                 yield path, path.stat().st_mtime_ns
 
     def _tidy(self) -> None:
-        """Remove there what led to the result, and what others left long ago."""
+        """Delete this run's remote checkpoints, and old abandoned ones of the same stage."""
         if self.fs.exists(self.there):
             self.fs.rm(self.there, recursive=True)
         if self.fs.exists(self.every):
@@ -103,5 +103,5 @@ class Checkpoints:
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # each storage has errors of its own
-            self.warn(f"checkpoints could not be exchanged with the DVC remote: {error}")
+        except Exception as error:  # each storage backend has its own errors
+            self.warn(f"checkpoints could not be synced with the DVC remote: {error}")

@@ -1,4 +1,4 @@
-"""Child processes that end with us, stop when told to, and whose lines are heard at once."""
+"""Child processes that die with us, can be stopped, and whose output is read line by line."""
 
 import contextlib
 import os
@@ -17,15 +17,15 @@ import psutil
 from flows import leash
 
 POLL = 0.1
-"""Seconds between looks at the stop event, the deadline and the process."""
+"""Seconds between checks of the stop event, the deadline and the process."""
 
 
 class Stopped(Exception):
-    """The child was ended because the run was cancelled."""
+    """The child was terminated because the run was cancelled."""
 
 
 class OutOfTime(Exception):
-    """The child was ended because it ran longer than it may."""
+    """The child was terminated because it exceeded its timeout."""
 
 
 def start(
@@ -36,14 +36,14 @@ def start(
     output: int | IO[str],
     hold: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start `command` on a leash, in a session of its own, so that Ctrl-C reaches only us.
+    """Start `command` on a leash (flows/leash.py), in its own session: Ctrl-C reaches only us.
 
     Args:
         command: The program and its arguments.
-        cwd: Folder it runs in.
-        env: Its whole environment.
-        output: Where standard output and error go, as subprocess wants it.
-        hold: Descriptors of locks that stay taken until the last process is gone, even when
+        cwd: Its working directory.
+        env: Its complete environment.
+        output: Where stdout and stderr go; passed to subprocess as `stdout`.
+        hold: Descriptors of locks that stay held until the last process has exited, even if
             we die first.
     """
     return subprocess.Popen(
@@ -59,7 +59,7 @@ def start(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Let go of the leash and return when everything on it is gone."""
+    """Release the leash and return once every process on it has exited."""
     if process.stdin:
         process.stdin.close()
     try:
@@ -67,7 +67,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    if process.returncode < 0:  # killed itself, the leash held nothing any more
+    if process.returncode < 0:  # the leash itself was killed, leaving its processes
         _end_session(process.pid)
 
 
@@ -88,14 +88,14 @@ def run(
     timeout: float | None = None,
     hold: Sequence[int] = (),
 ) -> int:
-    """Run `command` to its end and return its exit code.
+    """Run `command` to completion and return its exit code.
 
     Args:
         command: The program and its arguments.
-        cwd: Folder it runs in.
-        env: Its whole environment.
-        hear: Called with each line of its output, as it comes.
-        stop: Ends the command when set.
+        cwd: Its working directory.
+        env: Its complete environment.
+        hear: Called with each line of its output as it arrives.
+        stop: Terminates the command when set.
         timeout: Seconds it may take; None is no limit.
         hold: See `start`.
 
@@ -116,7 +116,7 @@ def run(
                 raise OutOfTime
     finally:
         end(process)
-        # Not "until end of file": a daemon that the command left behind may hold the pipe open.
+        # Do not wait for EOF: a daemon left behind by the command may hold the pipe open.
         while lines.read(0):
             pass
         lines.close()
@@ -126,7 +126,7 @@ def run(
 
 
 class _Lines:
-    """Lines of a pipe, without waiting for one that does not come."""
+    """Reads lines from a pipe without blocking on an incomplete one."""
 
     def __init__(self, descriptor: int, hear: Callable[[str], None]) -> None:
         self.descriptor = descriptor
@@ -137,7 +137,7 @@ class _Lines:
         self.ended = False
 
     def read(self, patience: float) -> bool:
-        """Hear what has come within `patience` seconds; say whether anything did."""
+        """Wait up to `patience` seconds for output, pass it on, return whether there was any."""
         if self.ended:
             time.sleep(patience)
             return False
@@ -151,12 +151,12 @@ class _Lines:
         return bool(chunk)
 
     def close(self) -> None:
-        """Hear a last line that has no newline."""
+        """Pass on a last line without a newline."""
         self._say(self.rest)
         self.selector.close()
 
     def _say(self, line: bytes) -> None:
-        # A progress bar rewrites its line: what stands after the last carriage return is seen.
+        # A progress bar rewrites its line: only the text after the last "\r" is visible.
         text = line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1]
         if text:
             self.hear(text)

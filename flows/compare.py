@@ -1,9 +1,9 @@
-"""The Prefect flow of a comparison: every unit that is left is a task, in a process of its own.
+"""The Prefect flow of a comparison: each remaining unit is a task, run in its own process.
 
     python -m flows.compare params.compare.yaml
 
-`python -m kd.compare` does the same work without Prefect, and quicker where units are short, since
-its processes import PyTorch once.  For a deployment name `flows/compare_flow.py:compare`.
+`python -m kd.compare` does the same work without Prefect, and faster if units are short, since
+its processes import PyTorch only once.  Deployments use `flows/compare_flow.py:compare`.
 """
 
 import argparse
@@ -20,14 +20,14 @@ COMMAND = (sys.executable, "-m", "kd.compare")
 
 
 class UnitFailedError(Exception):
-    """A unit of the comparison failed; the message ends with its last lines."""
+    """A unit of the comparison failed; the message ends with its last output lines."""
 
 
 def left(file: str, root: Path) -> dict[str, list[str]]:
-    """The units that are left to do, each with those it needs, in an order that can be followed.
+    """The remaining units in topological order, each with the units it depends on.
 
     Raises:
-        ValueError: the file is no comparison; the message says why.
+        ValueError: the file is not a valid comparison; the message says why.
     """
     listed = subprocess.run(
         [*COMMAND, file, "--list"], cwd=root, capture_output=True, text=True, check=False
@@ -39,7 +39,7 @@ def left(file: str, root: Path) -> dict[str, list[str]]:
 
 
 def do(file: str, root: Path, unit: str, stop: threading.Event) -> None:
-    """Wait for a slot and do one unit there."""
+    """Wait for a slot and run one unit on it."""
     lines: list[str] = []
     with locks.slots().take(threads=1, gpu=True, stop=stop) as slot:
         code = child.run(
@@ -55,7 +55,7 @@ def do(file: str, root: Path, unit: str, stop: threading.Event) -> None:
 
 
 def main() -> int:
-    """Do what is left of a comparison, on the user's Prefect server or on one of our own."""
+    """Run what is left of a comparison, on the user's Prefect server or on one started here."""
     parser = argparse.ArgumentParser(prog="python -m flows.compare", description=main.__doc__)
     parser.add_argument("file", help="such as params.compare.yaml")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What of a comparison is Prefect's; see flows/compare.py."""
+"""The Prefect part of a comparison; see flows/compare.py."""
 
 import subprocess
 import threading
@@ -13,17 +13,17 @@ from flows.compare import COMMAND, do, left
 
 @task(task_run_name="{unit}", cache_policy=NO_CACHE, persist_result=False)
 def run_unit(file: str, root: Path, unit: str, stop: threading.Event) -> None:
-    """Do one unit, once there is a slot for it."""
+    """Run one unit once a slot is free."""
     do(file, root, unit, stop)
 
 
 @flow(name="compare", persist_result=False)
 def compare(file: str = "params.compare.yaml", root: str = ".") -> str:
-    """Do what is left of a comparison and return its table.
+    """Run what is left of a comparison and return its results table.
 
     Args:
-        file: The comparison.
-        root: The folder that holds it.
+        file: The comparison file.
+        root: The folder that contains it.
     """
     folder, stop = Path(root).resolve(), threading.Event()
     futures: dict[str, PrefectFuture[None]] = {}

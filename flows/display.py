@@ -1,6 +1,6 @@
-"""What a run looks like on a terminal: the plan, each stage's last line, and the result.
+"""Terminal output of a run: the plan, each stage's state and last log line, and the result.
 
-The display is one more reader of the tasks' log, so it needs no door of its own into the flow.
+The display only reads the tasks' log records, so the flow needs no extra hooks for it.
 """
 
 import logging
@@ -23,7 +23,7 @@ STYLES = {"running": "cyan", "done": "green", "failed": "bold red", "stopped": "
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Which stages are stale, and why."""
+    """Print which stages will run, and why."""
     console.print(f"[bold]{len(plan.reasons)} of {len(plan.stages)} stages to run[/]")
     table = Table(box=None, pad_edge=False)
     table.add_column("stage", no_wrap=True)
@@ -35,7 +35,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 FURTHER = """\
-Look further:
+Where to look next:
   make ui                       every run in MLflow, every stage in Prefect, in the browser
   . .venv/bin/activate          puts the next commands on your path
   dvc dag                       what depends on what
@@ -45,7 +45,7 @@ Look further:
 
 
 def show_report(root: Path, console: Console) -> None:
-    """The result's table, where the pipeline has one, and where to look further."""
+    """Print the report, if the pipeline made one, and commands for further inspection."""
     report = root / "artifacts" / "report" / "report.md"
     if report.exists():
         text = report.read_text()
@@ -57,7 +57,7 @@ def show_report(root: Path, console: Console) -> None:
 
 
 def show_timeline(root: Path, console: Console) -> None:
-    """When each stage of the run waited, ran and ended, if the run came so far as to say."""
+    """Print when each stage waited, ran and ended, if the run got far enough to record it."""
     drawn = root / timeline.FILE
     if drawn.exists():
         console.print(drawn.read_text(), markup=False, highlight=False, soft_wrap=True)
@@ -72,17 +72,17 @@ class Row:
     ended: float = 0.0
     line: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
-    """What it said last, which a terminal shows where it fails."""
+    """The last lines it logged, shown on a terminal if it fails."""
 
     def seconds(self) -> str:
-        """How long it has run."""
+        """Its running time, formatted; empty if it has not started."""
         if not self.started:
             return ""
         return f"{(self.ended or time.monotonic()) - self.started:.1f} s"
 
 
 class Progress(logging.Handler):
-    """Follows the stages of a plan, live on a terminal, line by line elsewhere."""
+    """Shows the progress of a plan's stages: a live table on a terminal, else line by line."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         super().__init__(logging.INFO)
@@ -93,14 +93,14 @@ class Progress(logging.Handler):
         self.live = Live(self, console=console, refresh_per_second=5, transient=False)
 
     def __enter__(self) -> "Progress":
-        """Start to listen."""
+        """Start listening."""
         logging.getLogger("prefect.task_runs").addHandler(self)
         if self.console.is_terminal:
             self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop to listen; what did not start by now will not."""
+        """Stop listening; stages still waiting are marked as not run."""
         logging.getLogger("prefect.task_runs").removeHandler(self)
         for row in self.rows.values():
             if row.state == "waiting":
@@ -111,14 +111,14 @@ class Progress(logging.Handler):
             self.console.print(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line of a task's log."""
+        """Handle a record of a task's log."""
         name = getattr(record, "task_run_name", "")
         if name not in self.rows:
             return
         message = record.getMessage()
         state = getattr(record, "stage_state", None)
         if state == "waiting":
-            return  # the table says so already
+            return  # the table's initial state
         if state or self.rows[name].state == "running":
             self._follow(self.rows[name], message, state)
             if not self.console.is_terminal:
@@ -144,7 +144,7 @@ class Progress(logging.Handler):
             self.console.print(text, soft_wrap=True)
 
     def __rich__(self) -> Group:
-        """The table as it stands now."""
+        """The current table."""
         table = Table(box=None, pad_edge=False)
         table.add_column("stage", min_width=self.width)
         table.add_column("state", min_width=max(map(len, STYLES)))

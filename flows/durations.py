@@ -1,4 +1,4 @@
-"""How long each stage will probably take, so that the longest can go first."""
+"""Estimates how long each stage will take, so that the longest can run first."""
 
 import json
 import math
@@ -9,9 +9,9 @@ from flows.graph import Stage
 
 
 def expected(root: Path, stages: Iterable[Stage]) -> dict[str, float]:
-    """Seconds by stage, as its last run took; see `_guess` for a stage that never ran.
+    """Seconds by stage, as measured on its last run; see `_guess` for a stage that never ran.
 
-    Every stage notes them in artifacts/runs, which DVC carries from machine to machine.
+    Every stage records its time in artifacts/runs, which DVC shares between machines.
     """
     stages = tuple(stages)
     known = {each.name: took for each in stages if (took := _last(root, each.name)) is not None}
@@ -27,8 +27,8 @@ def _last(root: Path, name: str) -> float | None:
 
 
 def _guess(stage: Stage, known: dict[str, float]) -> float:
-    """As long as the longest of its family (`assistants@...`); otherwise what a GPU helps is
-    expected to be longer than anything else.
+    """The longest time of its family (`assistants@...`); if none is known, infinity for a stage
+    that uses a GPU, else 0.
     """
     family = stage.name.partition("@")[0]
     related = [took for name, took in known.items() if name.partition("@")[0] == family]
