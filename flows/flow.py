@@ -1,6 +1,6 @@
-"""The Prefect flow: every stale stage is a task that runs one stage through DVC.
+"""The Prefect flow: each stale stage is a task that runs the stage through DVC.
 
-For a deployment name `flows/flow.py:pipeline`; for people there is `python -m flows.pipeline`.
+Deployments use `flows/flow.py:pipeline`; on the command line use `python -m flows.pipeline`.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ from flows.stage import reproduce
 from flows.timeline import Timeline
 
 CANCEL_POLL = 3.0
-"""Seconds between questions to the server whether the run was cancelled there."""
+"""Seconds between polls of the server for a cancellation."""
 
 
 class PipelineFailedError(Exception):
-    """At least one stage failed; what did not depend on it has finished."""
+    """At least one stage failed; stages that do not depend on it were still run."""
 
 
 @dataclass(frozen=True)
 class Here:
-    """This machine, with its slots."""
+    """Runs stages on this machine, using its slots."""
 
     root: Path
     seconds: Mapping[str, float]
-    """How long each stage will probably take."""
+    """The expected duration of each stage."""
 
     def run(
         self,
@@ -53,10 +53,10 @@ class Here:
         stop: threading.Event,
         hold: Sequence[int],
     ) -> graph.Hashes:
-        """Wait for a slot and run one stage there; what it read and made.
+        """Wait for a slot, run one stage on it, and return its input and output hashes.
 
         Raises:
-            flows.stage.StageFailedError: it failed.
+            flows.stage.StageFailedError: the stage failed.
             flows.child.Stopped: `stop` was set.
         """
         log.info("waits for a slot", extra={"stage_state": "waiting"})
@@ -81,13 +81,13 @@ Place = Here | remote.Workers
 def run_stage(
     stage: graph.Stage, root: Path, place: Place, workspace: int, stop: threading.Event
 ) -> State | None:
-    """Run one stage in its place.  DVC decides whether there is anything to do."""
+    """Run one stage, here or on a worker.  DVC decides whether there is anything to do."""
     log = get_run_logger()
     try:
         hashes = place.run(stage, env=_run_ids(), log=log, stop=stop, hold=[workspace])
     except Stopped:
         return _stopped(log)
-    except Exception as error:  # DVC's own too: dvc.yaml may be edited while we run
+    except Exception as error:  # including DVC's: dvc.yaml may be edited during the run
         log.error("%s", error, extra={"stage_state": "failed"})
         raise
     results.publish_stage(root, stage.name, hashes)
@@ -99,7 +99,7 @@ def run_stage(
 def run_promotion(
     root: Path, workspace: int, publish: str | None, stop: threading.Event
 ) -> State | None:
-    """Register the student, decide who is champion, and publish its exports."""
+    """Register the student, decide whether it becomes champion, and publish its exports."""
     log = get_run_logger()
     log.info("starts", extra={"stage_state": "running"})
     try:
@@ -114,9 +114,9 @@ def run_promotion(
 
 
 def _stopped(log: remote.Log) -> State:
-    """The state of a task that a cancellation ended: a failure would call whoever watches them."""
+    """The state of a cancelled task: not a failure, which would alert whoever watches for them."""
     log.warning("stopped", extra={"stage_state": "stopped"})
-    return Cancelled(message="the run was cancelled; all its processes were ended")
+    return Cancelled(message="the run was cancelled; all its processes were stopped")
 
 
 @flow(name="pipeline", persist_result=False)
@@ -127,14 +127,14 @@ def pipeline(
 
     Args:
         root: The folder that holds dvc.yaml.
-        publish: Where the champion's exports are copied to: a folder, or a URL such as
+        publish: Where to copy the champion's exports: a folder, or a URL such as
             s3://bucket/models.
-        on_workers: Whether its stages run on the workers of the pools `gpu` and `cpu`.
+        on_workers: Run the stages on the workers of the work pools `gpu` and `cpu`.
 
     Raises:
-        PipelineFailedError: a stage failed, or the promotion; those after it were not run.
-        flows.needs.WorkersCannotError: what workers need is not there.
-        flows.locks.WorkspaceBusyError: another flow works there.
+        PipelineFailedError: a stage or the promotion failed; its dependents were not run.
+        flows.needs.WorkersCannotError: a requirement for running on workers is not met.
+        flows.locks.WorkspaceBusyError: another flow is running in `root`.
     """
     folder = Path(root).resolve()
     worker = os.getppid() if "PREFECT__FLOW_RUN_ID" in os.environ else None
@@ -164,7 +164,7 @@ def pipeline(
                     return_state=False,
                     wait_for=[futures[each] for each in stage.waits_for if each in futures],
                 )
-        if plan.promotes:  # also where nothing was stale
+        if plan.promotes:  # even if nothing was stale
             futures["promote"] = run_promotion.submit(
                 folder, workspace, publish, stop, return_state=False, wait_for=[*futures.values()]
             )
@@ -174,13 +174,13 @@ def pipeline(
                 if ended:
                     stop.set()
         except BaseException:
-            stop.set()  # SIGINT and SIGTERM arrive here; no task may start another stage
+            stop.set()  # SIGINT and SIGTERM arrive here; no task may start a stage now
             raise
         results.publish(folder, times)
     if ended:
         return ended
     for future in futures.values():
-        future.wait()  # it is done, and this is when it takes over its task's last state
+        future.wait()  # already done, but only this updates its state to the task's final one
     if not all(future.state.is_completed() for future in futures.values()):
         raise PipelineFailedError(_first_reason(futures))
     results.publish_report(folder)
@@ -188,7 +188,7 @@ def pipeline(
 
 
 def _first_reason(futures: Mapping[str, PrefectFuture[State | None]]) -> str:
-    """The first stage that failed, and why; the others may only have waited for it."""
+    """The first stage that failed, and why; others may just have depended on it."""
     left = [name for name, future in futures.items() if not future.state.is_completed()]
     failed = [name for name in left if futures[name].state.is_final()]
     reason = futures[failed[0]].result(raise_on_failure=False)
@@ -197,7 +197,7 @@ def _first_reason(futures: Mapping[str, PrefectFuture[State | None]]) -> str:
 
 
 def _run_ids() -> dict[str, str]:
-    """For the stage's own records, which link back to this run."""
+    """Environment variables that let the stage's own records link back to this run."""
     context = TaskRunContext.get()
     assert context
     task_run = context.task_run.id
@@ -210,21 +210,21 @@ def _run_ids() -> dict[str, str]:
 
 
 def _ended_from_outside(worker: int | None) -> State | None:
-    """What became of a run that nobody waits for any more; None while all is well.
+    """The final state of a run that was cancelled or lost its worker; None to keep running.
 
     Args:
-        worker: The process that started this one for Prefect.  Without it the run's next word on
-            the terminal breaks it, at any moment; so it ends here, while it can clean up.
+        worker: PID of the Prefect worker that started this process.  Once it is gone, the next
+            write to stdout would kill the run; so it stops here, while it can still clean up.
     """
     if worker is not None and os.getppid() != worker:
-        return Crashed(message="its worker is gone; all its processes were ended")
+        return Crashed(message="its worker is gone; all its processes were stopped")
     if _cancelled_on_the_server():
-        return Cancelled(message="cancelled on the server; all its processes were ended")
+        return Cancelled(message="cancelled on the server; all its processes were stopped")
     return None
 
 
 def _cancelled_on_the_server() -> bool:
-    # A server that is away for a minute must not end the training.
+    # A brief server outage must not stop the training.
     with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
         state = client.read_flow_run(flow_run.id).state
         return state is not None and (state.is_cancelling() or state.is_cancelled())

@@ -1,6 +1,6 @@
-"""What nothing needs any more: in DVC's cache, in MLflow, among checkpoints, and of processes.
+"""Finds what is no longer needed: DVC cache files, checkpoints, leftovers of processes.
 
-Each function says what would go; deleting is another call.  Both work under the workspace's lock.
+Listing and deleting are separate calls; hold the workspace's lock for both.
 """
 
 import os
@@ -22,20 +22,20 @@ KEPT: dict[Keep, tuple[str, ...]] = {
     "commits": ("--all-commits", "--all-experiments"),
     "branches": ("--workspace", "--all-branches", "--all-tags", "--all-experiments"),
 }
-"""What DVC counts as needed, beside what lies in the workspace."""
+"""`dvc gc` flags that say what to keep, in addition to the workspace."""
 WORDS = "Removing "
-"""How a line of `dvc gc --dry` begins that names a file."""
+"""The prefix of lines that name a file in the output of `dvc gc --dry`."""
 PASSING = ("checkpoints", "targets")
-"""Folders under .kd whose files can be made again, and are used while a stage trains."""
+"""Folders under .kd whose files can be recreated and are used only while a stage trains."""
 
 
 class GarbageError(Exception):
-    """DVC or MLflow could not say or delete what is unused."""
+    """DVC could not list or delete what is unused."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something that can go."""
+    """Something that can be deleted."""
 
     name: str
     size: int
@@ -43,19 +43,19 @@ class Item:
 
 
 def unused_in_dvc(root: Path, keep: Keep) -> list[Item]:
-    """Files of DVC's cache that no commit (or branch, or tag) and not the workspace names."""
+    """DVC cache files referenced neither by the workspace nor by a commit (or branch or tag)."""
     lines = _gc(root, keep, "--dry").splitlines()
     paths = [Path(line.removeprefix(WORDS)) for line in lines if line.startswith(WORDS)]
     return [Item(f"{each.parent.name}{each.name}", each.stat().st_size) for each in paths]
 
 
 def empty_dvc(root: Path, keep: Keep) -> None:
-    """Delete them."""
+    """Delete the files that `unused_in_dvc` lists."""
     _gc(root, keep)
 
 
 def old_checkpoints(root: Path, days: float) -> list[Path]:
-    """Checkpoints and cached targets that nobody wrote or read for so many days."""
+    """Checkpoints and cached targets not read or written for `days` days."""
     before = time.time() - days * 86_400
     return [
         path
@@ -65,14 +65,14 @@ def old_checkpoints(root: Path, days: float) -> list[Path]:
 
 
 def old_recorders(days: float) -> list[Path]:
-    """Locks, logs and dead sockets of this user's recorders that no stage asked for so many days.
+    """Locks, logs and dead sockets of this user's recorders that no stage used for `days` days.
 
-    They are named by a digest, which a change of the code or the environment changes, too.
+    They pile up because their names contain a digest of the code and the environment.
     """
     before = time.time() - days * 86_400
     return [
         path
-        for lock in sorted(recorder.folder().glob("*.lock"))  # each stage opens it to write
+        for lock in sorted(recorder.folder().glob("*.lock"))  # opening it updates its mtime
         if lock.stat().st_mtime < before and not recorder.listens(lock.with_suffix(".sock"))
         for path in (lock.with_suffix(".log"), lock.with_suffix(".sock"), lock)
         if path.exists()
@@ -80,7 +80,7 @@ def old_recorders(days: float) -> list[Path]:
 
 
 def old_warm_folders(days: float) -> list[Path]:
-    """This user's folders for a warm process's socket, so old, that a killed flow left behind."""
+    """This user's warm-process socket folders, `days` old, left behind by killed flows."""
     before = time.time() - days * 86_400
     return [
         folder
@@ -92,12 +92,12 @@ def old_warm_folders(days: float) -> list[Path]:
 
 
 def _is_own_folder(found: os.stat_result) -> bool:
-    """Whether it is no link, and no other user's."""
+    """Whether it is a folder, not a link, and belongs to this user."""
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _passing(own: Path) -> Iterator[Path]:
-    """The files of checkpoints and targets, those of comparisons included."""
+    """The files in the folders PASSING, including those of comparisons."""
     for name in PASSING:
         for folder in (own / name, *own.glob(f"**/.kd/{name}")):
             yield from (path for path in sorted(folder.rglob("*")) if path.is_file())

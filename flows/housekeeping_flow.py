@@ -1,4 +1,4 @@
-"""Housekeeping: what nothing needs any more is listed, and deleted only where that is asked for.
+"""Housekeeping: list what is no longer needed, and delete it only on request.
 
 infra/prefect.yaml deploys `flows/housekeeping_flow.py:housekeeping`.
 """
@@ -17,12 +17,12 @@ from flows.garbage import Item, Keep
 from kd import tracking
 
 SHOWN = 50
-"""Items of each kind that the list names."""
+"""Maximum number of items listed per kind."""
 
 
 @task(task_run_name="dvc", cache_policy=NO_CACHE, persist_result=False)
 def clean_dvc(root: Path, dry_run: bool, keep: Keep) -> list[Item]:
-    """Files in DVC's cache."""
+    """Clean DVC's cache of unused files."""
     items = garbage.unused_in_dvc(root, keep)
     if items and not dry_run:
         garbage.empty_dvc(root, keep)
@@ -31,10 +31,10 @@ def clean_dvc(root: Path, dry_run: bool, keep: Keep) -> list[Item]:
 
 @task(task_run_name="mlflow", cache_policy=NO_CACHE, persist_result=False)
 def clean_mlflow(dry_run: bool, days: float) -> list[Item]:
-    """What people deleted in MLflow's pages."""
+    """Purge what users deleted in the MLflow UI."""
     uri = tracking.tracking_uri()
     if uri.startswith(("http://", "https://")):
-        get_run_logger().info("MLflow is a server's: `mlflow gc` has to run where its database is")
+        get_run_logger().info("MLflow runs on a server: run `mlflow gc` where its database is")
         return []
     tracking.prepare_store()
     from kd.tracking.trash import Trash  # imports MLflow
@@ -48,7 +48,7 @@ def clean_mlflow(dry_run: bool, days: float) -> list[Item]:
 
 @task(task_run_name="checkpoints", cache_policy=NO_CACHE, persist_result=False)
 def clean_checkpoints(root: Path, dry_run: bool, days: float) -> list[Item]:
-    """Checkpoints and cached targets of trainings that nobody goes on with."""
+    """Clean up checkpoints and cached targets of abandoned trainings."""
     paths = garbage.old_checkpoints(root, days)
     items = [Item(str(path.relative_to(root)), path.stat().st_size) for path in paths]
     if not dry_run:
@@ -59,14 +59,14 @@ def clean_checkpoints(root: Path, dry_run: bool, days: float) -> list[Item]:
 
 @task(task_run_name="temporary folder", cache_policy=NO_CACHE, persist_result=False)
 def clean_temporary(dry_run: bool, days: float) -> list[Item]:
-    """What recorders and warm processes left, of clones that are gone, too."""
+    """Clean up what recorders and warm processes left behind, even those of deleted clones."""
     files, folders = garbage.old_recorders(days), garbage.old_warm_folders(days)
     items = [Item(str(path), path.stat().st_size) for path in [*files, *folders]]
     if not dry_run:
         for path in files:
             path.unlink(missing_ok=True)
         for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)  # its flow may end at this moment
+            shutil.rmtree(folder, ignore_errors=True)  # its flow may be deleting it too
     return items
 
 
@@ -74,21 +74,21 @@ def clean_temporary(dry_run: bool, days: float) -> list[Item]:
 def housekeeping(
     root: str = ".", dry_run: bool = True, keep: Keep = "commits", days: float = 30
 ) -> State:
-    """List what nothing needs any more, and delete it where `dry_run` is off.
+    """List what is no longer needed, and delete it unless `dry_run` is set.
 
     Args:
         root: The folder that holds dvc.yaml.
-        dry_run: Whether to list only.
-        keep: What of DVC's cache is needed beside the workspace's: what any commit names, or the
-            heads of branches and tags; queued and finished experiments in either case.
-        days: How long ago something was deleted in MLflow, or a checkpoint or recorder last used,
-            or a warm process's folder made.
+        dry_run: Only list, delete nothing.
+        keep: What to keep in DVC's cache besides the workspace's files: those of all commits, or
+            of branch heads and tags; in both cases those of queued and finished experiments.
+        days: Minimum days since something was deleted in MLflow, a checkpoint or recorder was
+            last used, or a warm process's folder was created.
 
     Returns:
-        Completed, saying how much went or would go.
+        Completed, with a message on how much was or would be deleted.
 
     Raises:
-        flows.locks.WorkspaceBusyError: another flow works there.
+        flows.locks.WorkspaceBusyError: another flow is running in `root`.
     """
     folder = Path(root).resolve()
     with locks.workspace(folder):
@@ -98,7 +98,7 @@ def housekeeping(
             "checkpoints": clean_checkpoints(folder, dry_run, days),
             "temporary folder": clean_temporary(dry_run, days),
         }
-    verb = "would go" if dry_run else "gone"
+    verb = "would be deleted" if dry_run else "deleted"
     sums = [
         f"{where}: {len(items)} {verb}, {sum(item.size for item in items):,} bytes"
         for where, items in found.items()
@@ -110,7 +110,7 @@ def housekeeping(
 
 
 def table(found: dict[str, list[Item]]) -> list[str]:
-    """The largest of each kind, as Markdown."""
+    """The largest items of each kind, as a Markdown table."""
     lines = ["| where | what | bytes |", "| --- | --- | ---: |"]
     for where, items in found.items():
         largest = sorted(items, key=lambda item: -item.size)

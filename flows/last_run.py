@@ -1,7 +1,7 @@
-"""A run that was killed cannot say so: the next one in its folder says it for it.
+"""Mark a killed run as crashed: it cannot do so itself, so the next run in its folder does.
 
-Each run leaves its id in the workspace, which one run holds at a time.  Whoever holds it next
-knows that the one before is over, and asks the server whether it was told.
+Each run writes its id to the workspace, which only one run can hold at a time.  The next holder
+thus knows that the previous run is over, and checks whether the server knows it too.
 """
 
 import contextlib
@@ -15,24 +15,24 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 NOTE = Path(".kd", "flow.run")
-"""The id of the Prefect run that holds the workspace, or held it last."""
-REASON = "its process is gone; a later run in the same folder found this one open"
+"""Holds the id of the Prefect run that holds the workspace, or held it last."""
+REASON = "its process is gone; a later run in the same folder found it still open"
 
 
 def follow(root: Path, run: UUID, where: Path = NOTE) -> None:
-    """Mark the last run in `root` crashed if it is still open, and leave word of `run`.
+    """Mark the last run in `root` as crashed if it is still open, and record `run` instead.
 
-    Call it while holding the workspace (flows/locks.py).
+    Call this while holding the workspace (flows/locks.py).
 
     Args:
         root: The workspace.
-        run: The one that holds it now.
-        where: Where word is left; a flow that runs another one in itself has a place of its own.
+        run: The run that holds it now.
+        where: File for the id; a flow that runs another flow inside it needs its own.
     """
     note = root / where
     last = note.read_text() if note.exists() else ""
     note.write_text(str(run))
-    # A server that does not know it (another one, or a new database) has nothing to correct.
+    # Nothing to correct on a server that does not know the run (another one, or a new database).
     with contextlib.suppress(ValueError, ObjectNotFound, httpx.HTTPError):
         if UUID(last) != run:
             with get_client(sync_client=True) as client:

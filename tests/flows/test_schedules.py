@@ -238,7 +238,7 @@ def test_a_clone_retrains_by_itself_when_something_changed_and_is_kept_in_order(
     stage.run("prefect", "deployment", "run", "housekeeping/housekeeping")
     (listed,) = stage.finished("housekeeping", 1)
     assert listed["state"]["message"].startswith("dry run: DVC's cache: ")
-    assert "checkpoints: 1 would go, 5 bytes" in listed["state"]["message"]
+    assert "checkpoints: 1 would be deleted, 5 bytes" in listed["state"]["message"]
     assert (cached(stage), old.exists()) == (files, True)
     stage.run(
         "prefect", "deployment", "run", "housekeeping/housekeeping", "--param", "dry_run=false"
