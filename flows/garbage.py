@@ -72,7 +72,7 @@ def old_recorders(days: float) -> list[Path]:
     before = time.time() - days * 86_400
     return [
         path
-        for lock in sorted(recorder.folder().glob("*.lock"))  # opening it updates its mtime
+        for lock in sorted(recorder.folder().glob("*.lock"))  # touched by each stage
         if lock.stat().st_mtime < before and not recorder.listens(lock.with_suffix(".sock"))
         for path in (lock.with_suffix(".log"), lock.with_suffix(".sock"), lock)
         if path.exists()

@@ -1,6 +1,6 @@
-"""What dvc.yaml says, read through DVC: the stages, what they wait for, what is stale and why.
+"""The pipeline in dvc.yaml, read through DVC: stages, dependencies, what is stale and why.
 
-There is no second definition of the pipeline.  DVC is only *read* in this process; stages run in
+There is no second definition of the pipeline.  This process runs no stages itself; they run in
 child processes, which can be cancelled (flows/stage.py).
 """
 
@@ -25,7 +25,7 @@ logging.getLogger("dvc").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of dvc.yaml, with what its `meta` says to the flow."""
+    """One stage of dvc.yaml, with the flow's settings from its `meta`."""
 
     name: str
     """DVC's name, such as "assistants@large"."""
@@ -37,28 +37,28 @@ class Stage:
     """CPU threads it keeps busy."""
 
     gpu: float = 0.0
-    """The share of a GPU that it takes, or how many whole ones; 0 where no GPU helps it."""
+    """The fraction of a GPU it takes, or a number of whole GPUs; 0 if it does not use one."""
 
     timeout: float | None = None
     """Seconds it may take; None is no limit."""
 
     retries: int = 0
-    """How often it is run again after a failure."""
+    """How many times it is retried after a failure."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do."""
+    """What a run will do."""
 
     stages: tuple[Stage, ...]
     """Every stage, dependencies first."""
 
     reasons: dict[str, str]
-    """Why each stage of the run is in it, in the order of `stages`.  Empty: nothing to do."""
+    """Why each stage of the run is included, in the order of `stages`.  Empty: nothing to do."""
 
     @property
     def promotes(self) -> bool:
-        """Whether there is a student, which is to compete for champion in the end."""
+        """Whether there is a student, which competes for champion at the end."""
         return any(stage.name == "student" for stage in self.stages)
 
 
@@ -66,8 +66,8 @@ def read(root: Path) -> Plan:
     """The plan for the workspace `root`, which is the folder that holds dvc.yaml.
 
     Raises:
-        dvc.exceptions.DvcException: no repository, a broken dvc.yaml, or a stage that runs now.
-        ValueError: a `meta` that says something else than it may.
+        dvc.exceptions.DvcException: no repository, an invalid dvc.yaml, or a stage is running.
+        ValueError: a `meta` has an unknown key or an invalid value.
     """
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         graph = repo.index.graph  # an edge leads from a stage to one it depends on
@@ -78,7 +78,7 @@ def read(root: Path) -> Plan:
 
 
 def sources(root: Path) -> dict[str, bool]:
-    """The .dvc files that stages read from, and whether each is an import from elsewhere."""
+    """The .dvc files whose data stages read, and whether each is an import from elsewhere."""
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         graph = repo.index.graph
         read = [each for each in graph if not _is_ours(each) and graph.in_degree(each)]
@@ -87,19 +87,19 @@ def sources(root: Path) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Hashes:
-    """What a stage reads and what it made: files by DVC's content hash, params by value."""
+    """A stage's inputs and outputs: files by DVC's content hash, params by value."""
 
     inputs: dict[str, object]
-    """As they are now."""
+    """In their current state."""
 
     outputs: dict[str, object]
-    """As dvc.lock has them from its last run."""
+    """As recorded in dvc.lock by the last run."""
 
 
 def hashes(root: Path, name: str) -> Hashes:
     """A stage's hashes.
 
-    Under DVC's lock, since another stage that ends just then rewrites dvc.lock in place.
+    Takes DVC's lock, because another stage that is just finishing rewrites dvc.lock in place.
     """
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         stage = _load(repo, root, name)
@@ -113,10 +113,10 @@ def hashes(root: Path, name: str) -> Hashes:
 
 
 def tracked_inputs(root: Path, names: Iterable[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """What the stages read of what DVC tracks, and no one of them makes.
+    """The DVC-tracked inputs of the named stages that none of these stages produces.
 
     Returns:
-        The paths below `root`, and dvc.lock's entries of the stages that make them.
+        The paths relative to `root`, and the dvc.lock entries of the stages that produce them.
     """
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         readers = [_load(repo, root, name) for name in names]
@@ -136,16 +136,16 @@ def tracked_inputs(root: Path, names: Iterable[str]) -> tuple[tuple[str, ...], d
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether one of the paths is the other, or lies in it."""
+    """Whether the paths are equal or one contains the other."""
     one, other = os.path.join(one, ""), os.path.join(other, "")
     return one.startswith(other) or other.startswith(one)
 
 
 def disown(root: Path, name: str) -> None:
-    """Forget that DVC recorded the stage: its entry in dvc.lock, and the one in the run-cache.
+    """Delete DVC's records of the stage: its entries in dvc.lock and in the run-cache.
 
-    DVC records the inputs as they are when a stage ends.  If they were edited meanwhile, both
-    entries claim that these inputs made this output, and the run-cache would restore it later.
+    DVC records the inputs as they are when a stage ends.  If they were edited while it ran, both
+    entries claim that the edited inputs produced this output, and the run-cache would restore it.
     """
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         stage = _load(repo, root, name)
@@ -153,18 +153,18 @@ def disown(root: Path, name: str) -> None:
         value = _get_cache_hash(to_single_stage_lockfile(stage))
         entries = Path(repo.stage_cache.cache_dir, key[:2], key)
         (entries / value).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # there may be others; DVC stumbles over none
+        with contextlib.suppress(OSError):  # not empty; an empty one makes DVC fail
             entries.rmdir()
         Lockfile(repo, stage.dvcfile._lockfile.path).remove_stage(stage)
 
 
 def _load(repo: Repo, root: Path, name: str) -> Any:
-    """The stage as dvc.yaml and dvc.lock have it now, also when we work in another folder."""
+    """The stage as it is now in dvc.yaml and dvc.lock, whatever the working directory."""
     return repo.stage.load_one(str(root / "dvc.yaml"), name)
 
 
 def _is_ours(stage: Any) -> bool:
-    """Whether it has a command; a .dvc file is a stage of DVC's too."""
+    """Whether it is a stage of dvc.yaml; to DVC, a .dvc file is a stage too."""
     return isinstance(stage, PipelineStage)
 
 
@@ -195,8 +195,8 @@ def _gpus(wanted: object) -> float:
         if 0 <= number <= 1 or (number > 1 and number.is_integer()):
             return number
     raise ValueError(
-        f"gpu is {wanted!r}; it may be true, false, the share that it takes (0.5), "
-        "or how many whole ones (4)"
+        f"gpu is {wanted!r}; it may be true, false, a fraction of a GPU (0.5), "
+        "or a number of whole GPUs (4)"
     )
 
 
@@ -218,7 +218,7 @@ def _reason(stage: Any) -> str | None:
         return None
     if not any(each.hash_info for each in (*stage.deps, *stage.outs)):
         return "never run"
-    edited: list[str] = []  # by the user: first, as files often follow from it
+    edited: list[str] = []  # params: listed first, as changed files often follow from them
     words = ["command changed"] if "changed command" in status else []
     for each in stage.deps:
         if isinstance(each, ParamsDependency):
@@ -257,7 +257,7 @@ def _flat(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _listed(words: list[str]) -> str:
-    """The first one or two, and how many more."""
+    """Two items joined by "and"; of more, the first and the number of others."""
     if len(words) <= 2:
         return " and ".join(words)
     return f"{words[0]} and {len(words) - 1} more"

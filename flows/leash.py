@@ -1,12 +1,12 @@
-"""Run a command that cannot outlive whoever started it: `python leash.py COMMAND...`.
+"""Run a command that cannot outlive the process that started it: `python leash.py COMMAND...`.
 
-Standard input is the leash.  It is one end of a pipe that only the starter holds, so it ends when
-the starter lets go, and also when the starter dies by `kill -9`.  Then every process of the
-command's group gets SIGTERM, and SIGKILL after GRACE seconds: DVC alone would leave its training
-process running, unseen, and a second run would start another one beside it.  SIGTERM to the leash
-does the same; supervisord ends its programs so.
+Standard input is the leash: a pipe whose other end only the parent holds, so it reaches EOF when
+the parent closes it or dies, even by `kill -9`.  Then every process in the command's process
+group gets SIGTERM, and SIGKILL after GRACE seconds; DVC alone would leave its training process
+running unnoticed, and a second run would start another one alongside it.  SIGTERM to the leash
+does the same; this is how supervisord stops its programs.
 
-Nothing but the standard library, so that it starts in 20 ms (`python -I -S`).
+Uses only the standard library, so that it starts in 20 ms (`python -I -S`).
 """
 
 import contextlib
@@ -18,9 +18,9 @@ import threading
 import time
 
 GRACE = 10.0
-"""Seconds between SIGTERM and SIGKILL: time for a stage to save its state and end its records."""
+"""Seconds between SIGTERM and SIGKILL: time for a stage to save state and close its records."""
 TOLD = threading.Lock()
-"""Taken by whoever sends SIGTERM: to a stage that saves, a second one means "at once"."""
+"""Makes sure SIGTERM is sent only once: a second one tells a stage that is saving to quit now."""
 
 
 def main(command: list[str]) -> int:
@@ -29,12 +29,12 @@ def main(command: list[str]) -> int:
     threading.Thread(target=_hold, args=(child.pid,), daemon=True).start()
 
     def let_go(*_: object) -> None:
-        # In a thread: here we must be waiting, or the child stays in the table as a zombie.
+        # In a thread: the main thread must stay in wait(), or the child remains a zombie.
         threading.Thread(target=_end_group, args=(child.pid,), daemon=True).start()
 
     signal.signal(signal.SIGTERM, let_go)
     code = child.wait()
-    _end_group(child.pid)  # also where the command itself was killed, and left its children
+    _end_group(child.pid)  # the command may have been killed and left children behind
     return code if code >= 0 else 128 - code
 
 
@@ -44,7 +44,7 @@ def _hold(group: int) -> None:
 
 
 def _end_group(group: int) -> None:
-    """Return once no process of the group is left, or SIGKILL was sent."""
+    """Terminate the group; return once no process is left or SIGKILL was sent."""
     with contextlib.suppress(ProcessLookupError):
         if TOLD.acquire(blocking=False):
             os.killpg(group, signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""One flow a workspace, and as many stages at once as the machine has room for.
+"""One flow per workspace, and as many concurrent stages as the machine has room for.
 
-Locks are `flock`s on files, so the kernel frees them when their holder dies.  A stage's child
-process inherits its slot: a killed flow's training keeps it until that process is gone too.
+Locks are `flock`s on files, so the kernel releases them when their holder dies.  A stage's child
+process inherits its slot: if a flow is killed, its training keeps the slot until it exits too.
 """
 
 import contextlib
@@ -25,29 +25,29 @@ POLL = 0.2
 """Seconds between attempts to take a slot."""
 
 SEATS = 12
-"""Parts that a GPU is shared out in, so that halves, thirds, quarters and sixths come out even."""
+"""Parts a GPU is divided into, so that halves, thirds, quarters and sixths are whole numbers."""
 
 LAST_RITES = 15.0
-"""Seconds that a killed flow's stages are given to end: they are killed after ten."""
+"""Seconds to wait for the stages of a killed flow to exit; the leash kills them after ten."""
 
 
 class WorkspaceBusyError(Exception):
-    """Another flow works in this folder."""
+    """Another flow is running in this folder."""
 
 
 class TooFewGPUsError(Exception):
-    """A stage wants more GPUs than there are."""
+    """A stage needs more GPUs than this machine has."""
 
 
 @contextlib.contextmanager
 def workspace(root: Path) -> Iterator[int]:
-    """Hold `root` for one flow; yield the lock's descriptor.
+    """Lock `root` for one flow; yield the lock's descriptor.
 
     Two flows in one folder would write the same outputs, and DVC's own locks fail rather than
     wait.
 
     Raises:
-        kd.component.ConfigError: no dvc.yaml is there; a lock in a folder below holds nothing.
+        kd.component.ConfigError: `root` has no dvc.yaml; locking a subfolder protects nothing.
         WorkspaceBusyError: another flow holds it; the message says which.
     """
     if not (root / "dvc.yaml").exists():
@@ -57,7 +57,7 @@ def workspace(root: Path) -> Iterator[int]:
     with _opened(path) as descriptor:
         if not _taken(descriptor, path):
             raise WorkspaceBusyError(
-                f"{path.read_text().strip() or 'another flow'} works in {root}: "
+                f"{path.read_text().strip() or 'another flow'} is running in {root}: "
                 "wait for it, or stop it"
             )
         os.truncate(descriptor, 0)
@@ -66,7 +66,7 @@ def workspace(root: Path) -> Iterator[int]:
 
 
 def _taken(descriptor: int, path: Path) -> bool:
-    """Take the lock; where its holder is dead, wait until that flow's last processes are too."""
+    """Try to take the lock; if its holder is dead, wait for that flow's processes to exit."""
     deadline = time.monotonic() + LAST_RITES
     while not filelock.lock_descriptor(descriptor, blocking=False):
         holder = re.search(r"process (\d+)", path.read_text())
@@ -78,16 +78,16 @@ def _taken(descriptor: int, path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """What a stage may use while it runs."""
+    """The GPUs or CPU threads that a stage may use while it runs."""
 
     name: str
-    """For people: "GPU 1", "2 threads"."""
+    """For display: "GPU 1", "2 threads"."""
 
     env: Mapping[str, str]
-    """What the stage's environment needs, so that it stays on its slot."""
+    """Environment variables that confine the stage to its slot."""
 
     descriptors: Sequence[int]
-    """The locks; hand them to the stage's process."""
+    """The locks; pass them to the stage's process."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Slots:
 
     folder: Path
     gpus: tuple[str, ...]
-    """As CUDA_VISIBLE_DEVICES names them."""
+    """Named as in CUDA_VISIBLE_DEVICES."""
 
     threads: int
 
@@ -104,30 +104,30 @@ class Slots:
     def take(
         self, *, threads: int, gpu: float, stop: threading.Event, seconds: float = 0.0
     ) -> Iterator[Slot]:
-        """Wait for a slot: of a GPU if one helps and there are any, else `threads` CPU threads.
+        """Wait for a slot: on GPUs if `gpu` is set and there are any, else `threads` CPU threads.
 
         Args:
-            threads: How many it keeps busy; more than the machine has means all.
-            gpu: The share of a GPU that it takes, or how many whole ones; 0 where none helps it.
+            threads: CPU threads the stage keeps busy; capped at the machine's number.
+            gpu: The fraction of a GPU to take, or a number of whole GPUs; 0 for none.
             stop: Ends the wait when set.
-            seconds: How long it will take the slot; of those that wait in this process, the
-                longest is next.
+            seconds: Expected duration; among those waiting in this process, the longest goes
+                first.
 
         Raises:
             Stopped: `stop` was set before a slot was free.
-            TooFewGPUsError: no wait would help.
+            TooFewGPUsError: the machine does not have that many GPUs.
         """
         on_gpu = gpu > 0 and bool(self.gpus)
         if on_gpu and gpu > len(self.gpus):
             raise TooFewGPUsError(
-                f"meta.gpu in dvc.yaml is {gpu:g}, but of GPUs there are {len(self.gpus)} here "
+                f"meta.gpu in dvc.yaml is {gpu:g}, but only {len(self.gpus)} GPU(s) are visible "
                 f"({', '.join(self.gpus)}): lower it, and recipe.devices with it"
             )
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         slot = None
         with _in_line((self.folder, on_gpu), seconds) as me:
             while slot is None:
-                if stop.wait(POLL):  # also the first time: a longer one may come at this moment
+                if stop.wait(POLL):  # even at first: a longer one may be about to join
                     raise Stopped
                 if me.is_next():
                     slot = self._take_gpus(gpu) if on_gpu else self._take_threads(threads)
@@ -137,7 +137,7 @@ class Slots:
             _close(slot.descriptors)
 
     def _take_threads(self, threads: int) -> Slot | None:
-        """All or none: two takers that each want both of two must not get one each."""
+        """All or nothing, so that two stages that need both of two threads never get one each."""
         wanted = max(1, min(threads, self.threads))
         with self._one_at_a_time():
             taken = self._lock("thread", self.threads, wanted)
@@ -147,9 +147,9 @@ class Slots:
             return None
 
     def _take_gpus(self, wanted: float) -> Slot | None:
-        """A share of a GPU, or several whole ones, of those that have most seats free.
+        """A fraction of a GPU, or several whole ones, preferring those with most free seats.
 
-        All or none, as with threads.
+        All or nothing, as with threads.
         """
         count, seats = max(1, round(wanted)), max(1, round(min(wanted, 1) * SEATS))
         with self._one_at_a_time():
@@ -168,7 +168,7 @@ class Slots:
             yield
 
     def _lock(self, kind: str, count: int, most: int) -> list[int]:
-        """Descriptors of up to `most` locks that were free among the `count` of a kind."""
+        """Take up to `most` free locks among the `count` of a kind; return their descriptors."""
         taken: list[int] = []
         for number in range(count):
             if len(taken) == most:
@@ -183,14 +183,14 @@ class Slots:
 
 
 class _Place:
-    """A place in this process's line for slots of one kind."""
+    """A place in this process's queue for slots of one kind."""
 
     def __init__(self, kind: object, seconds: float) -> None:
         self.kind = kind
         self.seconds = seconds
 
     def is_next(self) -> bool:
-        """Whether it is the longest of the line, and of equals the first."""
+        """Whether it has the longest duration in its queue; ties go to the first in line."""
         with _line_lock:
             return self is max(
                 (each for each in _line if each.kind == self.kind), key=lambda each: each.seconds
@@ -219,14 +219,14 @@ def _close(descriptors: Sequence[int]) -> None:
 
 
 def slots() -> Slots:
-    """This machine's slots.  KD_CPUS says how many threads there are, where the count is wrong.
+    """This machine's slots.  KD_CPUS overrides the detected number of CPU threads.
 
     Raises:
-        ValueError: KD_CPUS is no whole number of 1 or more.
+        ValueError: KD_CPUS is not a positive integer.
     """
     threads = os.environ.get("KD_CPUS") or str(_cpus())
     if not threads.isdecimal() or int(threads) < 1:
-        raise ValueError(f"KD_CPUS is {threads!r}; it must be a whole number of 1 or more")
+        raise ValueError(f"KD_CPUS is {threads!r}; it must be a positive integer")
     return Slots(
         folder=Path(tempfile.gettempdir()) / f"kd-slots-{os.getuid()}",
         gpus=_gpus(),
@@ -235,7 +235,7 @@ def slots() -> Slots:
 
 
 def _cpus() -> int:
-    """The CPUs this process may use; macOS knows only those that there are."""
+    """Number of CPUs this process may use; macOS only knows the machine's total."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 

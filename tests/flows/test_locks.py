@@ -132,7 +132,7 @@ def test_who_waits_for_several_gpus_gets_them_once_they_are_free(tmp_path: Path)
 def test_a_stage_that_wants_more_gpus_than_there_are_fails_at_once(tmp_path: Path) -> None:
     slots = locks.Slots(tmp_path, ("0", "3"), 4)
     with (
-        pytest.raises(locks.TooFewGPUsError, match=r"meta.gpu .* is 4, .* there are 2 here"),
+        pytest.raises(locks.TooFewGPUsError, match=r"meta.gpu .* is 4, .* only 2 GPU"),
         slots.take(threads=1, gpu=4, stop=NEVER),
     ):
         pass
