@@ -118,7 +118,7 @@ class Progress(logging.Handler):
         message = record.getMessage()
         state = getattr(record, "stage_state", None)
         if state == "waiting":
-            return  # the table's initial state
+            return  # the table's rows start as such
         if state or self.rows[name].state == "running":
             self._follow(self.rows[name], message, state)
             if not self.console.is_terminal:

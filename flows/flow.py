@@ -114,7 +114,7 @@ def run_promotion(
 
 
 def _stopped(log: remote.Log) -> State:
-    """The state of a cancelled task: not a failure, which would alert whoever watches for them."""
+    """The state of a cancelled task; a failed one would alert whoever watches for failures."""
     log.warning("stopped", extra={"stage_state": "stopped"})
     return Cancelled(message="the run was cancelled; all its processes were stopped")
 

@@ -26,7 +26,7 @@ KEPT: dict[Keep, tuple[str, ...]] = {
 WORDS = "Removing "
 """The prefix of lines that name a file in the output of `dvc gc --dry`."""
 PASSING = ("checkpoints", "targets")
-"""Folders under .kd whose files can be recreated and are used only while a stage trains."""
+"""Folders under .kd whose files can be recreated and are used while a stage trains."""
 
 
 class GarbageError(Exception):
@@ -67,7 +67,7 @@ def old_checkpoints(root: Path, days: float) -> list[Path]:
 def old_recorders(days: float) -> list[Path]:
     """Locks, logs and dead sockets of this user's recorders that no stage used for `days` days.
 
-    They pile up because their names contain a digest of the code and the environment.
+    They are named by a digest that changes with the code and the environment, so they pile up.
     """
     before = time.time() - days * 86_400
     return [

@@ -15,7 +15,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 NOTE = Path(".kd", "flow.run")
-"""Holds the id of the Prefect run that holds the workspace, or held it last."""
+"""File with the id of the Prefect run that holds the workspace, or held it last."""
 REASON = "its process is gone; a later run in the same folder found it still open"
 
 
