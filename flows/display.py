@@ -118,7 +118,7 @@ class Progress(logging.Handler):
         message = record.getMessage()
         state = getattr(record, "stage_state", None)
         if state == "waiting":
-            return  # the table's rows start as such
+            return  # rows start in this state
         if state or self.rows[name].state == "running":
             self._follow(self.rows[name], message, state)
             if not self.console.is_terminal:
