@@ -1,1 +1,1 @@
-"""When and where the stages of dvc.yaml run: a thin skin of Prefect over DVC."""
+"""When and where the stages of dvc.yaml run: a thin layer of Prefect over DVC."""

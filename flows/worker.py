@@ -29,7 +29,7 @@ def main() -> int:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
     server.configure(root)
     os.environ["KD_CLONE"] = str(root)
-    # The stage's process starts in one of Prefect's folders, and must import the same code as we.
+    # A stage's process starts in one of Prefect's folders, but must import the code in use here.
     sources = str(Path(__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [sources, os.environ.get("PYTHONPATH")])
@@ -44,7 +44,7 @@ def _refusal(root: Path) -> str | None:
     """Why this folder cannot serve; None if it can, in which case this process holds its lock."""
     api = os.environ.get("PREFECT_API_URL")
     if not api or not server.answers(f"{api}/health"):
-        return f"PREFECT_API_URL is {api or 'not set'}: name the server that hands out the stages"
+        return f"PREFECT_API_URL is {api or 'not set'}: set it to a Prefect server that answers"
     if not (root / "dvc.yaml").exists() or git.state(root) is None:
         return "a worker runs in a clone of the project, in the folder that holds dvc.yaml"
     if changed := "\n".join(git.changed(root)):
