@@ -359,6 +359,50 @@ def test_equal_networks_have_no_divergence(name):
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "refused", "accepted"),
+    [
+        (OwnMean, "temperature", [0.0, -1.0], [0.01]),
+        (OwnMean, "weight", [-0.01], [0.0]),
+        (OwnMean, "decay", [-0.01, 1.0], [0.0, 0.999]),
+        (OwnMean, "rise", [-0.01, 1.01], [0.0, 1.0]),
+        (ProKT, "temperature", [0.0], [0.01]),
+        (ProKT, "alpha", [-0.01, 1.01], [0.0, 1.0]),
+        (ProKT, "nearness", [-0.01], [0.0]),
+        (ProKD, "levels", [0], [1]),
+        (ProKD, "regression", [0.0, 1.01], [0.01, 1.0]),
+        (DML, "temperature", [0.0], [0.01]),
+        (DML, "weight", [-0.01], [0.0]),
+        (Codistillation, "every", [0], [1]),
+        (Codistillation, "burn_in", [-0.01, 1.0], [0.0, 0.99]),
+        (Codistillation, "weight", [-0.01], [0.0]),
+        (OKDDip, "temperature", [0.0], [0.01]),
+        (OKDDip, "weight", [-0.01], [0.0]),
+        (OKDDip, "rise", [-0.01, 1.01], [0.0, 1.0]),
+        (OKDDip, "width", [0], [1]),
+        (FFL, "temperature", [0.0], [0.01]),
+        (FFL, "weight", [-0.01], [0.0]),
+        (FFL, "rise", [-0.01, 1.01], [0.0, 1.0]),
+        (FFL, "width", [0], [1]),
+        (AFD, "temperature", [0.0], [0.01]),
+        (AFD, "weight", [-0.01], [0.0]),
+        (AFD, "width", [0], [1]),
+        (BOC, "temperature", [0.0], [0.01]),
+        (BOC, "hard", [-0.01], [0.0]),
+        (BOC, "hints", [-0.01], [0.0]),
+        (BOC, "soft", [-0.01], [0.0]),
+    ],
+)
+def test_values_out_of_range_are_refused_and_those_at_the_edge_taken(
+    method, field, refused, accepted
+):
+    for value in refused:
+        with pytest.raises(ConfigError, match=f"^{field} is {value}; "):
+            method(**{field: value})
+    for value in accepted:
+        assert getattr(method(**{field: value}), field) == value
+
+
 def test_codistillation_sees_of_the_others_what_was_exchanged_last():
     learner = Codistillation(every=3).learner(network(0), [network(1)]).train()
     copies = []
