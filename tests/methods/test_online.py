@@ -403,6 +403,60 @@ def test_values_out_of_range_are_refused_and_those_at_the_edge_taken(
         assert getattr(method(**{field: value}), field) == value
 
 
+@pytest.mark.parametrize("method", [DML, Codistillation, OKDDip, FFL])
+def test_the_weight_multiplies_the_soft_losses_alone(method):
+    logits, also = random(M, B, C), also_of(method())
+    none, one, three = (
+        float(method(weight=weight).loss(shown(logits, **also))) for weight in (0.0, 1.0, 3.0)
+    )
+    classifiers = [*logits.tolist(), *([also["fused_BC"].tolist()] if method is FFL else [])]
+    assert none == pytest.approx(sum(map(hard, classifiers)))
+    assert three - none == pytest.approx(3 * (one - none))
+
+
+def test_a_student_that_has_followed_its_teacher_learns_from_labels_alone():
+    logits = random(2, B, C)
+    wanted = hard(logits[0].tolist()) + hard(logits[1].tolist())
+    for progress in (0.75, 0.9):
+        assert float(ProKD().loss(shown(logits, progress=progress))) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_in_training_a_learner_answers_with_its_students_logits(name):
+    learner, images = learner_of(ALL[name]).train(), pictures().batch(torch.arange(8))
+    logits_BC, also = learner(images)
+    torch.testing.assert_close(logits_BC, learner.student(images))
+    if "logits_MBC" in also:
+        everybody = torch.stack([network_(images) for network_ in learner.networks])
+        torch.testing.assert_close(also["logits_MBC"], everybody)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_networks_of_different_widths_learn_together(name):
+    """Each has features of its own number; the first peer is the widest."""
+    method = PEERS[name]
+    others = [
+        nn.Sequential(nn.Conv2d(1, width, 3), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(width, C))
+        for width in (5, 9, 7)[: num_networks(method)]
+    ]
+    learner = method.learner(others[0], others[1:]).train()
+    logits_BC, also = learner(pictures().batch(torch.arange(8)))
+    labels = label_probs(torch.arange(8) % C, C)
+    method.loss(Shown(logits_BC, labels, None, None, 0.9, also=also)).backward()
+    assert all(each[0].weight.grad.abs().sum() > 0 for each in others)
+
+
+def test_a_critic_judges_the_network_before_its_own_in_the_circle():
+    """Where all critics are one, the neighbour's features get what the neighbour's own got."""
+    learner = AFD().learner(network(0), [network(1), network(2)]).train()
+    for critic in learner.critics:
+        critic.load_state_dict(learner.critics[0].state_dict())
+    _, also = learner(pictures().batch(torch.arange(8)))
+    assert also["own_MB"].shape == (3, 8)
+    torch.testing.assert_close(also["neighbour_MB"], also["own_MB"].roll(1, dims=0))
+    torch.testing.assert_close(also["fooled_MB"], also["own_MB"])
+
+
 def test_codistillation_sees_of_the_others_what_was_exchanged_last():
     learner = Codistillation(every=3).learner(network(0), [network(1)]).train()
     copies = []
