@@ -102,7 +102,7 @@ class Images:
         """A key for these images in this order, whatever their views."""
         if self.source:
             return self.source
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.image_shape).encode())
         for part_NHWC in (self.pixels_NHWC, *self.beyond_NHWC):
             digest.update(part_NHWC.cpu().contiguous().numpy().data)
         return digest.hexdigest()

@@ -90,6 +90,26 @@ def test_the_larger_images_are_the_fewer_are_looked_at_at_once(side: int, num: i
     assert dataclasses.replace(images, pixels_NHWC=large).at_once == num
 
 
+def test_images_are_named_by_every_pixel_their_order_and_their_shape() -> None:
+    images = _images(4, 6, 1, Augment())
+    pixels = images.pixels_NHWC
+    changed = pixels.clone()
+    changed[4, 3, 5, 0] += 1
+
+    def named(pixels_NHWC: Tensor, *beyond: Tensor) -> str:
+        return dataclasses.replace(images, pixels_NHWC=pixels_NHWC, beyond_NHWC=beyond).identity
+
+    assert named(pixels.clone()) == named(pixels[:2], pixels[2:]) == images.identity
+    others = [
+        changed,
+        pixels.flip(0),
+        pixels[:4],
+        pixels.view(5, 6, 4, 1),
+        pixels.view(5, 4, 2, 3),
+    ]
+    assert len({images.identity, *map(named, others)}) == 1 + len(others)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_batches_are_normalised_channels_last_and_in_the_order_asked(channels: int) -> None:
     images = _images(6, 6, channels, Augment(shift=2))
