@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from kd import SETTINGS, STAGES, params
 from kd.component import ConfigError
 from kd.methods import KD
 from kd.models import PlainCNN
-from kd.recipe import SGD, AdamW, Cosine
+from kd.recipe import SGD, AdamW, Cosine, Recipe, Steps
 from kd.weightings import Uniform
 
 PROJECT = Path(__file__).parents[1]
@@ -303,3 +304,69 @@ def test_cosine_rises_then_falls_to_nothing():
     assert schedule.factor(0.2) == pytest.approx(1.0)
     assert schedule.factor(0.6) == pytest.approx(0.5)
     assert schedule.factor(1.0) == pytest.approx(0.0)
+
+
+def test_steps_rise_then_drop_where_a_milestone_is_reached():
+    schedule = Steps(milestones=(0.5, 0.75), gamma=0.1, warmup=0.2)
+    shares = (0.0, 0.1, 0.2, 0.49, 0.5, 0.75, 1.0)
+    found = [schedule.factor(share) for share in shares]
+    assert found == pytest.approx([0.0, 0.5, 1.0, 1.0, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_optimisers_take_every_setting(fused):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    sgd = SGD(lr=0.3, momentum=0.8, nesterov=False, weight_decay=0.02, fused=fused)
+    adamw = AdamW(lr=0.3, betas=(0.7, 0.8), weight_decay=0.02, fused=fused)
+    for settings in (sgd, adamw):
+        built = settings.build([weight]).defaults
+        wanted = {name: getattr(settings, name) for name in vars(settings) if name in built}
+        assert {name: built[name] for name in wanted} == {**wanted, "fused": fused or None}
+    assert not SGD(momentum=0.0).build([weight]).defaults["nesterov"]
+
+
+@pytest.mark.parametrize(
+    ("of", "field", "refused", "accepted"),
+    [
+        (SGD, "lr", [0.0, float("inf")], [1e-9]),
+        (SGD, "momentum", [-0.01, 1.0], [0.0, 0.999]),
+        (SGD, "weight_decay", [-0.01, float("inf")], [0.0]),
+        (AdamW, "lr", [0.0, float("inf")], [1e-9]),
+        (AdamW, "betas", [(0.9, 1.0), (-0.01, 0.9)], [(0.0, 0.0)]),
+        (AdamW, "weight_decay", [-0.01, float("inf")], [0.0]),
+        (Cosine, "warmup", [-0.01, 1.0], [0.0, 0.99]),
+        (Steps, "milestones", [(0.0,), (1.0,), (0.5, 0.5)], [(), (0.01, 0.99)]),
+        (Steps, "gamma", [0.0, 1.01], [0.01, 1.0]),
+        (Steps, "warmup", [-0.01, 1.0], [0.0, 0.99]),
+        (Recipe, "epochs", [0], [1]),
+        (Recipe, "batch_size", [1], [2, 3]),
+        (Recipe, "mixup", [-0.01], [0.0, 9.0]),
+        (Recipe, "label_smoothing", [-0.01, 1.0], [0.0, 0.99]),
+        (Recipe, "clip_norm", [0.0, float("inf")], [0.01, None]),
+        (Recipe, "ema", [0.0, 1.0], [0.01, 0.99, None]),
+        (Recipe, "views", [0], [1, None]),
+        (Recipe, "threads", [0], [1]),
+        (Recipe, "devices", [0], [1, 16]),
+        (Recipe, "checkpoint_minutes", [-0.01], [0.0]),
+        (Recipe, "checkpoint_steps", [0], [1, None]),
+        (Recipe, "validate_every", [0], [1]),
+    ],
+)
+def test_settings_of_a_training_are_held_to_their_bounds(of, field, refused, accepted):
+    for value in refused:
+        with pytest.raises(ConfigError, match=f"^{field} is {re.escape(str(value))}; "):
+            of(**{field: value})
+    for value in accepted:
+        assert getattr(of(**{field: value}), field) == value
+
+
+def test_settings_that_exclude_each_other_are_refused_together_alone():
+    for given, field in (
+        ({"devices": 4, "batch_size": 12}, "batch_size"),
+        ({"device": "cpu", "precision": "tf32"}, "precision"),
+        ({"targets": "cached", "mixup": 0.2}, "mixup"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{field} is "):
+            Recipe(**given)
+        for name, value in given.items():
+            Recipe(**{name: value})
