@@ -51,10 +51,11 @@ def test_a_network_that_cannot_be_traced_is_asked_as_it_is():
     assert folded(original, torch.randn(2, 1, 8, 8)) is original
 
 
-def test_a_copy_that_answers_otherwise_is_not_used(monkeypatch):
+@pytest.mark.parametrize("by", [(1.0, 1.0, 1.0), (-1.0, -1.0, -1.0), (0.0, 0.0, 1.0)])
+def test_a_copy_that_answers_otherwise_is_not_used(monkeypatch, by):
     def spoilt(model):
         made = copy.deepcopy(model)
-        made[-1].bias.data += 1.0
+        made[-1].bias.data += torch.tensor(by)
         return made
 
     original = trained_looking(network())

@@ -23,6 +23,7 @@ from kd.train import (
     mixed,
     steps_in_epoch,
 )
+from kd.train.state import Saves
 from tests.learners import CLASSES, Memory, network, pictures, recipe, taught, weights_of
 
 
@@ -125,6 +126,16 @@ def test_a_state_is_saved_as_often_as_the_recipe_says_and_at_the_end():
         again, same = train(model=network(99), checkpoint=memory, **settings)
         assert memory.saves == expected
         assert (weights_of(again), same) == (weights_of(trained), history)
+
+
+def test_a_state_is_saved_by_the_clock_once_in_so_many_minutes(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("kd.train.state.time.monotonic", lambda: now[0])
+    saves, due = Saves(recipe(checkpoint_minutes=2.0)), []
+    for _ in range(8):
+        now[0] += 50
+        due.append(saves.due(done=1, stopping=False))
+    assert due == [False, False, True, False, False, True, False, False]
 
 
 def test_every_pass_shows_every_image_once_and_every_batch_is_full():
@@ -321,6 +332,14 @@ def test_no_step_is_taken_at_rate_0(kind):
     assert max(rates) <= 0.4
     assert rates[0] < rates[1] < rates[4]
     assert rates[-1] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("every", "wanted"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (9, [5])]
+)
+def test_validation_comes_every_so_many_epochs_and_after_the_last(every, wanted):
+    plan = Plan(recipe(epochs=5, validate_every=every), per_epoch=10)
+    assert [epoch + 1 for epoch in range(5) if plan.validates(epoch)] == wanted
 
 
 def test_steps_drop_at_their_milestones():

@@ -68,6 +68,19 @@ def test_targets_may_enter_a_loss_that_learns():
         assert not rows.requires_grad
 
 
+def test_members_are_asked_in_the_precision_of_the_recipe_at_each_step_and_beforehand():
+    """A table holds logits of 8 bits of mantissa exactly, and those of 24 to 11 bits."""
+    images, who = pictures(), ensemble()
+    shown = batch_of(0, 8, len(images), images.augment, seed=0)
+    batch = images.batch(shown.indices_B, shown.views_B)
+    reduction, settings = soft_targets(who, 1.0), recipe(targets="online", precision="bf16")
+    asked = targets_of(who, reduction, images, settings, CLASSES).rows(batch, shown)
+    looked_up = cached(images, who=who, temperature=1.0, precision="bf16").rows(batch, shown)
+    torch.testing.assert_close(looked_up, asked, rtol=0, atol=1e-6)
+    fine = online(images, who, temperature=1.0).rows(batch, shown)
+    assert (asked - fine).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("views", [None, 1, 4])
 @pytest.mark.parametrize("large", [False, True])
 def test_cached_targets_are_the_targets_of_the_very_view_shown(views, large, monkeypatch):
