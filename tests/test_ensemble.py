@@ -70,6 +70,17 @@ def test_weights_off_the_simplex_are_refused(weights):
         Ensemble((network(0), network(1)), weights)
 
 
+def test_weights_may_be_off_by_what_single_precision_rounds():
+    weights = tuple(torch.tensor([0.1, 0.7, 0.2]).tolist())
+    assert 0 < abs(sum(weights) - 1) < 1e-6
+    assert Ensemble(tuple(map(network, range(3))), weights).names == ("0", "1", "2")
+
+
+def test_names_are_one_for_each_member():
+    with pytest.raises(ConfigError, match=r"^names is \('a',\); "):
+        Ensemble((network(0), network(1)), (0.5, 0.5), names=("a",))
+
+
 def test_the_digest_depends_on_names_and_values_but_not_on_their_order():
     a, b = torch.arange(3.0), torch.zeros(())
     assert digest_of_tensors({"a": a, "b": b}) == digest_of_tensors({"b": b, "a": a})

@@ -49,6 +49,17 @@ def test_every_method_passes_the_battery(name, check):
     check(METHODS[name])
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.endswith("_drop")])
+def test_a_batch_may_be_taken_in_parts_wherever_their_mean_loss_is_the_batchs(name):
+    method, (logits, teachers, labels) = METHODS[name], batch(seed=2)
+    halves = [
+        loss_of(method, logits[part], teachers[:, part], labels[part])
+        for part in (slice(B // 2), slice(B // 2, B))
+    ]
+    whole = loss_of(method, logits, teachers, labels)
+    assert method.by_image == torch.allclose(torch.stack(halves).mean(), whole, rtol=1e-6)
+
+
 def mixture(teachers, temperature, standardize=False):
     """The oracle's soft targets of each image under equal weights."""
     rows = [
@@ -235,8 +246,16 @@ def test_weighing_losses_is_weighing_probabilities_and_not_logits():
         (MLKD, "temperatures", (1.0, 0.0)),
         (AnnealedKD, "levels", 0),
         (AnnealedKD, "regression", 0.0),
-        (ContinuationKD, "margin", -1.0),
+        (AnnealedKD, "regression", 1.01),
+        (ContinuationKD, "levels", 0),
+        (ContinuationKD, "handover", 0.0),
+        (ContinuationKD, "handover", 1.01),
+        (ContinuationKD, "margin", -0.01),
         (Labels, "smoothing", 1.0),
+        (VirtualTeacher, "temperature", 0.0),
+        (VirtualTeacher, "alpha", 1.01),
+        (VirtualTeacher, "alpha", -0.01),
+        (VirtualTeacher, "correct", 0.0),
         (VirtualTeacher, "correct", 1.0),
         (MinNorm, "cap", 0.0),
         (Drop, "keep", 0.0),
@@ -246,3 +265,23 @@ def test_weighing_losses_is_weighing_probabilities_and_not_logits():
 def test_values_out_of_range_are_refused(method, field, value):
     with pytest.raises(ConfigError, match=field):
         method(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        (KD, "alpha", 0.0),
+        (KD, "alpha", 1.0),
+        (DKD, "warmup", 0.0),
+        (AnnealedKD, "levels", 1),
+        (AnnealedKD, "regression", 1.0),
+        (ContinuationKD, "levels", 1),
+        (ContinuationKD, "handover", 1.0),
+        (ContinuationKD, "margin", 0.0),
+        (Labels, "smoothing", 0.0),
+        (VirtualTeacher, "alpha", 0.0),
+        (VirtualTeacher, "alpha", 1.0),
+    ],
+)
+def test_values_at_the_edge_are_taken(method, field, value):
+    assert getattr(method(**{field: value}), field) == value
