@@ -140,9 +140,17 @@ def test_an_official_test_split_that_lacks_a_class_or_a_label_is_refused() -> No
     "bad",
     [
         dict(val=0), dict(val=1.5), dict(val=-0.1), dict(val=True), dict(val="official"),
-        dict(test="own"), dict(test=0.0), dict(labels_per_class=0),
+        dict(test="own"), dict(test=0.0), dict(test=1.0), dict(labels_per_class=0),
     ],
 )  # fmt: skip
 def test_amounts_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Splits(**bad)
+
+
+def test_one_image_is_an_amount() -> None:
+    splits = Splits(val=1, test=1, labels_per_class=1)
+    rows = splits.assign(_raw([10]), 0)
+    assert {name: len(part) for name, part in rows.items()} == {
+        "train": 1, "pool": 7, "val": 1, "test": 1,
+    }  # fmt: skip

@@ -38,10 +38,11 @@ def test_the_search_reaches_the_certified_optimum(members):
     assert found.gap <= 1e-6
 
 
+@pytest.mark.parametrize("tolerance", [1e-9, 1e-3])
 @pytest.mark.parametrize("strategy", get_args(Strategy))
-def test_with_and_without_a_study_the_steps_are_the_same_bit_for_bit(strategy):
+def test_with_and_without_a_study_the_steps_are_the_same_bit_for_bit(strategy, tolerance):
     given = *random_logits(3, 100, 4), names(3), 7
-    through = DifferentialEvolution(strategy=strategy, generations=20)
+    through = DifferentialEvolution(strategy=strategy, generations=20, tolerance=tolerance)
     without = dataclasses.replace(through, study=False)
     first, second = through.find(*given), without.find(*given)
     np.testing.assert_array_equal(first.history.tried_MK, second.history.tried_MK)
@@ -76,6 +77,16 @@ def test_a_temperature_is_found_where_members_are_too_sure():
     found = sure.find(4 * logits_KNC, labels_N, names(3), 0)
     assert found.temperature == pytest.approx(4 * plain.temperature, rel=0.02)
     assert found.objective == pytest.approx(plain.objective, abs=1e-4)
+
+
+def test_a_lone_member_has_a_temperature_to_be_found_and_no_weights():
+    logits_KNC, labels_N = random_logits(1, 300, 4)
+    given = 4 * logits_KNC, labels_N, names(1), 0
+    alone = DifferentialEvolution(fit_temperature=True, shrink=False, generations=30).find(*given)
+    at_1 = DifferentialEvolution(shrink=False).find(*given)
+    assert (alone.weights, at_1.weights) == ({"a": 1.0}, {"a": 1.0})
+    assert alone.objective < at_1.objective
+    assert (at_1.evaluations, at_1.temperature) == (1, None)
 
 
 @pytest.mark.parametrize("study", [False, True])
