@@ -6,6 +6,7 @@ averaged over the ranks, and batch statistics are taken over the whole batch.
 B batch.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def group(device: str) -> Iterator[None]:
     dist.init_process_group(backend, timeout=PATIENCE)
     yield
     wait_for_all()  # until the first rank has written its files
+    gc.collect()  # DDP sits in a cycle and holds the group, whose threads must not outlive Python
     dist.destroy_process_group()
 
 
