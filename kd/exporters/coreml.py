@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import traceback
 import uuid
 import warnings
 from collections import Counter
@@ -73,8 +74,13 @@ class CoreML:
         self.check()
         with _coremltools(), exporting("a Core ML program"), TemporaryDirectory() as folder:
             saved, staged = Path(folder) / "saved.mlpackage", path.with_name(f".{path.name}")
-            self._save(trained, saved)
-            gc.collect()  # its temporary folders warn when collected; silenced in this block
+            try:
+                self._save(trained, saved)
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # they hold coremltools' folders
+                raise
+            finally:
+                gc.collect()  # its temporary folders warn when collected; silenced in this block
             _make_reproducible(saved)
             remove(staged)
             shutil.move(saved, staged)
