@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import get_args
 
@@ -190,6 +191,19 @@ def test_the_initial_population_is_a_latin_hypercube_in_both_ways_of_giving_the_
             assert strata == list(range(12))
 
 
+def test_all_categories_and_all_places_of_a_grid_have_equal_shares():
+    space = {name: MIXED[name] for name in ("norm", "layers")}
+    study = new_study(simplex=None, search_space=space, population_size=30)
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_categorical("norm", ["batch", "layer", None])
+        return trial.suggest_int("layers", 1, 9, step=2)
+
+    study.optimize(objective, n_trials=30)
+    assert Counter(p["norm"] for p in params(study)) == dict.fromkeys(["batch", "layer", None], 10)
+    assert Counter(p["layers"] for p in params(study)) == dict.fromkeys(range(1, 10, 2), 6)
+
+
 def test_logarithmic_parameters_are_drawn_on_a_logarithmic_scale():
     study = new_study(
         simplex=None, search_space={"r": FloatDistribution(1e-6, 1, log=True)}, population_size=40
@@ -268,6 +282,15 @@ def test_enqueued_and_added_trials_join_the_population_and_are_improved_on():
     warm.add_trial(foreign)
     warm.optimize(PrefetchObjective(batch), n_trials=89)
     assert min(t.value for t in warm.trials[11:]) < values.min()
+
+
+def test_enqueued_trials_of_a_mixed_space_join_the_population():
+    study = new_study(simplex=None, search_space=MIXED)
+    row = [1e-3, 0.25, 0.3, 5, 64, "layer"]
+    study.enqueue_trial(dict(zip(MIXED, row, strict=True)))
+    study.optimize(mixed_single, n_trials=10)
+    _, values = study.sampler.population(study)
+    assert values[0] == study.trials[0].value == mixed_batch([[*row[:-1], 1]])[0]
 
 
 def test_enqueued_weights_off_the_simplex_lend_their_value_to_no_other_point():
