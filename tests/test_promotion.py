@@ -244,6 +244,19 @@ def test_on_other_images_the_champion_is_tried_on_those_that_it_has_not_learned_
     assert place.aliases()["champion"] == "2", said
 
 
+def test_a_champion_is_shown_the_images_as_normalised_as_those_it_has_learned(place):
+    mean, std = (0.1, 0.2, 0.3), (0.02, 0.5, 0.9)
+    folder = Path("networks/champion")
+    champion, _ = toys.network(folder, 1, mean=mean, std=std)
+    place.workspace.student(2)
+    found = promotion.tried(SimpleNamespace(number="1"), lambda _: folder)
+    pixels = torch.from_numpy(place.workspace.pixels[120:180]).double() / 255
+    shown = (pixels - torch.tensor(mean)) / torch.tensor(std)
+    predicted = champion(shown.float().permute(0, 3, 1, 2)).argmax(1)
+    right = (predicted == place.workspace.images().labels_N).double().mean()
+    assert f"accuracy 1.0000 against {right:.4f} of version 1" in found.decision
+
+
 def test_a_champion_that_answers_another_question_stays_and_the_remedy_is_named(place):
     place.workspace.student(1, class_names=("x", "y", "z"))
     promote()
