@@ -264,6 +264,13 @@ def test_attention_sums_to_1_in_half_precision_too():
     torch.testing.assert_close(sums, torch.ones(8, 3), rtol=0, atol=1e-6)
 
 
+def test_features_are_compared_in_single_precision_in_half_precision_too():
+    learner = BOC().learner(network(0), [network(1), network(2)]).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, also = learner(pictures().batch(torch.arange(8)))
+    assert (also["adapted_PBD"] - also["teacher_BD"]).dtype == torch.float32
+
+
 def test_critics_and_networks_learn_apart():
     """Adversaries: the critics' loss moves no network, the networks' moves no critic."""
     learner = AFD().learner(network(0), [network(1)]).train()
