@@ -30,7 +30,7 @@ class AdaptedCohort(Cohort):
         """All logits, the pseudo-teacher's features and the others' adapted features."""
         logits_MBC, (student_BD, teacher_BD, *more) = self.answer_with_features(images)
         others = [student_BD, *more]
-        adapted = [f(features).float() for f, features in zip(self.adapters, others, strict=True)]
+        adapted = [f(features) for f, features in zip(self.adapters, others, strict=True)]
         also = {"teacher_BD": teacher_BD.detach(), "adapted_PBD": torch.stack(adapted)}
         return logits_MBC[0], {"logits_MBC": logits_MBC, **also}
 
