@@ -311,6 +311,65 @@ def test_a_difference_s_chance_is_that_of_the_paired_test():
     assert report.chance(0.5, 0.0, 3) == 0
 
 
+def test_the_table_says_of_each_row_what_its_seeds_show():
+    figures = {
+        "test_worst_class_accuracy": [0.5, 0.6, 0.7],
+        "test_nll": [1.0, 2.0, 3.0],
+        "test_ece": [0.01, 0.01, 0.01],
+        "test_agreement": [0.9, 0.8, 0.7],
+        "cpu_seconds": [100.0, 101.0, 102.0],
+    }
+    accuracies = {
+        "teacher": [0.8, 0.9, 0.7],
+        "baselines/worse": [0.60, 0.68, 0.80],
+        "baselines/base": [0.70, 0.72, 0.80],
+        "baselines/better": [0.75, 0.76, 0.83],
+    }
+    record = {
+        "seeds": 3,
+        "reference": "base",
+        "epochs": 4,
+        "samples_seen": dict.fromkeys(accuracies, 100) | {"baselines/worse": 150},
+        "rows": {name: figures | {"test_accuracy": each} for name, each in accuracies.items()},
+        "failed": {"baselines/lost": 2},
+        "resumed": {},
+    }
+    said = report.markdown(record)
+    lines = said.splitlines()
+    assert lines[0] == (
+        "3 seeds, 4 epochs for every cell (1.5 times that for worse); mean ± deviation."
+    )
+    others = "60.00 ± 10.00 | 2.000 ± 1.000 | 1.00 ± 0.00 | 80.00 ± 10.00 | 101.0 ± 1.0"
+    base = accuracies["baselines/base"]
+    p = {
+        name: ttest_rel(accuracies[f"baselines/{name}"], base).pvalue
+        for name in ("worse", "better")
+    }
+    assert p["better"] < p["worse"]
+    gaps = {"better": [5, 4, 3], "worse": [-10, -4, 0]}
+    ends = {
+        name: [statistics.mean(each) + sign * half(each) for sign in (-1, 1)]
+        for name, each in gaps.items()
+    }
+    assert lines[4:8] == [
+        f"| teacher | 80.00 ± 10.00 | {others} |  |  |  |",
+        f"| better | 78.00 ± 4.36 | {others} | "
+        f"+4.00 [{ends['better'][0]:+.2f}, {ends['better'][1]:+.2f}] | "
+        f"{2 * p['better']:.3f} | 3 of 3 |",
+        f"| base | 74.00 ± 5.29 | {others} |  |  |  |",
+        f"| worse | 69.33 ± 10.07 | {others} | "
+        f"-4.67 [{ends['worse'][0]:+.2f}, {ends['worse'][1]:+.2f}] | "
+        f"{p['worse']:.3f} | 0 of 3 |",
+    ]
+    assert "Diverged, and so without a row: lost in 2 seeds." in said
+    assert "Begun more than once" not in said
+
+
+def half(gaps):
+    """Half the width of Student's interval of 95 %."""
+    return float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+
+
 def test_a_table_goes_into_a_page_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- tiny -->\nold\n<!-- /tiny -->\nb\n")
