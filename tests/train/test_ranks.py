@@ -1,5 +1,6 @@
 """Several processes that share every batch, for real, under torchrun with gloo."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from kd.data import Augment
 from kd.train import ranks
@@ -84,6 +87,49 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_step(tmp_path)
 def test_a_lone_process_waits_for_nobody():
     assert [ranks.any_rank(flag) for flag in (True, False)] == [True, False]
     assert ranks.mean_over_ranks(torch.tensor(3.0)) == 3.0
+
+
+@pytest.fixture
+def one_rank():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4, 5)])
+def test_batch_norm_over_the_ranks_is_pytorchs_where_there_is_one(
+    one_rank, shape, settings, dtype
+):
+    torch.manual_seed(0)
+    kind = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
+    plain = nn.Sequential(kind(3, **settings))
+    if plain[0].affine:
+        nn.init.normal_(plain[0].weight)
+        nn.init.normal_(plain[0].bias)
+    ours = ranks.with_global_statistics(copy.deepcopy(plain))
+    assert isinstance(ours[0], ranks.GlobalBatchNorm)
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    for training in (True, True, False):
+        values = torch.randn(shape, dtype=dtype) + 2
+        leaves = [values.clone().requires_grad_() for _ in range(2)]
+        said = [
+            model.train(training)(leaf) for model, leaf in zip((plain, ours), leaves, strict=True)
+        ]
+        upwards = torch.randn(shape, dtype=dtype)
+        for each in said:
+            each.backward(upwards)
+        torch.testing.assert_close(said[1], said[0], **near)
+        torch.testing.assert_close(leaves[1].grad, leaves[0].grad, **near)
+    torch.testing.assert_close(dict(ours.state_dict()), dict(plain.state_dict()), **near)
+    for found, wanted in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, **near)
 
 
 def test_shares_are_equal_disjoint_and_hold_the_pairs_that_mixup_mixes():
