@@ -193,21 +193,26 @@ def test_the_hard_loss_is_the_mean_over_the_labelled_images_however_they_fall(me
 @pytest.mark.parametrize("method", [AnnealedKD(), ContinuationKD(), KD(alpha=0.0)])
 def test_where_labels_alone_teach_labelled_images_alone_are_shown(method):
     """As in the papers' second stages; a batch of all images would have few labels or none."""
-    images, settings = pictures(40, labelled=10, augment=Augment()), recipe(batch_size=8)
+    images = pictures(40, labelled=10, augment=Augment())
+    settings = recipe(batch_size=8, targets="online")
     lesson = Lesson(images, settings, 0, CLASSES, method, taught()["ensemble"], num_steps=20)
     known = images.batch(torch.arange(10), torch.zeros(10, dtype=torch.int64))
-    model, shown = network(0).eval(), []
+    model, shown, asked = network(0).eval(), [], []
     model.register_forward_pre_hook(lambda module, given: shown.append(given[0]))
+    for member in lesson.targets.asked:
+        member.register_forward_pre_hook(lambda module, given: asked.append(module))
 
     def unknown(images_B):
         return int((images_B[:, None] != known).flatten(start_dim=2).any(dim=2).all(dim=1).sum())
 
     losses = torch.stack([lesson.loss(model, step) for step in range(15, 20)])
     assert [unknown(images_B) for images_B in shown] == [0] * 5
+    assert asked == []
     expected = nn.functional.cross_entropy(model(known), images.labels_N[:10])
     torch.testing.assert_close(losses.mean(), expected)  # 40 images: each label four times
     lesson.loss(model, 0)
     assert (unknown(shown[-1]) > 0) is not method.labels_alone(0.0)
+    assert bool(asked) is not method.labels_alone(0.0)
 
 
 def test_a_follower_is_shown_labelled_images_alone_once_it_has_followed():
