@@ -247,7 +247,7 @@ def test_on_other_images_the_champion_is_tried_on_those_that_it_has_not_learned_
 def test_a_champion_is_shown_the_images_as_normalised_as_those_it_has_learned(place):
     mean, std = (0.1, 0.2, 0.3), (0.02, 0.5, 0.9)
     folder = Path("networks/champion")
-    champion, _ = toys.network(folder, 1, mean=mean, std=std)
+    champion, _ = toys.network(folder, 3, mean=mean, std=std)  # whose answers depend on both
     place.workspace.student(2)
     found = promotion.tried(SimpleNamespace(number="1"), lambda _: folder)
     pixels = torch.from_numpy(place.workspace.pixels[120:180]).double() / 255
