@@ -361,8 +361,8 @@ def test_the_table_says_of_each_row_what_its_seeds_show():
         f"-4.67 [{ends['worse'][0]:+.2f}, {ends['worse'][1]:+.2f}] | "
         f"{p['worse']:.3f} | 0 of 3 |",
     ]
-    assert "Diverged, and so without a row: lost in 2 seeds." in said
-    assert "Begun more than once" not in said
+    assert lines[-1] == f"{report.NOTED['failed']}: lost in 2 seeds."
+    assert report.NOTED["resumed"] not in said
 
 
 def half(gaps):
