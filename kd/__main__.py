@@ -168,9 +168,10 @@ def promote_student(url: str | None, replace: bool) -> None:
 
 def run_stage(stage: str, name: str) -> None:
     """Check the experiment, open the tracking run, and run the stage."""
-    from kd import artifacts, tracking, workspace
     from kd import params as experiment
+    from kd import tracking, workspace
     from kd.component import ConfigError
+    from kd.machine import write_run_record
 
     params = experiment.load()
     known = getattr(params, stage) if stage in FAMILIES else [""]
@@ -183,7 +184,7 @@ def run_stage(stage: str, name: str) -> None:
     spread(stage, name, devices_of(params, stage, name))
     tracked = params.tracking and launch.is_first()
     if tracked:
-        tracking.start()[0].close()  # the recorder imports MLflow while we import torch
+        tracking.start()[0].close()  # it imports MLflow meanwhile
 
     import torch
 
@@ -199,9 +200,9 @@ def run_stage(stage: str, name: str) -> None:
         enabled=tracked,
     ) as run:
         stages.STAGES[stage](params, name, run)
-        run.log_tags({"kd.artifacts": str(artifacts.folder(run_name))})
+        run.log_tags({"kd.artifacts": str(workspace.folder(run_name))})
         if launch.is_first():
-            artifacts.write_run_record(run_name, started, run.id, run.url)
+            write_run_record(run_name, started, run.id, run.url)
 
 
 def devices_of(params: "Params", stage: str, name: str) -> int:

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from kd import artifacts, launch, manifest, signals
+from kd.checkpoint import DiskCheckpoint
 from kd.component import ConfigError, own_sources, raised, require
 from kd.data import Images, key
 from kd.ensemble import Ensemble
 from kd.evaluate import agreement, predict, scores
+from kd.machine import machine, remembered
 from kd.manifest import Manifest, Origin
 from kd.methods import Labels, Learner, Learning, Members, Method, Mixing, Shown, label_probs
 from kd.models import Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe
+from kd.tables import DiskTables
 from kd.tracking import Run
 from kd.train import Epoch, Stopped, fit, ranks, steps_in_epoch
 from kd.train.device import prepare
@@ -98,7 +101,7 @@ def settled(role: Role, record: Mapping[str, Any], device: str) -> Recipe:
         "recipe": asdict(recipe),
         "steps": steps,
         "device": device,
-        **artifacts.machine(),
+        **machine(),
     }
 
     def ask() -> dict[str, Any]:
@@ -108,7 +111,7 @@ def settled(role: Role, record: Mapping[str, Any], device: str) -> Recipe:
         share = replace(recipe, batch_size=recipe.batch_size // recipe.devices, devices=1)
         return {"answer": fastest(model, images, share, num_classes=num_classes, num_steps=total)}
 
-    answer = artifacts.remembered("speed", question, ask)["answer"]
+    answer = remembered("speed", question, ask)["answer"]
     shown = ", ".join(f"{name} {value}" for name, value in answer.items())
     print(f"{role.run_name}: {shown}, as measured on this machine")
     return replace(recipe, **answer)
@@ -164,7 +167,7 @@ def taught(
     role: Role,
     described: Manifest,
     ensemble: Ensemble | None,
-    checkpoint: artifacts.DiskCheckpoint,
+    checkpoint: DiskCheckpoint,
     stop: Callable[[], bool],
     *,
     validate: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
@@ -205,15 +208,15 @@ def taught(
             on_epoch=tell,
             on_resume=on_resume,
             checkpoint=checkpoint,
-            tables=artifacts.DiskTables(),
+            tables=DiskTables(),
             stop=stop,
         )
     return trained.student if isinstance(trained, Learner) else trained, history
 
 
-def checkpoint_of(described: Manifest, generation: int) -> artifacts.DiskCheckpoint:
+def checkpoint_of(described: Manifest, generation: int) -> DiskCheckpoint:
     """The checkpoint of a generation in training."""
-    return artifacts.DiskCheckpoint(described.name, [asdict(described), generation])
+    return DiskCheckpoint(described.name, [asdict(described), generation])
 
 
 @contextmanager

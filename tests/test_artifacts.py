@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import torch
 
 from kd import artifacts
 from kd.__main__ import run
-from kd.artifacts import ArtifactError, DiskCheckpoint
+from kd.artifacts import ArtifactError
 from kd.component import ConfigError
 from kd.train import Epoch
 from kd.workspace import check_foreign
@@ -129,60 +128,6 @@ def test_another_models_weights_are_refused(workspace):
         artifacts.load_model(workspace / "a.safetensors", network(0))
 
 
-def test_a_checkpoint_comes_back_with_its_history():
-    checkpoint = DiskCheckpoint("teacher", {"seed": 1})
-    assert checkpoint.load() is None
-    checkpoint.save({"model/w": torch.ones(3)}, EPOCHS)
-    state, history = DiskCheckpoint("teacher", {"seed": 1}).load()
-    assert torch.equal(state["model/w"], torch.ones(3))
-    assert history == EPOCHS
-
-
-def test_a_checkpoint_of_other_inputs_is_not_taken():
-    DiskCheckpoint("student", {"teachers": ["a"]}).save({"w": torch.ones(1)}, EPOCHS)
-    assert DiskCheckpoint("student", {"teachers": ["b"]}).load() is None
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_checkpoint_is_no_checkpoint(damage):
-    checkpoint = DiskCheckpoint("teacher", {})
-    checkpoint.save({"w": torch.ones(64)}, EPOCHS)
-    data = bytearray(checkpoint.path.read_bytes())
-    if damage == "truncated":
-        data = data[:-10]
-    else:
-        data[-1] ^= 1
-    checkpoint.path.write_bytes(bytes(data))
-    assert DiskCheckpoint("teacher", {}).load() is None
-
-
-def test_another_trainings_checkpoint_under_this_ones_name_is_dropped(capsys):
-    mine, other = DiskCheckpoint("teacher", {"seed": 1}), DiskCheckpoint("teacher", {"seed": 2})
-    other.save({"w": torch.ones(8)}, EPOCHS)
-    other.path.rename(mine.path)
-    assert mine.load() is None
-    assert "another training's" in capsys.readouterr().out
-
-
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(monkeypatch):
-    checkpoint = DiskCheckpoint("teacher", {})
-    for value in (1.0, 2.0):
-        checkpoint.save({"w": torch.full((8,), value)}, EPOCHS)
-    data = checkpoint.path.read_bytes()
-    checkpoint.path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    resumed = DiskCheckpoint("teacher", {})
-    assert resumed.load()[0]["w"][0] == 1.0
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "write_tensors", full)
-        with pytest.raises(OSError, match="No space"):
-            resumed.save({"w": torch.full((8,), 3.0)}, EPOCHS)
-    assert DiskCheckpoint("teacher", {}).load()[0]["w"][0] == 1.0
-
-
 def test_a_folder_that_refuses_writes_is_told_in_one_line(workspace, monkeypatch, capsys):
     def forbidden(stage, name):
         raise PermissionError(errno.EACCES, "Permission denied", "artifacts/teacher")
@@ -201,36 +146,6 @@ def test_only_a_dead_process_half_written_file_is_swept_away(workspace):
     artifacts.write_json(workspace / "x.json", {})
     assert not left.exists()
     assert others.exists()
-
-
-def test_a_full_disk_is_an_error_of_the_table_that_it_stopped(monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space"):
-        artifacts.DiskTables().table({}, (2, 3, 4), lambda table: None)
-    assert [path.suffix for path in artifacts.TARGETS.iterdir()] == [".lock"]
-
-
-def test_a_checkpoints_history_is_under_its_checksum_too():
-    checkpoint = DiskCheckpoint("teacher", {})
-    checkpoint.save({"w": torch.ones(64)}, EPOCHS)
-    whole = checkpoint.path.read_bytes()
-    assert whole.count(b"0.25") == 1  # an epoch's accuracy
-    checkpoint.path.write_bytes(whole.replace(b"0.25", b"0.95"))
-    assert DiskCheckpoint("teacher", {}).load() is None
-
-
-def test_another_machines_checkpoint_is_gone_on_from_and_said_to_be_one(monkeypatch, capsys):
-    DiskCheckpoint("teacher", {}).save({"w": torch.ones(64)}, EPOCHS)
-    assert DiskCheckpoint("teacher", {}).load() is not None
-    assert "warning" not in capsys.readouterr().out
-    here = artifacts.machine()
-    monkeypatch.setattr(artifacts, "machine", lambda: {**here, "cpu_capability": "VAX"})
-    assert DiskCheckpoint("teacher", {}).load() is not None
-    said = capsys.readouterr().out
-    assert f"another machine (cpu_capability {here['cpu_capability']}, here VAX)" in said
 
 
 def test_a_foreign_folder_is_named_and_left_alone():
@@ -254,11 +169,3 @@ def test_curves_hold_the_validated_epochs_only(workspace):
 
 def test_the_digest_of_plain_data_ignores_the_order_of_keys():
     assert artifacts.digest({"a": 1, "b": 2}) == artifacts.digest({"b": 2, "a": 1})
-
-
-def test_the_run_record_says_when_where_and_by_what():
-    artifacts.write_run_record("assistants/small", 0.0, "abc", None)
-    record = json.loads((artifacts.ROOT / "runs/assistants/small.json").read_text())
-    assert record["run_id"] == "abc"
-    assert record["started"] == "1970-01-01T00:00:00+00:00"
-    assert record["torch"] == torch.__version__

@@ -23,6 +23,7 @@ from kd.component import ConfigError, Refused
 from kd.data import Images
 from kd.evaluate import predict
 from kd.methods import KD
+from kd.tables import DiskTables
 from kd.train import NonFiniteLoss
 from kd.weightings.objectives import mixed_log_probs, sample_scores
 from tests.data.toys import make_pictures
@@ -292,7 +293,7 @@ def test_making_tables_counts_for_nobody(tmp_path, monkeypatch):
         table.zero_()
 
     before = work.cpu_seconds()
-    artifacts.DiskTables().table({"member": 1}, (1, 1, 1), fill)
+    DiskTables().table({"member": 1}, (1, 1, 1), fill)
     assert work.cpu_seconds() - before < 0.3
 
 

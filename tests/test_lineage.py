@@ -10,6 +10,7 @@ import pytest
 from kd import artifacts, lineage
 from kd.__main__ import run
 from kd.exporters import Onnx
+from kd.machine import write_run_record
 from kd.manifest import Origin
 from tests.bundle.toys import DATA, bundled, network
 
@@ -44,7 +45,7 @@ def workspace(made, tmp_path, monkeypatch):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
-    artifacts.write_run_record("exports/onnx", 0.0, None, None)
+    write_run_record("exports/onnx", 0.0, None, None)
     return tmp_path
 
 
@@ -120,7 +121,7 @@ def test_a_changed_file_is_not_taken_for_the_one_that_was_recorded(workspace, ca
 
 
 def test_the_run_in_mlflow_is_named(workspace):
-    artifacts.write_run_record("exports/onnx", 0.0, "id", "http://there/#/runs/id")
+    write_run_record("exports/onnx", 0.0, "id", "http://there/#/runs/id")
     assert "\n  http://there/#/runs/id\n" in lineage.tell(artifacts.Path("artifacts/exports/onnx"))
 
 

@@ -19,6 +19,7 @@ from kd.compare.plan import Comparison, Unit
 from kd.component import ConfigError, Refused, raised
 from kd.data import CustomDataset, Digits
 from kd.params import Params, of_stage
+from kd.tables import DiskTables
 from kd.train import NonFiniteLoss
 
 
@@ -81,7 +82,7 @@ def note_begun(comparison: Comparison, unit: Unit) -> bool:
 
 def cpu_seconds() -> float:
     """CPU seconds of this process, without those spent on tables that are shared by units."""
-    return time.process_time() - artifacts.DiskTables.cpu_seconds
+    return time.process_time() - DiskTables.cpu_seconds
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ pytestmark = [FOREIGN_WARNINGS, pytest.mark.slow]
 
 TRACKED = """
 import sys, time
-from kd import artifacts, tracking
+from kd import tracking
+from kd.machine import write_run_record
 name, epochs = sys.argv[1], int(sys.argv[2])
 began = time.time()
 with tracking.run(name, params={}, tags={}) as run:
@@ -31,7 +32,7 @@ with tracking.run(name, params={}, tags={}) as run:
         open("at_" + name, "w").write(str(epoch))
         time.sleep(1)
     run.log_final({"val_accuracy": 0.5})
-    artifacts.write_run_record(name, began, run.id, run.url)
+    write_run_record(name, began, run.id, run.url)
 print("seconds", round(time.time() - began), "lost", run.error)
 """
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from flows import garbage
-from kd import artifacts, tracking
+from kd import tracking
 from kd.component import ConfigError
+from kd.tables import TARGETS, DiskTables
 from kd.tracking import recorder
 from tests.flows.test_upstream import commit
 from tests.flows.toys import Toy
@@ -82,11 +83,11 @@ def test_a_table_that_is_read_stays_where_reading_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    artifacts.DiskTables().table({}, (2, 3, 4), lambda table: None)
-    files = [path for path in artifacts.TARGETS.iterdir() if path.suffix != ".lock"]
+    DiskTables().table({}, (2, 3, 4), lambda table: None)
+    files = [path for path in TARGETS.iterdir() if path.suffix != ".lock"]
     for path in files:
         os.utime(path, (time.time() - 10 * 86400,) * 2)
-    artifacts.DiskTables().table({}, (2, 3, 4), lambda table: pytest.fail("made again"))
+    DiskTables().table({}, (2, 3, 4), lambda table: pytest.fail("made again"))
     for path in files:  # as with the mount option noatime
         os.utime(path, (0, path.stat().st_mtime))
     assert len(files) == 2

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kd import artifacts
 from kd.component import ConfigError, Refused
+from kd.machine import remembered
 from kd.train import fit, speed
 from kd.train.loop import Training
 from tests.learners import CLASSES, network, pictures, recipe
@@ -122,6 +122,6 @@ def test_a_machine_is_asked_once(tmp_path, monkeypatch):
         return {"precision": next(answers)}
 
     for _ in range(2):
-        found = artifacts.remembered("speed", {"batch_size": 8}, ask)
+        found = remembered("speed", {"batch_size": 8}, ask)
         assert found["precision"] == "bf16"
-    assert artifacts.remembered("speed", {"batch_size": 9}, ask)["precision"] == "fp32"
+    assert remembered("speed", {"batch_size": 9}, ask)["precision"] == "fp32"
