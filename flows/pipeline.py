@@ -77,7 +77,7 @@ def main() -> int:
         complaints.print(f"error: {said}", markup=False)
         return 1
     except KeyboardInterrupt:
-        complaints.print("stopped; finished stages are kept, and the next run goes on from there")
+        complaints.print("stopped; finished stages are kept, and the next run continues from them")
         return INTERRUPTED
 
 
@@ -198,7 +198,7 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
         except HTTPError as error:
             raise server.NoServerError(
                 f"Prefect's server at {os.environ['PREFECT_API_URL']} went away ({error}): "
-                "finished stages are kept, and the next run goes on from there"
+                "finished stages are kept, and the next run continues from them"
             ) from error
     console.print()
     if len(plan.reasons) > 1:

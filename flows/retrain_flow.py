@@ -59,8 +59,8 @@ def retrain(root: str = ".", follow: bool = True, publish: str | None = None) ->
 
     Raises:
         flows.upstream.UpdateFailedError: new code or data could not be fetched.
-        flows.flow.PipelineFailedError: a stage or the promotion failed; the next run goes on
-            from there.
+        flows.flow.PipelineFailedError: a stage or the promotion failed; the next run
+            continues from the finished stages.
         flows.locks.WorkspaceBusyError: another flow is using the folder.
     """
     folder, stop = Path(root).resolve(), threading.Event()

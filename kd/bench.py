@@ -28,7 +28,7 @@ RUNTIMES = {
     ".tflite": "ai_edge_litert.interpreter",
 }
 """Imported before memory is measured: the runtime in a phone's app has another size anyway."""
-ELSEWHERE = {".mlpackage": "runs on Apple's devices alone: measure it there, with Xcode"}
+ELSEWHERE = {".mlpackage": "runs only on Apple devices: measure it there, with Xcode"}
 """Formats whose runtime is on no machine that runs this code."""
 RECORDED: dict[str, Any] = {"batches": (1, 8), "threads": (1,), "seconds": 0.25}
 """Settings for a bundle's benchmark.json; the stage that writes it has one thread."""

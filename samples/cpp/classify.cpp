@@ -164,7 +164,7 @@ int main(int argc, char** argv) try {
     const auto output = result->at(0).toTensor();
     std::vector<float> scores(
         output.const_data_ptr<float>(), output.const_data_ptr<float>() + output.numel());
-    if (labels.size() != scores.size()) throw std::runtime_error("labels.txt is another file's");
+    if (labels.size() != scores.size()) throw std::runtime_error("labels.txt belongs to another file");
     if (!inside) softmax(scores);
     const size_t best = std::max_element(scores.begin(), scores.end()) - scores.begin();
     std::cout << labels.at(best) << '\t' << scores[best] << '\n';

@@ -137,7 +137,7 @@ def test_a_flow_told_to_end_leaves_no_training_and_starts_none(
     assert process.returncode == 130
     assert not lives(pid)
     assert "Traceback" not in said
-    assert "the next run goes on from there" in said
+    assert "the next run continues from them" in said
 
 
 def test_a_flow_killed_by_force_leaves_no_training_and_the_next_one_runs(

@@ -25,7 +25,7 @@ abstract class Classifier(private val bundle: ModelBundle) : Closeable {
             "a picture has ${bundle.side} x ${bundle.side} pixels of ${bundle.channels} bytes"
         }
         val scores = scores(pixels)
-        check(scores.size == bundle.labels.size) { "labels.txt is another file's" }
+        check(scores.size == bundle.labels.size) { "labels.txt belongs to another file" }
         val probabilities = if (bundle.insideTheGraph) scores else softmax(scores)
         val best = probabilities.indices.maxBy { probabilities[it] }
         return Guess(bundle.labels[best], probabilities[best])
