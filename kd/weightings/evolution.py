@@ -9,8 +9,8 @@ population *is* the weight vectors, clipped at 0 and renormalised after every mu
 
 Sources: Storn & Price 1997 (rand/1, best/1, binomial crossover); Zhang & Sanderson 2009 (JADE:
 current-to-pbest/1, archive of defeated parents); Tanabe & Fukunaga 2013 (SHADE: memory of
-successful F and CR; it draws p for every candidate from [2 / P, 0.2] and starts with CR 0.5; here
-p is fixed, as in JADE, and CR starts at 0.9); Deb 2000 (feasible before infeasible).
+successful F and CR); Deb 2000 (feasible before infeasible).  docs/weightings.md lists where this
+departs from them.
 
 Shapes: P population, D dimensions.
 """
@@ -103,6 +103,23 @@ class Offspring:
     CR_P: np.ndarray
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """Candidates of one generation, in distinct slots, with their values."""
+
+    slots: np.ndarray
+    """The slot that each candidate challenges."""
+    rows_PD: np.ndarray
+    values_P: np.ndarray
+    """Smaller is better."""
+    violations_P: np.ndarray
+    """By how much each violates its constraints, 0 when feasible."""
+    F_P: np.ndarray
+    """The mutation scale of each; NaN if it was not bred."""
+    CR_P: np.ndarray
+    """Its crossover rate."""
+
+
 @dataclass
 class Evolution:
     """A population, and its strategy's memory.
@@ -154,45 +171,41 @@ class Evolution:
         rows_PD = self._repaired(np.where(crossed_PD, donors_PD, self.rows_PD), donors_PD)
         return self._without_duplicates(rng, Offspring(generation, rows_PD, F_P, CR_P))
 
-    def absorb(
-        self,
-        slots: np.ndarray,
-        rows_PD: np.ndarray,
-        values_P: np.ndarray,
-        violations_P: np.ndarray,
-        F_P: np.ndarray,
-        CR_P: np.ndarray,
-        generation: int,
-    ) -> None:
-        """Let candidates of one generation, in distinct slots, challenge the occupants.
+    def absorb(self, *groups: Evaluated, generation: int) -> None:
+        """Let candidates challenge the occupants of their slots, one group after another.
+
+        The memory learns once from all groups: results that arrive late, when several processes
+        search together, must not overwrite it one by one.
 
         Args:
-            slots: the slot that each candidate challenges.
-            rows_PD: the candidates.
-            values_P: their values, smaller is better.
-            violations_P: by how much each violates its constraints, 0 when feasible.
-            F_P: the mutation scale of each; NaN if it was not bred.
-            CR_P: its crossover rate.
+            groups: the candidates of a generation each.
             generation: keys the random choice of what leaves a full archive.
         """
-        self.seen.update(self._keys(rows_PD))
+        won = [self._challenged(group, generation) for group in groups]
+        learned = [np.concatenate(each) for each in zip(*won, strict=True)]
+        if self.rules.strategy in ADAPTIVE and learned and learned[0].size:
+            self._learn(*learned)
+
+    def _challenged(self, group: Evaluated, generation: int) -> tuple[np.ndarray, ...]:
+        """Replace the beaten occupants; returns what `_learn` takes, of those that beat them."""
+        slots, values_P, violations_P = group.slots, group.values_P, group.violations_P
+        self.seen.update(self._keys(group.rows_PD))
         before_P, was_P = self.values_P[slots], self.violations_P[slots]
         # Ties are accepted: on the plateaus of accuracy the population must be able to drift.
         nearer_P = violations_P < was_P
         wins_P = nearer_P | ((violations_P == was_P) & (values_P <= before_P))
         improves_P = wins_P & (nearer_P | (values_P < before_P))
         defeated_P = improves_P & np.isfinite(was_P)
-        with np.errstate(invalid="ignore"):  # inf - inf, for candidates without improvement
+        # inf - inf, for candidates without improvement; or a gain beyond the largest float.
+        with np.errstate(invalid="ignore", over="ignore"):
             gains_P = np.where(nearer_P, was_P - violations_P, before_P - values_P)
         self._archive(self.rows_PD[slots[defeated_P]], generation)
         winners = slots[wins_P]
-        self.rows_PD[winners] = rows_PD[wins_P]
+        self.rows_PD[winners] = group.rows_PD[wins_P]
         self.values_P[winners] = values_P[wins_P]
         self.violations_P[winners] = violations_P[wins_P]
-        credited_P = defeated_P & ~np.isnan(F_P)
-        if self.rules.strategy in ADAPTIVE and credited_P.any():
-            learned = (F_P, CR_P, gains_P, nearer_P)
-            self._learn(*(each_P[credited_P] for each_P in learned))
+        credited_P = defeated_P & ~np.isnan(group.F_P)
+        return tuple(each[credited_P] for each in (group.F_P, group.CR_P, gains_P, nearer_P))
 
     def copied(self) -> "Evolution":
         """An independent copy."""
@@ -329,12 +342,13 @@ class Evolution:
             self.memory_F += JADE_RATE * (_lehmer(F_S, np.ones_like(F_S)) - self.memory_F)
             return
         # Tanabe & Fukunaga 2013, eqs. 7 to 9; the Lehmer mean for CR too, as in their L-SHADE.
-        finite = np.isfinite(gains_S)
-        gains_S = np.where(finite, gains_S, 1.0) if not finite.all() else gains_S
         if nearer_S.any() and not nearer_S.all():
             # The paper has only values; the scale of constraints must not outweigh theirs.
             for kind_S in (nearer_S, ~nearer_S):
+                gains_S[kind_S] = _summable(gains_S[kind_S])
                 gains_S[kind_S] /= gains_S[kind_S].mean()
+        else:
+            gains_S = _summable(gains_S)
         self.memory_F[self.next_memory] = _lehmer(F_S, gains_S)
         self.memory_CR[self.next_memory] = _lehmer(CR_S, gains_S)
         self.next_memory = (self.next_memory + 1) % len(self.memory_F)
@@ -381,15 +395,8 @@ def minimise(
         tried.append(drawn.rows_PD)
         values.append(told_P)
         usable = ~np.isnan(told_P)
-        evolution.absorb(
-            slots[usable],
-            drawn.rows_PD[usable],
-            told_P[usable],
-            feasible[usable],
-            drawn.F_P[usable],
-            drawn.CR_P[usable],
-            generation + 1,
-        )
+        whole = (slots, drawn.rows_PD, told_P, feasible, drawn.F_P, drawn.CR_P)
+        evolution.absorb(Evaluated(*(each[usable] for each in whole)), generation=generation + 1)
         if has_converged(evolution.values_P, evolution.violations_P, relative, absolute):
             break
     return np.concatenate(tried), np.concatenate(values)
@@ -416,6 +423,17 @@ def _recategorised(
     anew = differs_PD & (rng.random(base_PD.shape) < chance_P1)
     drawn = np.where(to_attractor, attractor_PD, base_PD)
     return np.where(anew, rng.random(base_PD.shape), drawn)
+
+
+def _summable(gains_S: np.ndarray) -> np.ndarray:
+    """Gains scaled by a power of two, which is exact, so that no sum of them overflows.
+
+    An infinite one, over an occupant of infinite value, counts as much as the largest other.
+    """
+    finite = np.isfinite(gains_S)
+    largest = gains_S[finite].max(initial=0.0) or 1.0
+    scaled_S: np.ndarray = np.ldexp(np.where(finite, gains_S, largest), -np.frexp(largest)[1])
+    return scaled_S
 
 
 def _lehmer(values_S: np.ndarray, shares_S: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import get_args
@@ -311,6 +312,54 @@ def test_enqueued_weights_off_the_simplex_lend_their_value_to_no_other_point():
     np.testing.assert_allclose(values, batch(rows), atol=1e-6)
 
 
+@pytest.mark.parametrize("off", [{"n": 3, "x": 0.5}, {"n": 5, "x": 0.55}])
+@pytest.mark.filterwarnings("ignore:Fixed parameter")
+def test_enqueued_values_off_the_grid_lend_their_value_to_no_other_point(off):
+    space = {"n": IntDistribution(0, 10, step=5), "x": FloatDistribution(0, 1, step=0.1)}
+    study = new_study(simplex=None, search_space=space)
+    study.enqueue_trial(off)
+    study.optimize(PrefetchObjective(lambda rows: 1 + rows.sum(axis=1)), n_trials=1)
+    study.sampler = DESampler(space, seed=3, population_size=10)
+    study.optimize(PrefetchObjective(lambda rows: 100 + rows.sum(axis=1)), n_trials=19)
+    assert study.trials[0].params == off
+    assert study.sampler.population(study)[1].min() >= 100
+
+
+def test_parameters_with_one_value_are_columns_like_others():
+    space = {
+        "x": FloatDistribution(0, 1),
+        "only": CategoricalDistribution(["this"]),
+        "k": IntDistribution(3, 3),
+        "y": FloatDistribution(0, 1),
+    }
+    expected = {"only": "this", "k": 3}
+
+    def objective(rows_PA):
+        assert rows_PA.shape[1] == 4
+        assert (rows_PA[:, 1] == 0).all()
+        assert (rows_PA[:, 2] == 3).all()
+        return (rows_PA[:, 0] - 0.3) ** 2 + (rows_PA[:, 3] - 0.7) ** 2
+
+    prefetched = new_study(simplex=None, search_space=space)
+    prefetched.optimize(PrefetchObjective(objective), n_trials=60)
+    added = new_study(simplex=None, search_space=space)
+    optimize_population(added, objective, 6)
+    assert params(added) == params(prefetched)
+    assert all(trial.params.items() >= expected.items() for trial in prefetched.trials)
+    without = {name: space[name] for name in ("x", "y")}
+    bare = new_study(simplex=None, search_space=without)
+    optimize_population(bare, lambda rows: objective(np.insert(rows, 1, [[0], [3]], axis=1)), 6)
+    assert params(bare) == [{n: t[n] for n in without} for t in params(added)]
+    assert len(prefetched.sampler.population(prefetched)[0][0]) == 4
+
+
+def test_a_parameter_with_one_value_need_not_be_asked_for():
+    space = {"x": FloatDistribution(0, 1), "k": IntDistribution(3, 3)}
+    study = new_study(simplex=None, search_space=space)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=30)
+    assert np.isfinite(study.sampler.population(study)[1]).all()
+
+
 def test_partly_enqueued_trials_take_the_rest_from_their_row():
     plain, enqueued = new_study(), new_study()
     enqueued.enqueue_trial({"w1": 0.25})
@@ -357,6 +406,18 @@ def test_an_independent_sampler_can_be_given():
     study = new_study(simplex=None, independent_sampler=Half())
     study.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=3)
     assert params(study) == [{"x": 0.5}] * 3
+
+
+def test_reseeding_reaches_the_independent_sampler():
+    sampler = new_study(independent_sampler=optuna.samplers.RandomSampler(seed=1)).sampler
+    twins = [pickle.loads(pickle.dumps(sampler)) for _ in range(2)]
+    drawn = []
+    for twin in twins:
+        twin.reseed_rng()
+        study = optuna.create_study(sampler=twin)
+        study.optimize(lambda trial: trial.suggest_float("other", 0, 1), n_trials=1)
+        drawn.append(study.trials[0].params["other"])
+    assert drawn[0] != drawn[1]
 
 
 def test_without_a_seed_the_study_keeps_the_one_that_was_drawn():
@@ -609,6 +670,47 @@ def test_scales_may_come_in_any_sequence():
     for study in (listed, paired):
         study.optimize(single, n_trials=30)
     assert params(listed) == params(paired)
+
+
+@pytest.mark.parametrize("wrong", [None, np.zeros(11), np.zeros(9), np.zeros((10, 1)), 0.0])
+@pytest.mark.parametrize(
+    "drive",
+    [
+        lambda study, objective: optimize_population(study, objective, 1, "trials"),
+        lambda study, objective: optimize_population(study, objective, 1, "add_trials"),
+        lambda study, objective: study.optimize(PrefetchObjective(objective), n_trials=10),
+    ],
+)
+def test_a_batch_objective_must_return_a_value_per_row(wrong, drive):
+    study = new_study()
+    with pytest.raises(ValueError, match=r"of shape .* for 10 rows; it must return \(10,\)"):
+        drive(study, lambda rows: wrong)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_trials_whose_evaluation_is_interrupted_have_failed(error):
+    def interrupted(rows):
+        raise error
+
+    study = new_study()
+    optimize_population(study, batch, 1, "trials")
+    with pytest.raises(error):
+        optimize_population(study, interrupted, 1, "trials")
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.COMPLETE] * 10 + [TrialState.FAIL] * 10
+
+
+def test_threads_evaluate_each_generation_once():
+    rows = []
+
+    def counting(rows_PD):
+        rows.append(len(rows_PD))
+        time.sleep(0.01)
+        return batch(rows_PD)
+
+    study = new_study()
+    study.optimize(PrefetchObjective(counting), n_trials=200, n_jobs=8)
+    assert rows.count(10) <= 21  # one more, if a generation was drawn anew
 
 
 def test_helpers_say_what_they_need():

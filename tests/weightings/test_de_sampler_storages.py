@@ -308,6 +308,54 @@ def test_a_second_writer_is_refused_and_the_file_is_free_again_afterwards(folder
     GenerationJournalBackend(path).close()
 
 
+def test_a_closed_journal_writes_into_no_file_that_was_opened_since(folder):
+    backend = GenerationJournalBackend(folder / "study", 10)
+    with backend:
+        study = optuna.create_study(
+            storage=JournalStorage(backend), sampler=DESampler(simplex=SIMPLEX, population_size=10)
+        )
+        optimize_population(study, batch, 1)
+    content = (folder / "study").read_bytes()
+    with (folder / "other").open("w"):  # has the descriptor's number now
+        for trials in (1, 10):
+            with pytest.raises(ValueError, match="the journal is closed"):
+                study.optimize(single, n_trials=trials)
+        with pytest.raises(ValueError, match="the journal is closed"):
+            backend.commit()
+    backend.close()
+    assert (folder / "other").read_bytes() == b""
+    assert (folder / "study").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"precious text without newline", b"\n", b"[]\n{}\n"])
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(content, folder):
+    path = folder / "notes.txt"
+    path.write_bytes(content)
+    for _ in range(2):  # the first refusal has given the file free
+        with pytest.raises(ValueError, match=r"notes\.txt is not an Optuna journal"):
+            GenerationJournalBackend(path)
+    assert path.read_bytes() == content
+
+
+def test_a_first_line_cut_short_is_begun_again(folder):
+    path = folder / "study"
+    path.write_bytes(b'{"op_co')
+    GenerationJournalBackend(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_closed_journal_is_free_though_a_process_that_was_forked_meanwhile_lives(folder):
+    backend = GenerationJournalBackend(folder / "study")
+    forked = os.fork()
+    if not forked:
+        time.sleep(60)
+        os._exit(0)
+    backend.close()
+    GenerationJournalBackend(folder / "study").close()
+    os.kill(forked, signal.SIGKILL)
+    os.waitpid(forked, 0)
+
+
 def test_a_forgotten_journal_writes_its_last_trials_when_the_program_ends(folder):
     path = folder / "study"
     worker = start_worker("group", path, 17)

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from kd.weightings.evolution import (
     Bounds,
+    Evaluated,
     Evolution,
+    Offspring,
     Rules,
     Strategy,
     has_converged,
@@ -28,9 +30,12 @@ def evolution(simplex: int, cube: int = 0, size: int = 10, **rules) -> Evolution
 
 def told(search: Evolution, drawn, values, violations=NONE) -> None:
     values = np.asarray(values)
-    search.absorb(
-        SLOTS, drawn.rows_PD, values, violations, drawn.F_P, drawn.CR_P, drawn.number + 1
-    )
+    search.absorb(evaluated(drawn, values, violations), generation=drawn.number + 1)
+
+
+def evaluated(drawn, values, violations=NONE, slots=SLOTS) -> Evaluated:
+    whole = (drawn.rows_PD, np.asarray(values), violations, drawn.F_P, drawn.CR_P)
+    return Evaluated(slots, *(each[slots] for each in whole))
 
 
 @settings(max_examples=60, deadline=None)
@@ -196,6 +201,42 @@ def test_shade_remembers_the_lehmer_means_of_what_won():
     assert search.memory_CR[0] == pytest.approx((share * CR**2).sum() / (share * CR).sum())
     assert search.next_memory == 1
     np.testing.assert_array_equal(search.memory_F[1:], 0.5)
+
+
+def with_parents(values) -> tuple[Evolution, Offspring]:
+    """A population with these values, and its next generation."""
+    search = evolution(3, strategy="shade")
+    told(search, search.propose(0), values)
+    return search, search.propose(1)
+
+
+def test_late_results_of_a_generation_do_not_overwrite_what_the_others_taught():
+    whole, drawn = with_parents(np.full(10, 5.0))
+    whole.absorb(evaluated(drawn, np.arange(10) / 10), generation=2)
+    parted, _ = with_parents(np.full(10, 5.0))
+    groups = (evaluated(drawn, np.arange(10) / 10, slots=part) for part in (SLOTS[:9], SLOTS[9:]))
+    parted.absorb(*groups, generation=2)
+    np.testing.assert_array_equal(parted.memory_F, whole.memory_F)
+    np.testing.assert_array_equal(parted.memory_CR, whole.memory_CR)
+    assert parted.next_memory == whole.next_memory == 1
+
+
+@pytest.mark.parametrize("penalty", [np.finfo(float).max, np.inf])
+def test_penalties_of_any_size_leave_the_memory_finite(penalty):
+    search, drawn = with_parents(np.full(10, penalty))
+    told(search, drawn, [-np.finfo(float).max, *np.arange(9)])
+    assert np.isfinite(search.memory_F).all()
+    assert np.isfinite(search.memory_CR).all()
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_unit_of_values_does_not_matter_where_a_parent_had_an_infinite_one(unit):
+    memories = []
+    for scale in (1.0, unit):
+        search, drawn = with_parents(np.array([np.inf, *np.full(9, 5.0)]) * scale)
+        told(search, drawn, np.arange(10) / 10 * scale)
+        memories.append(search.memory_F[0])
+    assert memories[1] == pytest.approx(memories[0], rel=1e-12)
 
 
 def test_jade_follows_the_means_of_what_won():

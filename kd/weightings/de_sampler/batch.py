@@ -1,10 +1,11 @@
 """Whole generations evaluated at once, and the end of a search that has converged.
 
-Shapes: P population, D dimensions of the search space.
+Shapes: P population, A parameters.
 """
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,11 +13,12 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from kd.weightings.de_sampler.replay import Generation
+from kd.weightings.de_sampler.replay import REMEMBERED, Generation
 from kd.weightings.de_sampler.sampler import DESampler
 
 BatchObjective = Callable[[np.ndarray], np.ndarray]
-"""Rows (P, D) of parameter values -> P objective values; a category is its index."""
+"""Rows (P, A) of parameter values, one column per parameter of the search space, a category as
+its index -> values (P,)."""
 
 
 class PrefetchObjective:
@@ -25,19 +27,26 @@ class PrefetchObjective:
         study.optimize(PrefetchObjective(batch_objective), n_trials=2000)
 
     Later trials of the generation look up their value.  A trial whose parameters differ from its
-    row (it was enqueued) is evaluated on its own.
+    row (it was enqueued) is evaluated on its own.  Threads share the values; processes do not:
+    each evaluates every generation that it has a trial of.
 
     Args:
-        batch_objective: rows (P, D) of parameter values, a category as its index -> P values.
+        batch_objective: rows (P, A) of parameter values, in the order of the search space, a
+            category as its index -> values (P,).
     """
 
     def __init__(self, batch_objective: BatchObjective) -> None:
         self._batch_objective = batch_objective
-        self._evaluated: tuple[Generation, list[float]] | None = None
+        # Threads may be on both sides of a generation's end.
+        self._evaluated: deque[tuple[Generation, list[float]]] = deque(maxlen=REMEMBERED)
         self._lock = threading.Lock()
 
     def __call__(self, trial: Trial) -> float:
-        """The trial's value; NaN, which fails the trial, if the objective returns NaN."""
+        """The trial's value; NaN, which fails the trial, if the objective returns NaN.
+
+        Raises:
+            ValueError: the objective does not return one value per row.
+        """
         sampler = _de_sampler(trial.study)
         generation = sampler._generation_of(trial.study, trial.number)
         # A trial that is several generations old has no row, but it has parameters.
@@ -50,18 +59,20 @@ class PrefetchObjective:
         indices = [
             float(d.to_internal_repr(value)) for d, value in zip(space.values(), row, strict=True)
         ]
-        return float(self._batch_objective(np.array([indices]))[0])
+        return _values_of(self._batch_objective, np.array([indices]))[0]
 
     def _values(self, generation: Generation) -> list[float]:
         with self._lock:
-            if self._evaluated is None or self._evaluated[0] is not generation:
-                values = np.asarray(self._batch_objective(generation.params), dtype=float)
-                self._evaluated = generation, values.tolist()
-            return self._evaluated[1]
+            for known, values in self._evaluated:
+                if known is generation:
+                    return values
+            values = _values_of(self._batch_objective, generation.params)
+            self._evaluated.append((generation, values))
+            return values
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the lock and the evaluated generation."""
-        return {**self.__dict__, "_lock": None, "_evaluated": None}
+        """Everything but the lock and the evaluated generations."""
+        return {**self.__dict__, "_lock": None, "_evaluated": deque(maxlen=REMEMBERED)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a new lock."""
@@ -105,18 +116,24 @@ def _ask_and_tell(
         [float(d.to_internal_repr(params[name])) for name, d in space.items()]
         for params in (trial.params for trial in trials)
     ]
-    for trial, value in zip(trials, batch_objective(np.array(rows)), strict=True):
+    try:
+        values = _values_of(batch_objective, np.array(rows))
+    except BaseException:  # they would run for ever
+        for trial in trials:
+            study.tell(trial, state=TrialState.FAIL)
+        raise
+    for trial, value in zip(trials, values, strict=True):
         if math.isnan(value):
             study.tell(trial, state=TrialState.FAIL)
         else:
-            study.tell(trial, float(value))
+            study.tell(trial, value)
 
 
 def _add_trials(study: optuna.Study, batch_objective: BatchObjective, sampler: DESampler) -> None:
     upcoming = study._storage.get_n_trials(study._study_id)
     generation = sampler.generation_of(study, upcoming)
     space, first = generation.distributions, upcoming - generation.first_trial
-    values = batch_objective(generation.params[first:])
+    values = _values_of(batch_objective, generation.params[first:])
     for row, value in zip(generation.rows[first:], values, strict=True):
         failed = math.isnan(value)
         study.add_trial(
@@ -124,9 +141,25 @@ def _add_trials(study: optuna.Study, batch_objective: BatchObjective, sampler: D
                 params=dict(zip(space, row, strict=True)),
                 distributions=space,
                 state=TrialState.FAIL if failed else TrialState.COMPLETE,
-                value=None if failed else float(value),
+                value=None if failed else value,
             )
         )
+
+
+def _values_of(batch_objective: BatchObjective, rows_PA: np.ndarray) -> list[float]:
+    """The rows' values.
+
+    Raises:
+        ValueError: the objective does not return one value per row.
+    """
+    values = np.asarray(batch_objective(rows_PA), dtype=float)
+    if values.shape != (len(rows_PA),):
+        raise ValueError(
+            f"the batch objective returned values of shape {values.shape} for {len(rows_PA)} "
+            f"rows; it must return ({len(rows_PA)},)"
+        )
+    found: list[float] = values.tolist()
+    return found
 
 
 def _de_sampler(study: optuna.Study) -> DESampler:

@@ -1,5 +1,6 @@
 """An Optuna journal file for fast objectives: one write per generation."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -14,6 +15,9 @@ from optuna.trial import TrialState
 ATTRIBUTES = frozenset({"user_attr", "system_attr", "user_attrs", "system_attrs"})
 """Keys of journal lines that hold objects from users."""
 
+START = b'{"op_code":'
+"""How every journal line starts."""
+
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -21,10 +25,13 @@ class GenerationJournalBackend(BaseJournalBackend):
     """A journal file written once per generation instead of once per operation.
 
     The file is a plain Optuna journal: `JournalFileBackend` and optuna-dashboard can read it.
-    Trials that a killed process had not written are lost; resuming evaluates them again,
-    bit-identically.  fsync runs while the next generation is computed, so a power failure may
-    cost two generations.  Only one process may write at a time; a second one is refused.  An
-    unfinished trial at the end of the file is dropped when the file is opened again.
+    Trials that a killed process had not written are lost; resuming evaluates them again, in one
+    thread bit-identically.  fsync runs while the next generation is computed, so a power failure
+    may cost two generations.  An unfinished trial at the end of the file is dropped when the file
+    is opened again.
+
+    Only one process may write at a time.  A second `GenerationJournalBackend` is refused where
+    the system has flock; Optuna's own backend takes no notice of that lock: let it only read.
 
         with GenerationJournalBackend("study.log") as backend:
             study = optuna.create_study(storage=optuna.storages.JournalStorage(backend), ...)
@@ -35,6 +42,7 @@ class GenerationJournalBackend(BaseJournalBackend):
 
     Raises:
         RuntimeError: another process has locked the file.
+        ValueError: the file is not an Optuna journal; it is left as it is.
     """
 
     def __init__(self, path: str | os.PathLike[str], trials_per_commit: int = 20) -> None:
@@ -43,10 +51,10 @@ class GenerationJournalBackend(BaseJournalBackend):
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             _lock_or_refuse(descriptor, path)
-        except RuntimeError:
+            _cut_open_trial(descriptor, path)
+        except BaseException:
             os.close(descriptor)
             raise
-        _cut_open_trial(descriptor)
         self._reader = JournalFileBackend(os.fspath(path))
         self._trials_per_commit = trials_per_commit
         self._finished = 0
@@ -67,7 +75,13 @@ class GenerationJournalBackend(BaseJournalBackend):
         return itertools.chain(written, self._recent[self._num_committed :])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Queue logs; write them once enough trials have finished."""
+        """Queue logs; write them once enough trials have finished.
+
+        Raises:
+            ValueError: the journal is closed.
+            OSError: see `commit`.
+        """
+        self._raise_if_closed()
         for log in logs:
             line = _encode(log)
             self._file.pending.append(line)
@@ -81,8 +95,10 @@ class GenerationJournalBackend(BaseJournalBackend):
         """Write what is pending: one write, one fsync.
 
         Raises:
+            ValueError: the journal is closed.
             OSError: the disk is full, or the previous commit's fsync failed.
         """
+        self._raise_if_closed()
         self._file.commit()
         del self._recent[: self._num_committed]
         self._first += self._num_committed
@@ -93,6 +109,11 @@ class GenerationJournalBackend(BaseJournalBackend):
         """Write what is pending and release the file."""
         self._close()
 
+    def _raise_if_closed(self) -> None:
+        """Another file may have our descriptor's number by now."""
+        if not self._close.alive:
+            raise ValueError("the journal is closed: open it again to go on with the study")
+
     def __enter__(self) -> "GenerationJournalBackend":
         return self
 
@@ -100,13 +121,18 @@ class GenerationJournalBackend(BaseJournalBackend):
         self.close()
 
 
-def _cut_open_trial(descriptor: int) -> None:
+def _cut_open_trial(descriptor: int, path: object) -> None:
     """Drop an incomplete line or trial that a killed process left at the end.
 
     Since there is only one writer, no other process can still finish it.
+
+    Raises:
+        ValueError: the file is not a journal.
     """
     with open(descriptor, "rb", closefd=False) as file:
         lines = file.readlines()
+    if lines and lines[0][: len(START)] != START[: len(lines[0])]:
+        raise ValueError(f"{path} is not an Optuna journal: give the study another file")
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     while lines and _leaves_trial_open(json.loads(lines[-1])):
@@ -151,6 +177,7 @@ class _GroupedFile:
             os.fsync(self._descriptor)  # not in a thread: none can start at interpreter exit
         finally:
             self._disk.shutdown()
+            _unlock(self._descriptor)
             os.close(self._descriptor)
 
     def _append(self) -> None:
@@ -172,9 +199,17 @@ def _lock_or_refuse(descriptor: int, path: object) -> None:
     """Lock the file until it is closed or the process dies; without flock, trust the caller."""
     try:
         import fcntl
-    except ImportError:
-        return
-    try:
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise RuntimeError(f"{path}: another process is writing this journal") from error
+    except (ImportError, OSError):  # Windows, and network disks without locks
+        return
+
+
+def _unlock(descriptor: int) -> None:
+    """Give up the lock, which a process forked meanwhile would keep beyond our close."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)

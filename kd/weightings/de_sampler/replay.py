@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from kd.weightings.de_sampler.space import Space
-from kd.weightings.evolution import Evolution, Offspring, Rules, has_converged
+from kd.weightings.evolution import Evaluated, Offspring, Rules, has_converged
 
 REMEMBERED = 3  # generations whose rows are kept, for trials that finish late
 
@@ -29,7 +29,7 @@ class Generation:
     distributions: dict[str, BaseDistribution]
     """The search space, in the order of the columns."""
     params: np.ndarray
-    """Parameter values (P, D); a category is its index."""
+    """Parameter values, one column per distribution; a category is its index."""
     rows: list[list[Any]]
     """The same in Optuna's form: floats, ints and categories."""
     offspring: Offspring
@@ -122,10 +122,10 @@ class Replay:
         if self._space is None or self._evolution is None:
             return
         offspring = self._evolution.propose(number)
-        params_PD = self._space.decoded(offspring.rows_PD)
-        rows = self._space.shown(params_PD)
+        params_PA = self._space.decoded(offspring.rows_PD)
+        rows = self._space.shown(params_PA)
         self._recent[number] = Generation(
-            number, number * size, self._space.distributions, params_PD, rows, offspring
+            number, number * size, dict(self._space.distributions), params_PA, rows, offspring
         )
 
     def _finished(self, trials: list[FrozenTrial], limit: int) -> list[FrozenTrial]:
@@ -146,13 +146,18 @@ class Replay:
         by_generation: dict[int, list[FrozenTrial]] = {}
         for trial in trials:
             by_generation.setdefault(trial.number // size, []).append(trial)
-        for number, group in sorted(by_generation.items()):
-            self._challenge(number, group, self._space, self._evolution)
+        groups = [
+            self._evaluated(number, group, self._space)
+            for number, group in sorted(by_generation.items())
+        ]
+        self._evolution.absorb(*groups, generation=self.drawn)
 
-    def _challenge(
-        self, number: int, trials: list[FrozenTrial], space: Space, evolution: Evolution
-    ) -> None:
-        """Let the finished trials of one generation challenge the occupants of their slots."""
+    def _evaluated(self, number: int, trials: list[FrozenTrial], space: Space) -> Evaluated:
+        """The finished trials of one generation that may challenge the occupants of their slots.
+
+        A trial that this process did not draw so earns the strategy no credit: it was enqueued or
+        added, or another process drew it, knowing other trials.
+        """
         size = self.rules.population_size
         drawn = self._recent.get(number)
         slots, rows, values, violations, F, CR = [], [], [], [], [], []
@@ -162,7 +167,6 @@ class Replay:
             as_drawn = drawn is not None and drawn.rows[slot] == shown
             if shown is None or not (as_drawn or space.contains(shown)):
                 continue
-            # A trial that the strategy did not draw (enqueued, added) earns it no credit.
             offspring = drawn.offspring if drawn is not None and as_drawn else None
             slots.append(slot)
             rows.append(space.encoded(shown) if offspring is None else offspring.rows_PD[slot])
@@ -170,16 +174,14 @@ class Replay:
             CR.append(math.nan if offspring is None else offspring.CR_P[slot])
             values.append(self._sign * _value(trial))
             violations.append(_violation(trial))
-        if slots:
-            evolution.absorb(
-                np.array(slots),
-                np.array(rows),
-                np.array(values),
-                np.array(violations),
-                np.array(F),
-                np.array(CR),
-                generation=self.drawn,
-            )
+        return Evaluated(
+            np.array(slots, dtype=np.int64),
+            np.array(rows).reshape(len(slots), len(space)),
+            np.array(values),
+            np.array(violations),
+            np.array(F),
+            np.array(CR),
+        )
 
     def _narrow(self, trials: list[FrozenTrial]) -> None:
         """Reduce the space to parameters that all finished trials have, with one distribution."""
@@ -194,12 +196,13 @@ class Replay:
             if all(kept):
                 continue
             shared = {n: d for (n, d), keep in zip(ours.items(), kept, strict=True) if keep}
+            searched_A = self._space.searched_A
             self._space = Space(shared, ())
             self._recent.clear()  # their rows have other columns
             if self._evolution is not None:
-                self._evolution.keep_columns(np.array(kept))
-                self._evolution.visible = self._space.decoded
-                self._evolution = self._evolution if shared else None
+                self._evolution.keep_columns(np.array(kept)[searched_A])
+                self._evolution.visible = self._space.visible
+                self._evolution = self._evolution if len(self._space) else None
 
 
 def _value(trial: FrozenTrial) -> float:

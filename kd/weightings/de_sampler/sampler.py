@@ -32,8 +32,9 @@ class DESampler(optuna.samplers.BaseSampler):
     Supports float (log, step), int (log, step) and categorical parameters.  Parameters that are
     not in the search space, or not in every trial, are drawn independently, one stratum of a
     Latin hypercube per trial.  Pruned and failed trials leave their slot's occupant in place;
-    enqueued and added trials compete for theirs; trial constraints follow Deb's rules.
-    Processes that share a storage share one search, without waiting for each other.
+    enqueued and added trials compete for theirs, unless a value is off its parameter's grid; trial
+    constraints follow Deb's rules.  Processes that share a storage share one search, without
+    waiting for each other.
 
     Args:
         search_space: distribution of every parameter.  By default the `simplex` parameters or,
@@ -44,8 +45,8 @@ class DESampler(optuna.samplers.BaseSampler):
             F and CR follow their successful means) or "shade" (the same with a memory).
         F: scale of mutation; a pair is dithered per candidate.  Adaptive strategies ignore it.
         CR: share of parameters taken from the mutant; the initial one in adaptive strategies.
-        p: adaptive strategies draw attractors from this share of the best, at least from one;
-            fixed, whereas SHADE's paper draws it per candidate from [2 / population, 0.2].
+        p: adaptive strategies draw attractors from this share of the best, at least from one
+            (and at the default from just one, in populations below 30).
         memory_size: entries of SHADE's memory.
         archive_rate: size of the archive of defeated parents, as a multiple of the population.
         init: "lhs" or "random" initial population.
@@ -195,9 +196,17 @@ class DESampler(optuna.samplers.BaseSampler):
         axis = Axis.of(param_distribution)
         return axis.shown(axis.decoded(np.array([unit])))[0]
 
+    def reseed_rng(self) -> None:
+        """Reseed the independent sampler; what is drawn here depends on seed and storage only."""
+        if self._independent_sampler is not None:
+            self._independent_sampler.reseed_rng()
+
     def _known(self, generation: Generation | None) -> Generation:
         if generation is None:
-            raise ValueError("the search space is not known: give DESampler a search_space")
+            raise ValueError(
+                "the search space is not known, or nothing in it can vary: give DESampler a "
+                "search_space"
+            )
         return generation
 
     def _generation_of(self, study: optuna.Study, trial_number: int) -> Generation | None:

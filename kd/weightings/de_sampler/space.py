@@ -21,10 +21,14 @@ from kd.weightings.evolution import Evolution, Rules
 from kd.weightings.simplex import onto_simplex
 
 SUM_TOLERANCE = 1e-6  # largest deviation from 1 of the sum of enqueued weights
+GRID_TOLERANCE = 1e-8  # largest deviation from a grid, in steps: Optuna's own
 
 
 class Space:
-    """The search space as columns of a matrix, without parameters that have only one value."""
+    """The search space as columns of a matrix; those with only one value are not searched.
+
+    Shapes: A all parameters, D those that are searched.
+    """
 
     def __init__(self, distributions: dict[str, BaseDistribution], simplex: tuple[str, ...]):
         for name in simplex:
@@ -33,9 +37,17 @@ class Space:
                     f"simplex names {name!r}, whose distribution is {distributions.get(name)}; "
                     "it must be FloatDistribution(0.0, 1.0)"
                 )
-        self.distributions = {n: d for n, d in distributions.items() if not d.single()}
-        self._axes = [Axis.of(distribution) for distribution in self.distributions.values()]
-        self._simplex_D = np.array([name in simplex for name in self.distributions], dtype=bool)
+        self.distributions = distributions
+        self._axes = [Axis.of(distribution) for distribution in distributions.values()]
+        self.searched_A = np.array([not d.single() for d in distributions.values()], dtype=bool)
+        self._constants = {
+            name: axis.shown(np.array([axis.low]))[0]
+            for name, axis in zip(distributions, self._axes, strict=True)
+            if distributions[name].single()
+        }
+        self._searched_axes = [*itertools.compress(self._axes, self.searched_A)]
+        simplex_A = np.array([name in simplex for name in distributions], dtype=bool)
+        self._simplex_D = simplex_A[self.searched_A]
         # Storages return another NaN object, and lists compare NaNs equal only if identical.
         self._nans = [
             (column, choice)
@@ -45,28 +57,37 @@ class Space:
         ]
 
     def __len__(self) -> int:
-        return len(self._axes)
+        """D."""
+        return len(self._searched_axes)
 
     def evolution(self, rules: Rules) -> Evolution:
         """A population in this space, without values so far."""
-        nominal_D = np.array([axis.choices is not None for axis in self._axes], dtype=bool)
-        return Evolution(rules, self._simplex_D, nominal_D, self.decoded)
+        nominal_D = np.array(
+            [each.choices is not None for each in self._searched_axes], dtype=bool
+        )
+        return Evolution(rules, self._simplex_D, nominal_D, self.visible)
 
-    def decoded(self, rows_PD: np.ndarray) -> np.ndarray:
-        """Points of the unit cube -> parameter values."""
-        if all(axis.is_unit for axis in self._axes):
+    def visible(self, rows_PD: np.ndarray) -> np.ndarray:
+        """Points of the unit cube -> values of the searched parameters (P, D)."""
+        if all(axis.is_unit for axis in self._searched_axes):
             return rows_PD.copy()  # callers may change it
-        columns = [axis.decoded(rows_PD[:, d]) for d, axis in enumerate(self._axes)]
+        columns = [axis.decoded(rows_PD[:, d]) for d, axis in enumerate(self._searched_axes)]
         return np.stack(columns, axis=1)
 
-    def shown(self, params_PD: np.ndarray) -> list[list[Any]]:
+    def decoded(self, rows_PD: np.ndarray) -> np.ndarray:
+        """Points of the unit cube -> values of all parameters (P, A)."""
+        params_PA = np.tile([float(axis.low) for axis in self._axes], (len(rows_PD), 1))
+        params_PA[:, self.searched_A] = self.visible(rows_PD)
+        return params_PA
+
+    def shown(self, params_PA: np.ndarray) -> list[list[Any]]:
         """Parameter values -> rows in Optuna's form."""
-        columns = [axis.shown(params_PD[:, d]) for d, axis in enumerate(self._axes)]
+        columns = [axis.shown(params_PA[:, a]) for a, axis in enumerate(self._axes)]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def row_of(self, trial: FrozenTrial) -> list[Any] | None:
-        """The trial's parameters in the order of the columns; None if it lacks one."""
-        params = trial.params
+        """The trial's parameters in the order of the columns; None if it lacks a searched one."""
+        params = {**self._constants, **trial.params}
         try:
             row = [params[name] for name in self.distributions]
         except KeyError:
@@ -77,16 +98,21 @@ class Space:
         return row
 
     def contains(self, row: list[Any]) -> bool:
-        """Whether every value of a row is in its parameter's range, and weights sum to 1."""
+        """Whether every value of a row is one its parameter can take, and weights sum to 1.
+
+        Rounding to a grid, or onto the simplex, would assign the row's value to another point.
+        """
         if not all(axis.contains(value) for axis, value in zip(self._axes, row, strict=True)):
             return False
-        # Projecting the point onto the simplex would assign its value to another point.
-        weights = [*itertools.compress(row, self._simplex_D)]
+        weights = [*itertools.compress(itertools.compress(row, self.searched_A), self._simplex_D)]
         return not weights or abs(sum(weights) - 1) <= SUM_TOLERANCE
 
     def encoded(self, row: list[Any]) -> np.ndarray:
         """A row in Optuna's form -> a point of the unit cube."""
-        point_D = np.array([axis.encoded(v) for axis, v in zip(self._axes, row, strict=True)])
+        searched = itertools.compress(row, self.searched_A)
+        point_D = np.array(
+            [axis.encoded(v) for axis, v in zip(self._searched_axes, searched, strict=True)]
+        )
         if self._simplex_D.any():
             point_D[self._simplex_D] = onto_simplex(point_D[None, self._simplex_D])[0]
         return point_D
@@ -157,7 +183,12 @@ class Axis:
         """Whether a trial's value lies on this axis."""
         if self.choices is not None:
             return value in self.choices
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        if not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return False
+        if self.step is None:
+            return self.is_float or value == round(value)
+        cell = (value - self.low) / self.step
+        return abs(cell - round(cell)) < GRID_TOLERANCE
 
     def _cells(self) -> int:
         assert self.step is not None
