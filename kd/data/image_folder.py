@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LITTER = ("Thumbs.db", "desktop.ini")
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 @component
@@ -40,6 +41,12 @@ class ImageFolder:
                 f"root {str(root)!r} holds {len(folders)} class folders; "
                 "make one per class, at least two"
             )
+        if {folder.name.lower() for folder in folders} <= _SPLITS:
+            raise ConfigError(
+                f"root {str(root)!r} holds {', '.join(folder.name for folder in folders)}, which "
+                "are splits, not classes; merge them into one folder per class, which `splits` "
+                "divides, or keep your test split by a custom data set (docs/data.md)"
+            )
         files_by_class = [_files(folder) for folder in folders]
         files = tuple(path for files in files_by_class for path in files)
         if faults := _faults(entries, files, dict(zip(folders, files_by_class, strict=True))):
@@ -59,24 +66,33 @@ def _is_picture(path: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of one class in a fixed order, without hidden and system files."""
+    """The files of one class, and links, in a fixed order, without hidden and system files."""
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".") and path.name not in _LITTER
+        if (path.is_symlink() or not path.is_dir())
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.name not in _LITTER
     )
 
 
 def _faults(
     entries: list[Path], files: tuple[Path, ...], by_folder: dict[Path, list[Path]]
 ) -> list[str]:
-    """Misplaced images, files that are not images, and empty classes."""
+    """Misplaced images, files that are not images, links to no file, and empty classes."""
     lost = [path for path in entries if _is_picture(path)]
-    unknown = [path for path in files if not _is_picture(path)]
+    broken = [path for path in entries if not path.exists()]
+    broken += [path for path in files if not path.is_file()]
+    unknown = [path for path in files if path.is_file() and not _is_picture(path)]
     empty = [folder for folder, found in by_folder.items() if not found]
     types = " ".join(_SUFFIXES)
     return [
         *(f"{path} is outside of the class folders; move it into one" for path in lost),
+        *(
+            f"{path} is a link to nothing or to a folder, which would not be followed; "
+            "replace it by what it stands for, or remove it"
+            for path in broken
+        ),
         *(
             f"{path} is not an image of a known type ({types}); convert or remove it"
             for path in unknown

@@ -62,6 +62,14 @@ class Raw:
             raise ConfigError(
                 f"class_names is {self.class_names!r}; it must hold two or more different names"
             )
+        for name in (*self.class_names, *map(str, self.files)):
+            if not _is_text(name):
+                raise ConfigError(f"the name {name!r} is not UTF-8; rename it")
+        for name in self.class_names:
+            if name.splitlines() != [name]:
+                raise ConfigError(
+                    f"the class name {name!r} is not one line, as labels.txt needs it; rename it"
+                )
         if labels_N.shape != (num,) or not np.issubdtype(labels_N.dtype, np.integer):
             raise ConfigError(
                 f"labels_N has shape {labels_N.shape} and type {labels_N.dtype}; "
@@ -84,3 +92,12 @@ class Raw:
             raise ConfigError(
                 "images must be one uint8 array, or a sequence whose files are named"
             )
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written; one read from the file system may hold bytes of no text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,3 +1,5 @@
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ def test_folders_name_the_classes_and_pictures_come_in_a_fixed_order(root: Path)
     (root / "bee" / "1.jpg").rename(root / "bee" / "garden" / "1.JPG")
     (root / ".DS_Store").touch()
     (root / "bee" / ".hidden").touch()
+    (root / "bee" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(root / "bee" / "0.jpg", root / "bee" / ".ipynb_checkpoints")
     (root / "bee" / "Thumbs.db").touch()
     (root / "README.txt").touch()
     raw = ImageFolder(root=str(root)).read()
@@ -43,6 +47,39 @@ def test_a_picture_outside_every_class_is_named(root: Path) -> None:
 def test_a_file_of_an_unknown_type_is_named_instead_of_dropped(root: Path) -> None:
     (root / "bee" / "phone.heic").touch()
     with pytest.raises(ConfigError, match=r"phone\.heic is not an image of a known type"):
+        ImageFolder(root=str(root)).read()
+
+
+def test_a_link_that_would_drop_images_is_named(root: Path) -> None:
+    (root / "bee" / "hive").symlink_to(root / "Ant", target_is_directory=True)
+    (root / "bee" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "unmounted").symlink_to(root / "nowhere", target_is_directory=True)
+    with pytest.raises(ConfigError) as refused:
+        ImageFolder(root=str(root)).read()
+    named = [line.partition(" is a link to nothing")[0] for line in str(refused.value).split("\n")]
+    assert named == [f"{root}/{name}" for name in ("unmounted", "bee/gone.jpg", "bee/hive")]
+
+
+def test_links_to_classes_and_files_are_followed(root: Path) -> None:
+    (root / "bee").rename(root.parent / "bee")
+    (root / "bee").symlink_to(root.parent / "bee", target_is_directory=True)
+    (root / "Ant" / "more.jpg").symlink_to(root.parent / "bee" / "0.jpg")
+    assert ImageFolder(root=str(root)).read().labels_N.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_folder_for_each_split_is_not_taken_for_classes(tmp_path: Path) -> None:
+    for split in ("train", "Val", "test"):
+        make_pictures(tmp_path / split, {"ant": 2, "bee": 2})
+    with pytest.raises(ConfigError, match="holds Val, test, train, which are splits, not classes"):
+        ImageFolder(root=str(tmp_path)).read()
+
+
+@pytest.mark.parametrize("where", [b"b\xff/0.jpg", b"bee/\xff.jpg"])
+def test_a_name_that_is_no_text_is_refused(where: bytes, root: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(root) + b"/" + where))
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(root / "bee" / "0.jpg", path)
+    with pytest.raises(ConfigError, match="is not UTF-8; rename it"):
         ImageFolder(root=str(root)).read()
 
 

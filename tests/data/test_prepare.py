@@ -157,6 +157,8 @@ def test_raw_keeps_arrays_and_lists_pictures(tmp_path: Path) -> None:
         (dict(labels_N=np.full(8, -2)), "is in -2"),
         (dict(class_names=("a",)), "two or more different names"),
         (dict(class_names=("a", "a")), "two or more different names"),
+        (dict(class_names=("a", "b\nc")), r"class name 'b\\nc' is not one line"),
+        (dict(class_names=("a", "")), "class name '' is not one line"),
         (dict(is_test_N=np.zeros(3, bool)), "is_test_N has shape"),
         (dict(files=(Path("x"),)), "files names 1 files"),
         (dict(images=np.zeros((8, 4, 4, 2), np.uint8)), "has 2 channels"),
