@@ -119,9 +119,9 @@ def confusion(confusion_CC: Sequence[Sequence[int]], class_names: Sequence[str])
     figure, axes = _axes(size=(side + 0.8, side))
     image = axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
     if len(class_names) <= 20:
-        ticks = range(len(class_names))
-        axes.set_xticks(ticks, class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
-        axes.set_yticks(ticks, class_names)
+        ticks, turn = range(len(class_names)), 90 if max(map(len, class_names)) > 2 else 0
+        axes.set_xticks(ticks, class_names, rotation=turn, parse_math=False)  # else $5-$10 is math
+        axes.set_yticks(ticks, class_names, parse_math=False)
         for row, column in zip(*np.nonzero(counts_CC), strict=True):
             colour = "white" if shares_CC[row, column] > 0.5 else "black"
             text = str(counts_CC[row, column])

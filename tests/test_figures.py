@@ -88,6 +88,16 @@ def test_confusion_has_rows_for_the_actual_class():
     assert shown == {(0, 1): "2", (1, 1): "1"}, "row (actual), column (predicted)"
 
 
+def test_class_names_are_drawn_as_they_are(tmp_path):
+    names = ["$5-$10", r"$\frac{$", "_x"]
+    figure = figures.confusion(np.eye(3, dtype=int), names)
+    figures.save(figure, tmp_path / "c.png")
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        labels = axis.get_ticklabels()
+        assert [label.get_text() for label in labels] == names
+        assert not any(label.get_parse_math() for label in labels)
+
+
 def test_weights_are_drawn_as_high_as_they_are():
     (axes,) = figures.weights(RECORD).axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.5, 0.3, 0.2, 0, 0, 1])

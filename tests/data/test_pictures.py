@@ -50,6 +50,17 @@ def test_a_picture_taken_sideways_is_turned_upright(tmp_path: Path) -> None:
     assert np.array_equal(read_picture(path), np.rot90(np.asarray(picture), -1))
 
 
+def test_a_picture_to_be_turned_whose_exif_is_damaged_is_named(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0103] = 6, 1
+    path = _save(tmp_path / "broken.jpg", Image.new("RGB", (6, 4)), exif=exif)
+    sound = path.read_bytes()
+    path.write_bytes(sound.replace(b"\x01\x03\x00\x03", b"\x01\x03\x00\x02"))
+    assert path.read_bytes() != sound
+    with pytest.raises(ConfigError, match=r"broken\.jpg cannot be read as an image"):
+        read_picture(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture", None])
 def test_a_corrupt_picture_is_named(content: bytes | None, tmp_path: Path) -> None:
     noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
