@@ -1,9 +1,10 @@
 """Assign each image to a split: train, pool, val or test.
 
-Within each class, images are ordered by a hash of (seed, position in the source).  Test takes the
-first ones, val the next, train the labels_per_class after that, and the pool the rest.  So splits
-are stratified, disjoint, the same on every machine and with every library version, and
-nested: 20 labels per class include the 10 of a smaller experiment.
+Within each class, images are ordered by a hash of the seed and the image's name: its file's path
+below the root or, in an array, its position.  Test takes the first ones, val the next, train the
+labels_per_class after that, and the pool the rest.  So splits are stratified, disjoint, the same
+on every machine and with every library version, and nested: 20 labels per class include the 10 of
+a smaller experiment.  Files that come or go change the split of few others.
 
 Shape suffixes: N samples.
 """
@@ -12,6 +13,7 @@ import hashlib
 from typing import TYPE_CHECKING, Literal
 
 from kd.component import ConfigError, component, require
+from kd.data.pictures import named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +29,8 @@ class Splits:
     """How the images are split into training, validation and test."""
 
     val: float | int = 0.1
-    """Validation: a share in (0, 1) of the images outside an official test split, or a count."""
+    """Validation: a share in (0, 1) of the labelled images outside an official test split, or a
+    count."""
 
     test: float | int | Literal["official"] = 0.1
     """Test: a share or count likewise, or the data set's own test split."""
@@ -71,7 +74,7 @@ class Splits:
 
         num = len(raw.labels_N)
         is_test_N = self._official(raw)
-        rank_N = np.array([_hash(seed, row) for row in range(num)])
+        rank_N = np.array([_hash(seed, name) for name in _names(raw)])
         line_N = np.argsort(rank_N, kind="stable")
         lines = [
             [row for row in line_N[raw.labels_N[line_N] == label] if not is_test_N[row]]
@@ -85,10 +88,11 @@ class Splits:
             "val": [],
             "test": list(np.flatnonzero(is_test_N)),
         }
+        faults = []
         for name, line, num_test, num_val in zip(raw.class_names, lines, tests, vals, strict=True):
             rest = line[num_test + num_val :]
             if not rest or (self.labels_per_class or 0) > len(rest):
-                raise ConfigError(
+                faults.append(
                     f"class {name!r} has {len(line)} images: {num_test} for test and {num_val} "
                     f"for val leave {max(0, len(line) - num_test - num_val)} to train on, but "
                     f"{self.labels_per_class or 1} needed; add images, or lower val, test or "
@@ -97,6 +101,8 @@ class Splits:
             rows["test"] += line[:num_test]
             rows["val"] += line[num_test : num_test + num_val]
             rows["train"] += rest[: self.labels_per_class]
+        if faults:
+            raise ConfigError(named(faults))
         self._check_every_class(raw, rows)
         taken = np.isin(np.arange(num), np.concatenate([rows[name] for name in rows]).astype(int))
         rows["pool"] = list(np.flatnonzero(~taken))
@@ -125,21 +131,31 @@ class Splits:
         return np.zeros(len(raw.labels_N), dtype=np.bool_)
 
     def _check_every_class(self, raw: "Raw", rows: dict[str, list[int]]) -> None:
-        for split in ("val", "test"):
+        for split, amount in (("val", self.val), ("test", self.test)):
             present = {int(raw.labels_N[row]) for row in rows[split]}
             if -1 in present:
                 raise ConfigError("the official test split has images without a label")
-            for label, name in enumerate(raw.class_names):
-                if label not in present:
-                    raise ConfigError(
-                        f"class {name!r} has no image in {split} "
-                        f"({len(rows[split])} images); add images, or raise {split}"
-                    )
+            remedy = "" if amount == "official" else f", raise {split}"
+            faults = [
+                f"class {name!r} has no image in {split} ({len(rows[split])} images); "
+                f"add images{remedy} or leave the class out"
+                for label, name in enumerate(raw.class_names)
+                if label not in present
+            ]
+            if faults:
+                raise ConfigError(named(faults))
 
 
-def _hash(seed: int, row: int) -> int:
+def _names(raw: "Raw") -> list[str]:
+    """What tells each image from the others, wherever the source is."""
+    if raw.root is None or not raw.files:
+        return [str(row) for row in range(len(raw.labels_N))]
+    return [path.relative_to(raw.root).as_posix() for path in raw.files]
+
+
+def _hash(seed: int, name: str) -> int:
     """A 63-bit number that depends only on its arguments."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8]) >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1
 
 
 def _quota(name: str, amount: float | int | str, sizes: list[int]) -> list[int]:

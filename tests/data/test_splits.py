@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,21 @@ def _raw(counts: list[int]) -> Any:
     """As much of a data set as splitting looks at: `counts[c]` images of class c."""
     labels_N = np.repeat(np.arange(len(counts)), counts)
     names = tuple("abcdefghij"[: len(counts)])
-    return SimpleNamespace(labels_N=labels_N, class_names=names, is_test_N=None)
+    return SimpleNamespace(
+        labels_N=labels_N, class_names=names, is_test_N=None, root=None, files=()
+    )
+
+
+def _files(root: str, counts: list[int]) -> Any:
+    """The same of a data set of files, numbered within each class."""
+    raw = _raw(counts)
+    raw.root = Path(root)
+    raw.files = tuple(
+        raw.root / name / f"{number}.jpg"
+        for name, count in zip(raw.class_names, counts, strict=True)
+        for number in range(count)
+    )
+    return raw
 
 
 @settings(deadline=None, max_examples=50)
@@ -69,6 +84,36 @@ def test_a_larger_labelled_set_holds_the_smaller_one() -> None:
     assert set(few["train"]) < set(many["train"])
     assert np.array_equal(few["val"], many["val"])
     assert np.array_equal(few["test"], many["test"])
+
+
+def test_a_file_more_leaves_the_others_where_they_are() -> None:
+    splits = Splits(val=0.2, test=0.2)
+
+    def split_of(root: str, counts: list[int]) -> dict[str, str]:
+        raw = _files(root, counts)
+        names = [path.relative_to(raw.root).as_posix() for path in raw.files]
+        return {names[row]: name for name, rows in splits.assign(raw, 0).items() for row in rows}
+
+    before = split_of("here", [50, 50, 50])
+    assert split_of("there", [50, 50, 50]) == before
+    after = split_of("here", [53, 50, 50, 40])
+    moved = [name for name, split in before.items() if after[name] != split]
+    assert len(moved) <= 4, "whole numbers of images by class shift a few at the borders"
+    learned = [name for name in moved if after[name] == "train"]
+    assert all(before[name] == "val" for name in learned), "nothing tested is learned later"
+
+
+def test_all_classes_that_lack_images_are_named_in_one_run() -> None:
+    with pytest.raises(ConfigError) as refused:
+        Splits(val=4, test=4).assign(_raw([1, 2, 37]), 0)
+    assert [line.partition(" (")[0] for line in str(refused.value).splitlines()] == [
+        "class 'a' has no image in val", "class 'b' has no image in val",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError) as refused:
+        Splits(val=10, test=10, labels_per_class=8).assign(_raw([9, 10, 37]), 0)
+    assert [line.partition(" images")[0] for line in str(refused.value).splitlines()] == [
+        "class 'a' has 9", "class 'b' has 10",
+    ]  # fmt: skip
 
 
 def test_the_first_rows_of_a_split_are_not_all_of_one_class() -> None:
