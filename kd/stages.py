@@ -20,7 +20,9 @@ import torch
 from kd import artifacts, bench, bundle, manifest, promotion
 from kd import report as reporting
 from kd.cast import assistant_role, baseline_role, taught_student
-from kd.data import Images, Raw, prepare
+from kd.component import require
+from kd.data import Images, Raw, copies, prepare
+from kd.data.pictures import named
 from kd.evaluate import predict
 from kd.examine import examine, latencies, names_of
 from kd.exporters import export_and_check
@@ -39,6 +41,9 @@ from kd.weightings import (
     weight_record,
 )
 
+LEAST_VAL = 7
+"""Validation images: of five folds, any four must be enough for five folds again."""
+
 
 def data(params: Params, name: str, run: Run) -> None:
     """Read the data set, split it, and store it compactly; try out all that depends on it."""
@@ -50,9 +55,12 @@ def data(params: Params, name: str, run: Run) -> None:
 
 
 def read_data(params: Params) -> Raw:
-    """Read the data set, and try out all learners on its shape."""
-    raw = params.data.dataset.read()
+    """Read the data set, and try out all learners on its shape, and the splits."""
+    raw, splits = params.data.dataset.read(), params.data.splits
     try_learners(params.learners(), **shape_of(params, raw))
+    num_val = len(splits.assign(raw, params.seed)["val"])
+    enough = f"enough for {LEAST_VAL} images, which the weights' cross-validation needs"
+    require(num_val >= LEAST_VAL, "data.splits.val", splits.val, enough)
     return raw
 
 
@@ -77,8 +85,21 @@ def prepare_data(params: Params, raw: Raw, run: Run) -> None:
     )
     counts = {split: found["count"] for split, found in record["splits"].items()}
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
+    warn_of_copies(raw)
     run.log_final({f"num_{split}": count for split, count in counts.items()})
     run.log_file(artifacts.DATA / "data.json")
+
+
+def warn_of_copies(raw: Raw) -> None:
+    """Name the images of val and test that are learned, too."""
+    for split, pairs in copies(artifacts.DATA).items():
+        names = [[str(raw.files[row] if raw.files else row) for row in pair] for pair in pairs]
+        if pairs:
+            print(
+                f"warning: {len(pairs)} images of {split} are in train or pool, too, which "
+                f"flatters figures on {split}; of your own, remove one of each pair:"
+            )
+            print(named([" = ".join(pair) for pair in names]))
 
 
 def teacher(params: Params, name: str, run: Run) -> None:

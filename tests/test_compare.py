@@ -392,7 +392,7 @@ def test_units_are_listed_for_who_orders_them(here, capsys):
 
 
 def test_a_folder_of_pictures_is_named_from_where_the_comparison_is_started(tmp_path, monkeypatch):
-    make_pictures(tmp_path / "mine", {"cat": 12, "dog": 12})
+    make_pictures(tmp_path / "mine", {"cat": 18, "dog": 18})
     splits = {"val": 0.2, "test": 0.2, "labels_per_class": 2}
     dataset = {"kind": "image_folder", "root": "mine"}
     written(tmp_path, data={"source": "mine", "dataset": dataset, "splits": splits})

@@ -24,6 +24,7 @@ from kd.qat import gentle
 from kd.recipe import Recipe
 from kd.tracking import NullRun
 from tests.bundle.toys import outsider
+from tests.data.toys import make_pictures
 
 PROJECT = Path(__file__).parents[1]
 SHORT = {
@@ -521,6 +522,26 @@ def test_bad_input_ends_with_status_2_and_one_clear_line(tmp_path, changes, argu
     assert "Traceback" not in done.stderr
 
 
+def test_images_that_are_learned_and_tested_on_are_named(tmp_path, monkeypatch, capsys):
+    root = make_pictures(tmp_path / "pictures", {"ant": 10, "bee": 10})
+    experiment(tmp_path, **{
+        "data.dataset": {"kind": "image_folder", "root": "pictures"},
+        "data.source": "pictures",
+        "data.splits": {"val": 8, "test": 6},
+    })  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    run_stages(["data"])
+    assert "warning" not in capsys.readouterr().out
+    table = Path("artifacts/data/raw/files.csv").read_text().splitlines()
+    files = [line.partition(",")[0] for line in table[1:]]
+    learned, tested = (np.load(f"artifacts/data/{it}/indices.npy")[0] for it in ("train", "test"))
+    shutil.copy(root / files[learned], root / files[tested])
+    run_stages(["data"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith("warning: 1 images of test are in train or pool, too")
+    assert said[2:] == [f"pictures/{files[tested]} = pictures/{files[learned]}"]
+
+
 def test_the_installed_program_finds_the_users_code_in_the_folder_it_is_run_in(tmp_path):
     experiment(tmp_path, **{"student.model": {"kind": "custom", "path": "mine:Net"}})
     (tmp_path / "mine.py").write_text("")
@@ -565,8 +586,16 @@ def test_the_installed_program_finds_the_users_code_in_the_folder_it_is_run_in(t
             {"student.model": {"kind": "custom", "path": "tests.models.toys:Choosy"}},
             "must do the same steps for every image",
         ),
+        (
+            {
+                "data.dataset": {"kind": "custom", "path": "tests.data.toys:Stripes"},
+                "data.source": "tests/data",
+                "data.splits": {"val": 6, "test": 6},
+            },
+            "^data.splits.val is 6; it must be enough for 7 images",
+        ),
     ],
-    ids=["model", "method", "peers", "classes", "export"],
+    ids=["model", "method", "peers", "classes", "export", "val"],
 )
 def test_what_cannot_learn_or_be_exported_is_found_before_anything_is_written(
     tmp_path, monkeypatch, changes, said
