@@ -81,17 +81,16 @@ def _faults(
 ) -> list[str]:
     """Misplaced images, files that are not images, links to no file, and empty classes."""
     lost = [path for path in entries if _is_picture(path)]
-    broken = [path for path in entries if not path.exists()]
-    broken += [path for path in files if not path.is_file()]
-    unknown = [path for path in files if path.is_file() and not _is_picture(path)]
+    links = [path for path in (*entries, *files) if path.is_symlink() and not path.is_file()]
+    unknown = [path for path in files if path not in links and not _is_picture(path)]
     empty = [folder for folder, found in by_folder.items() if not found]
     types = " ".join(_SUFFIXES)
     return [
         *(f"{path} is outside of the class folders; move it into one" for path in lost),
         *(
-            f"{path} is a link to nothing or to a folder, which would not be followed; "
+            f"{path} is a link to nothing or to a folder, in which DVC would notice no change; "
             "replace it by what it stands for, or remove it"
-            for path in broken
+            for path in links
         ),
         *(
             f"{path} is not an image of a known type ({types}); convert or remove it"

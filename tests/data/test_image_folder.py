@@ -50,21 +50,23 @@ def test_a_file_of_an_unknown_type_is_named_instead_of_dropped(root: Path) -> No
         ImageFolder(root=str(root)).read()
 
 
-def test_a_link_that_would_drop_images_is_named(root: Path) -> None:
+def test_a_link_that_would_drop_images_or_hide_changes_from_dvc_is_named(root: Path) -> None:
     (root / "bee" / "hive").symlink_to(root / "Ant", target_is_directory=True)
     (root / "bee" / "gone.jpg").symlink_to(root / "nowhere.jpg")
     (root / "unmounted").symlink_to(root / "nowhere", target_is_directory=True)
+    (root / "wasp").symlink_to(root / "Ant", target_is_directory=True)
     with pytest.raises(ConfigError) as refused:
         ImageFolder(root=str(root)).read()
     named = [line.partition(" is a link to nothing")[0] for line in str(refused.value).split("\n")]
-    assert named == [f"{root}/{name}" for name in ("unmounted", "bee/gone.jpg", "bee/hive")]
+    wrong = ("unmounted", "wasp", "bee/gone.jpg", "bee/hive")
+    assert named == [f"{root}/{name}" for name in wrong]
 
 
-def test_links_to_classes_and_files_are_followed(root: Path) -> None:
-    (root / "bee").rename(root.parent / "bee")
-    (root / "bee").symlink_to(root.parent / "bee", target_is_directory=True)
-    (root / "Ant" / "more.jpg").symlink_to(root.parent / "bee" / "0.jpg")
-    assert ImageFolder(root=str(root)).read().labels_N.tolist() == [0, 0, 0, 0, 1, 1]
+def test_the_root_and_single_files_may_be_links(root: Path) -> None:
+    (root / "Ant" / "more.jpg").symlink_to(root / "bee" / "0.jpg")
+    (root.parent / "link").symlink_to(root, target_is_directory=True)
+    raw = ImageFolder(root=str(root.parent / "link")).read()
+    assert raw.labels_N.tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_a_folder_for_each_split_is_not_taken_for_classes(tmp_path: Path) -> None:
