@@ -326,7 +326,8 @@ def _untrained(report: Mapping[str, Any]) -> list[str]:
         return []
     return [
         "On these images the accuracy is not significantly above that of always naming their most "
-        f"frequent class: {', '.join(named)}. Train longer: what follows says little."
+        f"frequent class: {', '.join(named)}. Train longer, or test on more images: what follows "
+        "says little."
     ]
 
 

@@ -96,7 +96,7 @@ def warn_of_copies(raw: Raw) -> None:
         names = [[str(raw.files[row] if raw.files else row) for row in pair] for pair in pairs]
         if pairs:
             print(
-                f"warning: {len(pairs)} images of {split} are in train or pool, too, which "
+                f"warning: some images of {split} ({len(pairs)}) are in train or pool, too, which "
                 f"flatters figures on {split}; of your own, remove one of each pair:"
             )
             print(named([" = ".join(pair) for pair in names]))

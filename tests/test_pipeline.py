@@ -538,7 +538,7 @@ def test_images_that_are_learned_and_tested_on_are_named(tmp_path, monkeypatch, 
     shutil.copy(root / files[learned], root / files[tested])
     run_stages(["data"])
     said = capsys.readouterr().out.splitlines()
-    assert said[1].startswith("warning: 1 images of test are in train or pool, too")
+    assert said[1].startswith("warning: some images of test (1) are in train or pool, too")
     assert said[2:] == [f"pictures/{files[tested]} = pictures/{files[learned]}"]
 
 

@@ -244,7 +244,7 @@ def test_networks_that_learned_nothing_are_named_first(artifacts, measured):
     assert built["findings"][0] == (
         "On these images the accuracy is not significantly above that of always naming their most "
         "frequent class: teacher, assistants/large, assistants/small. "
-        "Train longer: what follows says little."
+        "Train longer, or test on more images: what follows says little."
     )
     assert built["findings"][0] in report.to_markdown(built)
 
