@@ -201,7 +201,7 @@ def _mean_std(paths: list[Path]) -> tuple[list[float], list[float]]:
     if 0 in variances:
         raise ConfigError(
             f"channel {variances.index(0)} is the same in every pixel of the training images, "
-            "so it holds no information"
+            "so it holds no information; check the images, and data.channels"
         )
     return means, [math.sqrt(variance) / (255 * num) for variance in variances]
 

@@ -64,7 +64,7 @@ class Raw:
             )
         for name in (*self.class_names, *map(str, self.files)):
             if not _is_text(name):
-                raise ConfigError(f"the name {name!r} is not UTF-8; rename it")
+                raise ConfigError(f"the name {name!r} is not a string of UTF-8; rename it")
         for name in self.class_names:
             if name.splitlines() != [name]:
                 raise ConfigError(
@@ -94,10 +94,9 @@ class Raw:
             )
 
 
-def _is_text(name: str) -> bool:
+def _is_text(name: object) -> bool:
     """Whether a name can be written; one read from the file system may hold bytes of no text."""
     try:
-        name.encode()
+        return isinstance(name, str) and name.encode().decode() == name
     except UnicodeEncodeError:
         return False
-    return True

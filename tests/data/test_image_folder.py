@@ -81,7 +81,7 @@ def test_a_name_that_is_no_text_is_refused(where: bytes, root: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(root) + b"/" + where))
     path.parent.mkdir(exist_ok=True)
     shutil.copy(root / "bee" / "0.jpg", path)
-    with pytest.raises(ConfigError, match="is not UTF-8; rename it"):
+    with pytest.raises(ConfigError, match="is not a string of UTF-8; rename it"):
         ImageFolder(root=str(root)).read()
 
 

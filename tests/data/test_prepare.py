@@ -158,12 +158,13 @@ def test_raw_keeps_arrays_and_lists_pictures(tmp_path: Path) -> None:
         (dict(class_names=("a",)), "two or more different names"),
         (dict(class_names=("a", "a")), "two or more different names"),
         (dict(class_names=("a", "b\nc")), r"class name 'b\\nc' is not one line"),
+        (dict(class_names=(0, 1)), "the name 0 is not a string"),
         (dict(class_names=("a", "")), "class name '' is not one line"),
         (dict(is_test_N=np.zeros(3, bool)), "is_test_N has shape"),
         (dict(files=(Path("x"),)), "files names 1 files"),
         (dict(images=np.zeros((8, 4, 4, 2), np.uint8)), "has 2 channels"),
         (dict(images=np.zeros((8, 4, 4, 2, 2), np.uint8)), "must be uint8"),
-        (dict(), "channel 0 is the same in every pixel"),
+        (dict(), "channel 0 is the same in every pixel .*; check the images"),
     ],
 )
 def test_a_malformed_data_set_is_refused(
