@@ -20,6 +20,7 @@ TIE_BREAK = 0.9  # weight of NLL in units of one error: orders candidates with e
 LOG_TEMPERATURE = np.log(8.0)  # searched temperatures lie in [1/8, 8], on a logarithmic scale
 CHUNK = 2000  # samples at a time: a P x CHUNK block fits into the L2 cache
 RIVALS_CHUNK = 4000  # likewise for rivals; in float32, so twice as many
+PAIRS = 2**20  # pairs of rivals at a time, over all samples: their masks fit into the L2 cache
 FACTORS = 8  # values per logarithm in `_sum_of_logs`
 
 
@@ -351,22 +352,45 @@ def _rivals(
     leads_KNC[:, samples, labels_N] = False
     lost_N = leads_KNC.all(axis=0).any(axis=1)
     can_win_NC = leads_KNC.any(axis=0) & ~lost_N[:, None]
-    most = int(can_win_NC.sum(axis=1).max())
-    rivals_NR = np.argsort(~can_win_NC, axis=1, kind="stable")[:, :most]
+    kept_NC = np.zeros_like(can_win_NC)
+    widths_N = can_win_NC.sum(axis=1)
+    line_N = np.argsort(-widths_N, kind="stable")
+    begun = 0
+    while begun < len(line_N) and (widest := int(widths_N[line_N[begun]])):
+        # Samples with about as many rivals together: one with hundreds must not widen all others.
+        some = line_N[begun : begun + max(1, PAIRS // widest**2)]
+        kept_NC[some] = _undominated(margins_KNC[:, some], ties_NC[some], can_win_NC[some], widest)
+        begun += len(some)
+    sample_M, rival_M = np.nonzero(kept_NC)
+    margins_MK = margins_KNC[:, sample_M, rival_M].T
+    return sample_M + start, margins_MK, ties_NC[sample_M, rival_M], int(lost_N.sum())
+
+
+def _undominated(
+    margins_KNC: np.ndarray, ties_NC: np.ndarray, can_win_NC: np.ndarray, widest: int
+) -> np.ndarray:
+    """The rivals that some mixture lets win without any other: (N, C) bool.
+
+    Args:
+        margins_KNC: label - class per member.
+        ties_NC: whether the class wins ties with the label.
+        can_win_NC: the rivals.
+        widest: R, the largest number of rivals of a sample.
+    """
+    rivals_NR = np.argsort(~can_win_NC, axis=1, kind="stable")[:, :widest]
     kept_NR = np.take_along_axis(can_win_NC, rivals_NR, axis=1)
     ties_NR = np.take_along_axis(ties_NC, rivals_NR, axis=1)
-    margins_KNR = np.take_along_axis(margins_KNC, rivals_NR[None], axis=2)
     # [n, a, b]: in any mixture, whenever rival a beats the label, so does b.
     implied_NRR = ~ties_NR[:, :, None] | ties_NR[:, None, :]
-    for margins_NR in margins_KNR:
+    for margins_NR in np.take_along_axis(margins_KNC, rivals_NR[None], axis=2):
         implied_NRR &= margins_NR[:, None, :] <= margins_NR[:, :, None]
     implied_NRR &= kept_NR[:, None, :]
     equal_NRR = implied_NRR & implied_NRR.transpose(0, 2, 1)
-    later_RR = np.arange(most)[:, None] > np.arange(most)
+    later_RR = np.arange(widest)[:, None] > np.arange(widest)
     kept_NR &= ~(implied_NRR & (~equal_NRR | later_RR)).any(axis=2)
-    sample_M, rival_M = np.nonzero(kept_NR)
-    margins_MK = margins_KNR[:, sample_M, rival_M].T
-    return sample_M + start, margins_MK, ties_NR[sample_M, rival_M], int(lost_N.sum())
+    kept_NC = np.zeros_like(can_win_NC)
+    np.put_along_axis(kept_NC, rivals_NR, kept_NR, axis=1)
+    return kept_NC
 
 
 def _sum_of_logs(values_PN: np.ndarray) -> np.ndarray:
