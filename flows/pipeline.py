@@ -203,6 +203,8 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
     console.print()
     if len(plan.reasons) > 1:
         display.show_timeline(root, console)
+    if state.is_cancelled():
+        raise KeyboardInterrupt  # in Prefect, which ends a run like Ctrl-C here
     if not state.is_completed():
         said = str(state.message or state.name)
         raise PipelineStoppedError(said.partition("PipelineFailedError: ")[2] or said)

@@ -140,6 +140,24 @@ def test_a_flow_told_to_end_leaves_no_training_and_starts_none(
     assert "the next run continues from them" in said
 
 
+def test_a_flow_cancelled_in_prefect_ends_like_one_told_to_end_here(
+    toy: Toy, prefect: str
+) -> None:
+    toy.write({"train": endless("train")})
+    process = toy.start(PREFECT_API_URL=prefect)
+    pid = pid_in(toy.path("PID"))
+    cancel = urllib.request.Request(
+        f"{prefect}/flow_runs/{toy.path('.kd/flow.run').read_text()}/set_state",
+        json.dumps({"state": {"type": "CANCELLING"}}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(cancel).close()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not lives(pid)
+    assert said.splitlines()[-1].endswith("the next run goes on from there")
+
+
 def test_a_flow_killed_by_force_leaves_no_training_and_the_next_one_runs(
     toy: Toy, prefect: str
 ) -> None:
