@@ -87,6 +87,7 @@ def prepare_data(params: Params, raw: Raw, run: Run) -> None:
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
     warn_of_copies(raw)
     run.log_final({f"num_{split}": count for split, count in counts.items()})
+    run.log_tags({"kd.data_hash": record["data_hash"]})
     run.log_file(artifacts.DATA / "data.json")
 
 

@@ -65,6 +65,18 @@ class Watched(NullRun):
             signal.raise_signal(signal.SIGINT)
 
 
+def test_the_data_stages_run_is_found_by_the_data_that_it_made(tmp_path, monkeypatch):
+    experiment(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    class Tagged(NullRun):
+        def log_tags(self, tags):
+            self.tags = {**self.tags, **tags}
+
+    stages.prepare_data(read := params.load(), stages.read_data(read), run := Tagged())
+    assert run.tags == {"kd.data_hash": artifacts.data_record()["data_hash"]}
+
+
 def test_a_stop_in_the_third_generation_costs_nothing_of_the_two_before(here):
     born_again = role(method=KD(), generations=3)
     learn(born_again, whole := Watched())

@@ -173,7 +173,11 @@ def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path,
         }.items()
     )
     assert "dvc.dep.artifacts/data/val" not in stored.data.tags
-    assert [each.dataset.digest for each in stored.inputs.dataset_inputs] == ["d" * 36]
+    (data,) = (each.dataset for each in stored.inputs.dataset_inputs)
+    assert data.digest == "d" * 36
+    from mlflow.data import get_source
+
+    assert get_source(data).uri == "artifacts/data"
     assert [f.path for f in in_home.client.list_artifacts(run_id, "export")] == [
         "export/model.pte"
     ]
@@ -202,8 +206,12 @@ def test_a_stage_of_several_is_tagged_with_what_its_own_name_reads(in_home):
 
 
 def test_the_experiment_has_views_that_find_runs_and_name_columns_as_runs_do(in_home):
-    with tracking.run("student", params={"model": {"kind": "plain_cnn"}}, tags={}) as run:
-        run.log_final({"val_accuracy": 0.9, "params_m": 0.1})
+    params = {"model": {"kind": "plain_cnn"}}
+    runs = []
+    for tags in ({"kd.pipeline": "kd-test"}, {"kd.comparison": "digits"}):
+        with tracking.run("student", params=params, tags=tags) as run:
+            run.log_final({"val_accuracy": 0.9, "params_m": 0.1})
+        runs.append(run.id)
     experiment = in_home.client.get_experiment_by_name("kd")
     prefix = "mlflow.sharedViewState."
     saved = {
@@ -217,7 +225,8 @@ def test_the_experiment_has_views_that_find_runs_and_name_columns_as_runs_do(in_
         key: {each.info.run_id for each in in_home.client.search_runs(["1"], view["searchFilter"])}
         for key, view in saved.items()
     }
-    assert [key for key in saved if run.id in found[key]] == [views.NETWORKS]
+    assert [key for key in saved if runs[0] in found[key]] == [views.NETWORKS]
+    assert not [key for key in saved if runs[1] in found[key]], "a comparison has hundreds"
     assert {"metrics.`val_accuracy`", "params.`model.kind`"} <= set(
         saved[views.NETWORKS]["selectedColumns"]
     )
@@ -297,6 +306,15 @@ def test_a_killed_process_leaves_no_run_running(in_home, sent, short_temporary):
     assert run.data.tags["kd.end_reason"]
     assert run.data.metrics["val_accuracy"] == 0.75
     assert not list(short_temporary.glob("kd-tracking-*"))
+
+
+def test_a_stopped_stage_names_the_signal(in_home):
+    told = SystemExit(128 + signal.SIGTERM)  # as kd/signals.py raises it
+    with pytest.raises(SystemExit), tracking.run("student", **GIVEN) as run:
+        raise told
+    stopped = in_home.client.get_run(run.id)
+    assert stopped.info.status == "KILLED"
+    assert stopped.data.tags["kd.end_reason"] == "stopped by SIGTERM"
 
 
 def test_a_file_that_is_not_there_is_said_at_once(in_home):
@@ -423,6 +441,7 @@ def test_every_weight_set_is_a_run_with_its_weights_search_and_figures(in_home, 
     sets = in_home.client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{run.id}'")
     by_name = {one.info.run_name: one.data for one in sets}
     assert set(by_name) == {"weights/chosen", "weights/uniform"}
+    assert all(one.tags["kd.role"] == "student" for one in by_name.values()), "GIVEN's"
     assert by_name["weights/chosen"].metrics["weight/medium"] == 0.3
     assert by_name["weights/chosen"].metrics["gap"] == 1e-6
     assert by_name["weights/chosen"].params["weighting.objective"] == "nll"
@@ -523,6 +542,7 @@ def test_the_registry_keeps_one_version_a_student_and_notes_who_won_over_whom(in
     told = json.loads(answer.stdout.splitlines()[-1])
     np.testing.assert_allclose(told["logits"], logits_NC, atol=1e-6)
     assert told["signature"] == ["(-1, 8, 8, 1)", "(-1, 3)"]
+    assert told["network"]
     assert not told["pickles"]
 
 
@@ -567,12 +587,13 @@ def test_a_question_that_has_no_answer_is_an_error_there(in_home, tmp_path):
 LOAD = """
 import json, sys
 from pathlib import Path
-import mlflow, numpy
+import mlflow, numpy, torch
 model = mlflow.pyfunc.load_model("models:/kd-test/1")
 example = model.input_example
 folder = Path(sys.argv[1], ".kd", "mlruns")
 print(json.dumps({
     "logits": model.predict(example).tolist(),
+    "network": isinstance(model.get_raw_model(), torch.nn.Module),
     "signature": [
         str(schema.inputs[0].shape)
         for schema in (model.metadata.signature.inputs, model.metadata.signature.outputs)

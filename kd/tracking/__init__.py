@@ -16,6 +16,7 @@ trash.py.
 import itertools
 import logging
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -108,10 +109,12 @@ class Run:
     Only the first `log_epoch`, `id`, `url` and the registry's queries wait for MLflow.
     """
 
-    def __init__(self, line: Line, uri: str) -> None:
-        """Args: the connection to the recorder, and the URI of the store that it writes to."""
+    def __init__(self, line: Line, uri: str, tags: Mapping[str, str]) -> None:
+        """Args: the connection to the recorder, the URI of the store it writes to, the tags."""
         self._line = line
         self._uri = uri
+        self.tags = tags
+        """What the run is found by; runs below it should have the same."""
         self._started: dict[str, Any] | None = None
         self._count = itertools.count()
         self._step = 0
@@ -364,6 +367,7 @@ class NullRun(Run):
     """The run of a stage that is not tracked: accepts every call and records nothing."""
 
     def __init__(self) -> None:
+        self.tags = {}
         self.error = None
         self._step = 0
 
@@ -431,13 +435,13 @@ def run(
         line.send(first_word)
     except OSError as error:
         raise TrackingError(uri, error) from error
-    this = Run(line, uri)
+    this = Run(line, uri, tags)
     try:
         yield this
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
         with suppress(TrackingError):  # the stage's own error must be raised instead
-            this._end("KILLED" if killed else "FAILED", f"{type(error).__name__}: {error}")
+            this._end("KILLED" if killed else "FAILED", _reason(error))
         raise
     this._end("FINISHED", "")
 
@@ -499,6 +503,13 @@ def repository() -> Path:
         if (folder / "dvc.yaml").exists() or (folder / ".git").exists():
             return folder
     return here
+
+
+def _reason(error: BaseException) -> str:
+    """Why a run ended: the error, or the signal that kd/signals.py turned into SystemExit."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        return f"stopped by {signal.Signals(error.code - 128).name}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _version(answer: Mapping[str, Any] | None) -> Version | None:

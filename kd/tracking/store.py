@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import mlflow
 import psutil
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.yaml_utils import read_yaml
 
@@ -76,7 +76,8 @@ class Store:
         session = Session(self, experiment, run.info.run_id, start["pid"])
         session.log_params(start["params"])
         if data_hash := tags.get("kd.data_hash"):
-            data = Dataset("data", data_hash[:LONGEST_DIGEST], "local", "artifacts/data")
+            source = json.dumps({"uri": "artifacts/data"})  # as mlflow.data.get_source reads it
+            data = Dataset("data", data_hash[:LONGEST_DIGEST], "local", source)
             self.client.log_inputs(run.info.run_id, datasets=[DatasetInput(data)])
         return session
 
@@ -270,7 +271,7 @@ class Session:
         example: list[Any],
         at: float,
     ) -> None:
-        """Log the export in a folder to its student's run, and point the registry to it.
+        """Log the export in a folder to its student's run, point this run and the registry to it.
 
         A bundle is logged only once; its metrics are updated each time.
         """
@@ -281,6 +282,8 @@ class Session:
         model_id = self._logged(tags) or models.log(
             client, self.experiment, origin, models.export(Path(folder), tags, example)
         )
+        if self.run_id != origin:
+            client.log_outputs(self.run_id, [LoggedModelOutput(model_id, 0)])
         self._log_of_model(model_id, metrics, val_hash, at)
         if registered:
             pointers = {"": f"models:/{model_id}", ".sha256": tags["kd.export_sha256"]}

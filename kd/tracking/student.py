@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
 
 # N samples, H W image, C classes
 
@@ -22,6 +23,13 @@ class Student:
         from kd import manifest
 
         self._model, self._manifest = manifest.load(folder)
+
+    def get_raw_model(self) -> "nn.Module":
+        """The network itself, which takes normalised images (N, channels, H, W).
+
+        MLflow's `PyFuncModel.get_raw_model` calls it.
+        """
+        return self._model
 
     def predict(
         self, images: "NDArray[np.uint8]", params: dict[str, Any] | None = None

@@ -13,6 +13,9 @@ TRAINING = "workflowType=machine_learning"
 NETWORKS = "networks"
 """The view that links open."""
 
+OF_A_PIPELINE = "tags.`kd.pipeline` LIKE '%'"
+"""Leaves out the runs of comparisons, which can be hundreds."""
+
 
 def address(experiment: str) -> str:
     """The path of an experiment's page with the view of networks, on the server."""
@@ -63,7 +66,7 @@ def _view(
         *(f"params.`{each}`" for each in params),
     ]
     state = {
-        "searchFilter": runs,
+        "searchFilter": f"{runs} and {OF_A_PIPELINE}",
         "orderByKey": "attributes.start_time",
         "orderByAsc": False,
         "startTime": "ALL",

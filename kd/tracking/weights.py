@@ -39,7 +39,7 @@ def log_weight_sets(parent: Run, folder: Path, study: Path | None) -> None:
         params = {"weighting": weighting, "num_val": record["num_val"]}
         enabled = parent.id is not None
         with run(
-            "weights", name, params=params, tags={}, enabled=enabled, parent=parent.id
+            "weights", name, params=params, tags=parent.tags, enabled=enabled, parent=parent.id
         ) as each:
             each.log_final(_finals(found))
             each.log_figure(figures.weights({**record, "sets": {name: found}}), "weights")

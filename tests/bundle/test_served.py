@@ -95,6 +95,11 @@ def test_the_champion_points_at_its_export_which_stands_below_the_students_run(i
     assert model.status == "READY"
 
 
+def test_the_run_that_exported_shows_the_model(in_home):
+    made = in_home.client.get_run(in_home.run).outputs.model_outputs
+    assert [each.model_id for each in made] == [exports_of(in_home)["onnx"].model_id]
+
+
 def test_an_exports_metrics_are_its_models_on_the_validation_images(in_home):
     model = exports_of(in_home)["onnx"]
     found = {metric.key: metric for metric in model.metrics}
