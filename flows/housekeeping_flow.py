@@ -5,12 +5,14 @@ infra/prefect.yaml deploys `flows/housekeeping_flow.py:housekeeping`.
 
 import shutil
 from pathlib import Path
+from typing import Annotated
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
+from pydantic import Field
 
 from flows import garbage, locks
 from flows.garbage import Item, Keep
@@ -72,7 +74,10 @@ def clean_temporary(dry_run: bool, days: float) -> list[Item]:
 
 @flow(name="housekeeping", persist_result=False)
 def housekeeping(
-    root: str = ".", dry_run: bool = True, keep: Keep = "commits", days: float = 30
+    root: str = ".",
+    dry_run: bool = True,
+    keep: Keep = "commits",
+    days: Annotated[float, Field(ge=0)] = 30,
 ) -> State:
     """List what is no longer needed, and delete it unless `dry_run` is set.
 

@@ -55,6 +55,17 @@ def test_only_what_neither_commits_nor_the_workspace_name_goes_from_dvcs_cache(t
     assert item.size == len("committed\n")
 
 
+def test_days_below_zero_are_refused_before_everything_counts_as_old(prefect: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Prefect's dependencies
+        from prefect.exceptions import ParameterTypeError
+
+        from flows.housekeeping_flow import housekeeping
+
+    with pytest.raises(ParameterTypeError, match="days: Input should be greater than or equal"):
+        housekeeping.validate_parameters({"days": -1})
+
+
 def test_a_repository_that_dvc_cannot_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(garbage.GarbageError, match="dvc gc"):
         garbage.unused_in_dvc(tmp_path, "commits")
