@@ -176,12 +176,13 @@ def pipeline(
         except BaseException:
             stop.set()  # SIGINT and SIGTERM arrive here; no task may start a stage now
             raise
-        results.publish(folder, times)
+        for future in futures.values():
+            future.wait()  # already done, but only this updates its state to the task's final one
+        left = [name for name, each in futures.items() if not each.state.is_completed()]
+        results.publish(folder, times, left)
     if ended:
         return ended
-    for future in futures.values():
-        future.wait()  # already done, but only this updates its state to the task's final one
-    if not all(future.state.is_completed() for future in futures.values()):
+    if left:
         raise PipelineFailedError(_first_reason(futures))
     results.publish_report(folder)
     return None

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -43,17 +43,27 @@ def publish_stage(root: Path, name: str, hashes: graph.Hashes) -> None:
     )
 
 
-def publish(root: Path, times: Timeline) -> None:
-    """Attach the timeline and a link to each stage's MLflow run to the flow run."""
+def publish(root: Path, times: Timeline, left: Collection[str]) -> None:
+    """Attach the timeline and links to MLflow's runs to the flow run.
+
+    Args:
+        root: The workspace.
+        times: When stages ran.
+        left: Stages that were not completed: what artifacts/runs has of them is of an earlier run.
+    """
     if drawn := times.draw():
         _write(root / FILE, f"{drawn}\n")
         _attach(f"```\n{drawn}\n```", key="timeline", description="When each stage ran, and where")
-    links = [(stage, f"[open]({link})") for stage, link in mlflow_links(root)]
+    links = [
+        (stage, f"[open]({link})")
+        for stage, link in mlflow_links(root)
+        if stage.replace("/", "@") not in left
+    ]
     if links:
         _attach(
             _table(("stage", "its run in MLflow"), links),
             key="mlflow-runs",
-            description="Each stage's MLflow run (`make ui` shows them)",
+            description="The MLflow run of each stage that is up to date (`make ui` shows them)",
         )
 
 

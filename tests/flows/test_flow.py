@@ -248,3 +248,29 @@ def test_the_report_and_the_tracked_runs_can_be_reached_from_the_flow_run(
     hashed = str(found.pop("stage-one")).splitlines()
     assert hashed[2] == f"| made `one.txt` | {md5(toy.path('one.txt'))} |"
     assert not found
+
+
+def test_a_stage_that_failed_is_not_said_to_have_its_last_run_in_mlflow(
+    toy: Toy, run: Callable[[], "State"], prefect: str
+) -> None:
+    (runs := toy.path("artifacts/runs")).mkdir(parents=True)
+    for name in ("teacher", "student"):
+        (runs / f"{name}.json").write_text(json.dumps({"url": f"http://there/{name}"}))
+    toy.write(
+        {
+            "teacher": timed("teacher", 0),
+            "student": {"cmd": "exit 3", "deps": ["teacher.txt"], "outs": ["student.txt"]},
+        }
+    )
+    state = run()
+    assert state.is_failed()
+
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        (links,) = (
+            str(each.data)
+            for each in client.read_artifacts()
+            if each.flow_run_id == state.state_details.flow_run_id and each.key == "mlflow-runs"
+        )
+    assert links.splitlines()[2:] == ["| teacher | [open](http://there/teacher) |"]
