@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 
@@ -19,7 +20,7 @@ def run_unit(file: str, root: Path, unit: str, stop: threading.Event) -> None:
 
 @flow(name="compare", persist_result=False)
 def compare(file: str = "params.compare.yaml", root: str = ".") -> str:
-    """Run what is left of a comparison and return its results table.
+    """Run what is left of a comparison and return its results table, also as an artifact.
 
     Args:
         file: The comparison file.
@@ -42,4 +43,5 @@ def compare(file: str = "params.compare.yaml", root: str = ".") -> str:
     report = subprocess.run(
         [*COMMAND, file], cwd=folder, capture_output=True, text=True, check=True
     )
+    create_markdown_artifact(report.stdout, "comparison", f"The table of {file}")
     return report.stdout

@@ -25,6 +25,13 @@ def test_the_flow_does_what_is_left_and_returns_the_table(
     assert "| labels |" in table
     assert left("params.compare.yaml", tmp_path) == {}
 
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        assert [each.data for each in client.read_artifacts() if each.key == "comparison"] == [
+            table
+        ]
+
 
 def test_a_file_that_is_no_comparison_is_refused(tmp_path: Path) -> None:
     from flows.compare import left
