@@ -58,6 +58,13 @@ def require(holds: bool, field: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{field} is {value!r}; it must be {wanted}")
 
 
+def described(value: object) -> str:
+    """A tensor's or array's shape and type, for a message; of anything else, its class."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    name = type(value).__name__
+    return name if shape is None else f"{name} {tuple(shape)} {dtype}"
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error's message; its repr if it has no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -32,6 +32,8 @@ class Ensemble:
     """One per member; by default their positions."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "members", tuple(self.members))
+        object.__setattr__(self, "weights_K", tuple(map(float, self.weights_K)))
         same = len(self.members) == len(self.weights_K) > 0
         require(same, "weights_K", self.weights_K, f"one for each of {len(self.members)} members")
         valid = all(w >= 0 for w in self.weights_K) and math.isclose(

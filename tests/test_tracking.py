@@ -558,7 +558,7 @@ def test_the_served_student_gives_the_logits_that_were_validated_to_the_last_bit
     pixels_NHWC = torch.randint(0, 256, (64, 8, 8, 1), dtype=torch.uint8)
     model, described = manifest.load(tmp_path / "student")
     normalised = {"mean": described.mean, "std": described.std}
-    val = Images(pixels_NHWC=pixels_NHWC, labels_N=torch.zeros(64), **normalised)
+    val = Images(pixels_NHWC=pixels_NHWC, labels_N=torch.zeros(64).long(), **normalised)
     served = Student(tmp_path / "student")
     np.testing.assert_array_equal(served.predict(pixels_NHWC.numpy()), predict(model, val))
     for wrong in (pixels_NHWC.float(), pixels_NHWC[0], pixels_NHWC.transpose(1, 3)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd.component import ConfigError
+from kd.component import ConfigError, described, require
 from kd.data.augment import Augment
 
 SEEN_PIXELS = 2**20
@@ -52,6 +52,24 @@ class Images:
 
     source: str = ""
     """Hash of the prepared data and names of the splits; if "", `identity` hashes the pixels."""
+
+    def __post_init__(self) -> None:
+        parts = (self.pixels_NHWC, *self.beyond_NHWC)
+        for pixels in parts:
+            fits = isinstance(pixels, Tensor) and pixels.dtype == torch.uint8 and pixels.ndim == 4
+            wanted = "a uint8 tensor (images, height, width, channels)"
+            require(fits, "pixels_NHWC", described(pixels), wanted)
+        count, channels = sum(map(len, parts)), self.pixels_NHWC.shape[3]
+        labels = self.labels_N
+        whole = isinstance(labels, Tensor) and not (labels.is_floating_point())
+        fits = whole and labels.shape == (count,)
+        wanted = f"a tensor of {count} whole numbers, one for each image"
+        require(fits, "labels_N", described(labels), wanted)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            wanted = f"a tuple of {channels} numbers, one for each channel of pixels_NHWC"
+            require(isinstance(value, tuple) and len(value) == channels, name, value, wanted)
+        require(all(each > 0 for each in self.std), "std", self.std, "above 0 for each channel")
 
     @classmethod
     def load(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kd.component import ConfigError
+from kd.component import ConfigError, described, require
 from kd.data import Images, key, sent
 from kd.ensemble import Ensemble
 from kd.methods import Labels, Learning, Members, Shown, label_probs
@@ -46,13 +46,17 @@ class Lesson:
         self.targets: Targets | None = None
         self.members = None
         self.labelled = float((images.labels_N >= 0).float().mean()) or 1.0
+        wanted = "given with an ensemble: it says how the network learns from it"
+        require(method is not None or ensemble is None, "method", method, wanted)
         if ensemble is None and self.method.needs == "teachers":
             self.method = Labels()
+        check_classes(images, num_classes, taught=ensemble is not None)
         check_shares(self.method)  # before the slow part: computing the targets
         check_labels(self.method, recipe)
         if ensemble is not None:
             self.members = ensemble.described()
             check_teachers(self.method, self.members)
+            check_answers(ensemble, images, num_classes)
             if reduction := self.method.reduction(self.members):
                 given = (images, recipe, num_classes, tables, stop)
                 self.targets = targets_of(ensemble, reduction, *given)
@@ -122,11 +126,57 @@ class Lesson:
         with autocast(device, recipe):
             said = model(images_B)
         logits_BC, also = said if isinstance(said, tuple) else (said, {})
+        if not isinstance(logits_BC, Tensor) or logits_BC.shape != labels_BC.shape:
+            wanted = f"logits of shape {tuple(labels_BC.shape)}: images, classes"
+            require(False, "what the network returns", described(logits_BC), wanted)
         alone = self.labels_alone(step)
         rows_BR = self.targets.rows(images_B, shown) if self.targets and not alone else None
         progress, labelled = step / self.num_steps, 1.0 if alone else self.labelled
         given = Shown(logits_BC, labels_BC, rows_BR, self.members, progress, labelled, also)
-        return self.method.loss(given)
+        try:
+            return self.method.loss(given)
+        except KeyError as error:
+            if also:
+                raise
+            name = type(self.method).__name__
+            raise ConfigError(
+                f"{name}.loss looks up {error}, which the student alone does not return: train "
+                f"what {name}().learner(student, peers, members) returns"
+            ) from error
+
+
+def check_classes(images: Images, num_classes: int, *, taught: bool) -> None:
+    """Refuse images that nothing can be learned from, and labels that are no class.
+
+    Raises:
+        ConfigError: there is no image, or neither a label nor a teacher; or a label is not in
+            range, which would count as none.
+    """
+    labels_N = images.labels_N
+    require(len(labels_N) > 0, "the number of training images", 0, "at least 1")
+    low, high = int(labels_N.min()), int(labels_N.max())
+    wanted = f"in 0..{num_classes - 1} (num_classes is {num_classes}), or -1 where unknown"
+    require(low >= -1 and high < num_classes, "labels_N", f"in {low}..{high}", wanted)
+    wanted = "known for an image, or an ensemble given with a method that needs teachers"
+    require(taught or high >= 0, "labels_N", "-1 for all images", wanted)
+
+
+def check_answers(ensemble: Ensemble, images: Images, num_classes: int) -> None:
+    """Refuse teachers that do not turn these images into logits.
+
+    Raises:
+        ConfigError: names the teacher.
+    """
+    few_N = torch.arange(2) % len(images)
+    for name, member in zip(ensemble.names, ensemble.members, strict=True):
+        first = next(member.parameters(), images.labels_N)
+        with torch.inference_mode():
+            said = member(images.batch(few_N).to(first.device))
+        fits = isinstance(said, Tensor) and said.shape == (2, num_classes)
+        wanted = f"for two images, logits of shape {(2, num_classes)}"
+        require(fits, f"what the teacher {name!r} returns", described(said), wanted)
+        finite = fits and bool(said.isfinite().all())
+        require(finite, f"what the teacher {name!r} returns", "not finite", "finite: retrain it")
 
 
 def check_shares(method: Learning) -> None:

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kd.component import ConfigError, Refused, is_out_of_memory, reason
+from kd.component import ConfigError, Refused, is_out_of_memory, reason, require
 from kd.data import Images, key
 from kd.ensemble import Ensemble
 from kd.launch import is_first
@@ -44,6 +44,8 @@ from kd.train.targets import Tables
 
 CALM = "lower recipe.optimizer.lr, or set recipe.clip_norm"
 """Remedy for a training that diverges."""
+UNTRAINED = "nothing had been learned yet: look for a division by 0 or log(0) in network and loss"
+"""Remedy for a loss that was never finite."""
 
 
 class NonFiniteLoss(Refused):
@@ -75,7 +77,8 @@ def fit(
     """Train `model` in place, from labels alone or under an ensemble.
 
     Args:
-        model: The network that learns; it is moved to the device of `images`.
+        model: The network that learns, or what `method.learner` makes of it; it is moved to the
+            device of `images`.
         images: The training images: labelled ones and, with an ensemble, unlabelled ones too,
             with the views that student and teachers see.
         recipe: The budget and how it is spent.
@@ -84,7 +87,7 @@ def fit(
         epoch_steps: Steps in an epoch; by default one pass over `images`.  A role that sees only
             labelled images gets as many steps as for all images, for an equal budget.
         method: How it learns; labels alone if None, or if it needs teachers and has none.
-        ensemble: The teachers, if any.
+        ensemble: The teachers, if any; then `method` says how it learns from them.
         validate: Returns the model's validation metrics; the model is in eval mode.
         on_step: Called after each step with the number of steps done.
         on_epoch: Called after each epoch.
@@ -116,6 +119,9 @@ def fit(
         num_steps=plan.total,
         stop=stop,
     )
+    learns = any(each.requires_grad for each in model.parameters())
+    wanted = "above 0: an Ensemble freezes its members, so give fit another network, or a copy"
+    require(learns, "the number of the network's parameters with requires_grad", 0, wanted)
     model = model.to(images.labels_N.device)
     check_memory(predict_memory(model, lesson, recipe, position()[1]), images, recipe)
     training = Training(model, lesson, plan)
@@ -287,7 +293,10 @@ class LossWatch:
         bad = (~self.seen().isfinite()).nonzero()
         if len(bad):
             step = done - self.count + int(bad[0])
-            raise NonFiniteLoss(f"the loss was not finite at step {step} (epoch {epoch}); {CALM}")
+            remedy = CALM if step else UNTRAINED
+            raise NonFiniteLoss(
+                f"the loss was not finite at step {step} (epoch {epoch}); {remedy}"
+            )
 
     def mean(self) -> float:
         """The mean of the epoch's losses so far."""

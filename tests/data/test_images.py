@@ -87,7 +87,8 @@ def test_every_view_of_every_image_equals_the_slow_one(
 def test_the_larger_images_are_the_fewer_are_looked_at_at_once(side: int, num: int) -> None:
     images = _images(2, 2, 1, Augment())
     large = images.pixels_NHWC[:1, :1, :1].expand(1, side, side, 1)
-    assert dataclasses.replace(images, pixels_NHWC=large).at_once == num
+    one = dataclasses.replace(images, pixels_NHWC=large, labels_N=images.labels_N[:1])
+    assert one.at_once == num
 
 
 def test_images_are_named_by_every_pixel_their_order_and_their_shape() -> None:
@@ -97,7 +98,11 @@ def test_images_are_named_by_every_pixel_their_order_and_their_shape() -> None:
     changed[4, 3, 5, 0] += 1
 
     def named(pixels_NHWC: Tensor, *beyond: Tensor) -> str:
-        return dataclasses.replace(images, pixels_NHWC=pixels_NHWC, beyond_NHWC=beyond).identity
+        labels_N = torch.zeros(sum(map(len, (pixels_NHWC, *beyond))), dtype=torch.int64)
+        channels = pixels_NHWC.shape[3]
+        normal = {"mean": (0.3,) * channels, "std": (0.2,) * channels}
+        given = {"pixels_NHWC": pixels_NHWC, "beyond_NHWC": beyond, "labels_N": labels_N}
+        return Images(**given, **normal).identity
 
     assert named(pixels.clone()) == named(pixels[:2], pixels[2:]) == images.identity
     others = [
@@ -190,3 +195,25 @@ def test_splits_too_large_to_be_held_are_read_as_they_are_needed(prepared: Path)
     views_B = torch.randint(augment.num_views, (len(held),))
     assert torch.equal(mapped.batch(indices_B, views_B), held.batch(indices_B, views_B))
     assert torch.equal(mapped.batch(indices_B[:1]), held.batch(indices_B[:1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"pixels_NHWC": torch.rand(5, 4, 6, 1)},
+            r"pixels_NHWC is 'Tensor \(5, 4, 6, 1\) ",
+        ),
+        ({"pixels_NHWC": torch.zeros(5, 4, 6, dtype=torch.uint8)}, "it must be a uint8 tensor"),
+        ({"pixels_NHWC": np.zeros((5, 4, 6, 1), np.uint8)}, "pixels_NHWC is 'ndarray"),
+        ({"labels_N": torch.arange(4)}, r"labels_N is .*\(4,\).* must be a tensor of 5 whole num"),
+        ({"labels_N": torch.arange(5.0)}, "float32'; it must be a tensor of 5 whole numbers"),
+        ({"labels_N": torch.eye(5, dtype=torch.int64)}, "one for each image"),
+        ({"mean": 0.3}, "mean is 0.3; it must be a tuple of 1 numbers"),
+        ({"std": (0.3, 0.3, 0.3)}, "std is .*; it must be a tuple of 1 numbers, one for each"),
+        ({"std": (0.0,)}, "std is .*; it must be above 0"),
+    ],
+)
+def test_what_are_no_labelled_images_is_refused(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        dataclasses.replace(_images(4, 6, 1, Augment()), **change)

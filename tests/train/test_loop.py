@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from kd.component import ConfigError
 from kd.data import Augment, key
 from kd.ensemble import Ensemble
 from kd.evaluate import predict, scores
-from kd.methods import KD, AnnealedKD, ContinuationKD, Frozen, ProKD
+from kd.methods import DML, KD, AnnealedKD, ContinuationKD, Frozen, ProKD
 from kd.methods.trust import Correctness
 from kd.recipe import SGD, AdamW, Cosine, Steps
 from kd.train import (
@@ -167,13 +168,59 @@ def test_a_budget_in_steps_is_the_same_however_few_images_there_are():
     assert [epoch.step for epoch in few] == [epoch.step for epoch in many]
 
 
-def test_unlabelled_images_teach_nothing_without_teachers():
-    """Zero rows of labels give no loss, so only the labelled images move the weights."""
-    images = pictures(8, labelled=0)
-    model = network(0)
-    before = model[-1].weight.clone()
-    fit(model, images, recipe(optimizer=SGD(weight_decay=0.0)), seed=0, num_classes=CLASSES)
-    torch.testing.assert_close(model[-1].weight, before, rtol=0, atol=0)
+def frozen_network():
+    return network().requires_grad_(False)
+
+
+class Pairs(nn.Module):
+    """A network that returns more than logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, images):
+        return {"logits": self.inner(images)}
+
+
+def ensemble_of(*members):
+    return {"method": KD(), "ensemble": Ensemble(members, (1 / len(members),) * len(members))}
+
+
+def broken(value):
+    teacher = network()
+    nn.init.constant_(teacher[-1].bias, value)
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"images": pictures(8, labelled=0)}, "labels_N is '-1 for all images'; it must be known"),
+        (
+            {"images": replace(pictures(8), labels_N=torch.arange(8) % CLASSES + 1)},
+            r"labels_N is 'in 1\.\.3'; it must be in 0\.\.2 \(num_classes is 3\), or -1",
+        ),
+        ({"model": frozen_network()}, "with requires_grad is 0; .* an Ensemble freezes its mem"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 1))}, r"\(2, 1\).* shape \(2, 3\)"),
+        ({"model": Pairs()}, "what the network returns is 'dict'; it must be logits of shape"),
+        ({"method": DML()}, r"DML.loss looks up 'logits_MBC', .*train what DML\(\)\.learner"),
+        ({"ensemble": Ensemble((network(),), (1.0,))}, "method is None; it must be given with"),
+        (ensemble_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 4))), r"'0' returns is .*\(2, 4\)"),
+        (ensemble_of(network(), Pairs()), "the teacher '1' returns is 'dict'; it must be for two"),
+        (ensemble_of(broken(math.nan)), "the teacher '0' returns is 'not finite'; .*retrain it"),
+    ],
+)
+def test_what_nothing_right_can_be_learned_from_is_refused_at_the_start(given, said):
+    with pytest.raises(ConfigError, match=said):
+        train(**given)
+
+
+def test_teachers_and_weights_may_be_lists():
+    ensemble = Ensemble([network(1), network(2)], torch.tensor([0.5, 0.5]))
+    assert ensemble.members == tuple(ensemble.members)
+    assert ensemble.weights_K == (0.5, 0.5)
+    train(epochs=1, method=KD(), ensemble=ensemble)
 
 
 @pytest.mark.parametrize("method", [None, KD(alpha=1e-9)])  # at 0 labelled images alone are shown
@@ -274,6 +321,19 @@ def test_a_model_in_evaluation_mode_is_trained_in_training_mode_and_comes_back_e
     assert modes == [False] * 3
     assert not fitted.training
     assert not torch.equal(model[1].running_mean, torch.zeros(8))  # statistics were gathered
+
+
+def test_a_loss_that_was_never_finite_is_not_blamed_on_the_learning_rate():
+    class Divides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, images):
+            return self.inner(images) / 0
+
+    with pytest.raises(NonFiniteLoss, match=r"step 0 .* look for a division by 0"):
+        train(model=Divides())
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step():
