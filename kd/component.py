@@ -131,7 +131,7 @@ def import_failure(module_name: str, error: Exception) -> str:
 def raised(error: Exception) -> str:
     """An error's class, its line in the user's own code, and its message."""
     package = f"{Path(__file__).parent}/"
-    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), package, "<frozen ")
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), package, "<")
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [each for each in frames if not each.filename.startswith(libraries)]
     place = f" in {theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else ""

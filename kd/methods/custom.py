@@ -1,13 +1,16 @@
 """A user-defined method, named by import path."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from kd.component import ConfigError, call_object, component
+from kd.component import ConfigError, call_object, component, load_object
 from kd.methods.learning import Learning
 from kd.methods.shown import Shown
+from kd.methods.taught import Taught
+from kd.methods.trust import trust_of
 
 
 @component
@@ -33,7 +36,11 @@ class CustomMethod(Learning):
         Raises:
             ConfigError: it cannot be imported or called with `args`, or is no method.
         """
-        method = call_object(self.path, self.args, {})
+        args = dict(self.args)
+        ours = isinstance(made := load_object(self.path), type) and issubclass(made, Taught)
+        if ours and isinstance(args.get("trust"), Mapping):
+            args["trust"] = trust_of(args["trust"])
+        method = call_object(self.path, args, {})
         if not isinstance(method, Learning):
             raise ConfigError(
                 f"path {self.path!r} returned a {type(method).__name__}; "

@@ -100,7 +100,8 @@ class Taught(Learning):
         """The result of `soft`, checked to be a loss for each image (B,).
 
         Raises:
-            ConfigError: it is no tensor, or has another shape, which would be broadcast.
+            ConfigError: it is no tensor, has another shape, which would be broadcast, or has no
+                gradient, so that the student would learn from labels alone.
         """
         soft_B = self.soft(logits_BC, soft_log_probs_BC, temperature, shown)
         found = tuple(soft_B.shape) if isinstance(soft_B, Tensor) else type(soft_B).__name__
@@ -109,6 +110,11 @@ class Taught(Learning):
                 f"{type(self).__name__}.soft returned {found} for logits of shape "
                 f"{tuple(logits_BC.shape)}; it must return a loss for each image, of shape "
                 f"{(len(logits_BC),)}"
+            )
+        if logits_BC.requires_grad and torch.is_grad_enabled() and not soft_B.requires_grad:
+            raise ConfigError(
+                f"{type(self).__name__}.soft returned a loss without a gradient; it must be "
+                "computed from logits_BC, without detach() or argmax"
             )
         return soft_B
 

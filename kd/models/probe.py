@@ -44,12 +44,11 @@ def build_model(model: "Model", *, channels: int, image_size: int, num_classes: 
         ConfigError: it cannot be built, or does not turn such images into logits.
     """
     network = model.build(channels=channels, image_size=image_size, num_classes=num_classes)
-    shape = (2, channels, image_size, image_size)
-    for training in (True, False):
+    for training, size in ((True, 2), (False, 2), (False, 1)):
         with untouched(network), torch.no_grad():
             network.train(training)
             try:
-                logits_BC = network(torch.zeros(shape))
+                logits_BC = network(torch.zeros(size, channels, image_size, image_size))
             except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
                 raise ConfigError(
                     f"{model} cannot take images of {channels} x {image_size} x "
@@ -58,11 +57,12 @@ def build_model(model: "Model", *, channels: int, image_size: int, num_classes: 
         found = (
             tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
         )
-        if found != (2, num_classes):
+        if found != (size, num_classes):
             mode = "training" if training else "evaluation"
+            images = "one image" if size == 1 else "two images"
             raise ConfigError(
-                f"{model} returns {found} in {mode} mode; two images and {num_classes} "
-                f"classes need one tensor of logits of shape {(2, num_classes)}"
+                f"{model} returns {found} in {mode} mode; {images} and {num_classes} "
+                f"classes need one tensor of logits of shape {(size, num_classes)}"
             )
     return network.train()
 

@@ -4,22 +4,28 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from dvc.utils.serialize import modify_yaml
+from torch import nn
 
 from kd import artifacts, params
 from kd.component import ConfigError, component, load_object, own_sources
-from kd.methods import KD, CustomMethod, Method
+from kd.ensemble import Ensemble
+from kd.methods import KD, CustomMethod, Labels, Learner, Members, Method, Shown, label_probs
 from kd.methods.trust import Confidence, Correctness, Drop, Entropy, MinNorm, Unbiased
 from kd.models import CustomModel, PlainCNN
 from kd.roles import Role, try_learners
+from kd.train import fit
 from kd.train.targets import table_record
 from tests.checks_methods import check_method
-from tests.learners import pictures, recipe
+from tests.learners import CLASSES, Memory, network, pictures, recipe
 from tests.methods.test_training import taught, weights_of
 
 PROJECT = Path(__file__).parents[2]
@@ -53,6 +59,45 @@ def test_the_battery_of_the_page_runs_in_a_users_project(project):
         check=True,
         timeout=120,
     )
+
+
+def test_the_pages_method_with_parts_of_its_own_is_stopped_and_goes_on(project):
+    (project / "mine/centred.py").write_text(block("# mine/centred.py"))
+    method = CustomMethod(path="mine.centred:Centred", args={"width": 4}).resolved()
+    teacher = Ensemble((network(5),), (1.0,))
+    tried(CustomMethod(path="mine.centred:Centred"))
+
+    def trained(checkpoint):
+        learner = method.learner(network(0), [], teacher.described())
+        given = {"seed": 0, "num_classes": CLASSES, "method": method, "ensemble": teacher}
+        return fit(learner, pictures(), recipe(checkpoint_steps=1), checkpoint=checkpoint, **given)
+
+    whole, _ = trained(None)
+    stopped = Memory(stop_after=7)
+    with pytest.raises(KeyboardInterrupt):
+        trained(stopped)
+    assert weights_of(trained(stopped)[0]) == weights_of(whole)
+    assert whole.centres_CW.abs().sum() > 0
+    sys.modules.pop("mine.centred")
+
+
+def test_the_pages_library_calls_train_a_student():
+    made = {}
+    exec(block("def distilled("), made)
+    exec(block("def loss_of("), made)
+    images = pictures()
+    plain = {"pixels": images.pixels_NHWC, "labels": images.labels_N}
+    teachers = [network(1), network(2)]
+    student, weights, accuracy = made["distilled"](plain, plain, teachers, network(3))
+    assert set(weights) == {"teacher 0", "teacher 1"}
+    assert 0 <= accuracy <= 1
+    shown = images.batch(torch.arange(8))
+    said_KBC = torch.stack([each(shown) for each in teachers])
+    given = (student(shown), said_KBC, weights.values(), images.labels_N[:8])
+    method, members = KD(), Members(tuple(weights), tuple(weights.values()))
+    rows_BR = method.reduction(members)(said_KBC, given[3])
+    wanted = method.loss(Shown(given[0], label_probs(given[3], CLASSES), rows_BR, members))
+    torch.testing.assert_close(made["loss_of"](*given), wanted)
 
 
 @pytest.mark.parametrize("page", ["extending", "data"])
@@ -160,6 +205,22 @@ LOSS = SOFT.replace("Mine(KD)", "Mine(Labels)").replace(
         ),
         (LOSS, "return shown.logits_BC.sum(dim=1)", r"Mine\.loss returned \([23],\); .*"),
         (LOSS, "return shown.logits_BC.detach().sum()", r"Mine\.loss .*\(\) without a gradient.*"),
+        (
+            SOFT,
+            "return logits_BC.detach().sum(dim=1)",
+            r"Mine\.soft .* a loss without a gradient; .*",
+        ),
+        (SOFT, "return logits_BC.sum(dim=1) / 0", r"Mine\.loss is -?(inf|nan) on two random .*"),
+        (
+            SOFT,
+            "return (0 * logits_BC).sum(dim=1).sqrt()",
+            r"the gradient of Mine\.loss .* finite.*",
+        ),
+        (
+            LOSS,
+            "return 0 * shown.logits_BC.sum()",
+            r"Mine\.loss gives no parameter .* a gradient .*",
+        ),
     ],
 )
 def test_what_has_no_loss_is_found_before_anything_learns(
@@ -176,9 +237,9 @@ def test_what_has_no_loss_is_found_before_anything_learns(
         sys.modules.pop("kd_tests_own_code", None)
 
 
-def tried(method, num_classes, num_peers=0):
+def tried(method, num_classes=3, num_peers=0, model=None):
     """Try a student that learns by the method, and its peers."""
-    model = PlainCNN(depth=2, width=0.25)
+    model = model or PlainCNN(depth=2, width=0.25)
     peers = {f"peer{k}": model for k in range(num_peers)}
     shape = {"channels": 1, "image_size": 8, "num_classes": num_classes}
     try_learners({"student": (model, method, peers)}, **shape)
@@ -191,6 +252,105 @@ def test_what_can_learn_is_let_through(num_classes):
         tried(method, num_classes, num_peers=method.num_peers[min(1, len(method.num_peers) - 1)])
     for trust in trusts:
         tried(KD(trust=trust, standardize=num_classes > 2), num_classes)
+
+
+class Bare(nn.Module):
+    """Holds the student, but is no Learner."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+
+class Centred(Learner):
+    """Keeps a mean of the logits, in a buffer or, wrongly, beside it; and one more layer."""
+
+    def __init__(self, student, buffer=True, listed=False):
+        super().__init__(student)
+        layer = nn.Linear(3, 3)
+        self.layers = [layer] if listed else nn.ModuleList([layer])
+        if buffer:
+            self.register_buffer("mean_C", torch.zeros(3))
+        else:
+            self.mean_C = torch.zeros(3)
+
+    def answer(self, images):
+        logits_BC = self.student(images)
+        also = {"centred_BC": logits_BC - self.mean_C, "mapped_BC": self.layers[0](logits_BC)}
+        self.mean_C = 0.9 * self.mean_C + 0.1 * logits_BC.detach().mean(dim=0)
+        return logits_BC, also
+
+
+class Centring(Labels):
+    """Learns from what its learner says."""
+
+    def __init__(self, make=Centred, **given):
+        object.__setattr__(self, "made", partial(make, **given))
+
+    def learner(self, student, peers, members=None):
+        return self.made(student)
+
+    def loss(self, shown):
+        return shown.also["centred_BC"].square().mean() + shown.also["mapped_BC"].square().mean()
+
+
+class Beside(nn.Module):
+    """A network that keeps a mean of its inputs, in a buffer or, wrongly, beside it."""
+
+    def __init__(self, num_classes, buffer=True):
+        super().__init__()
+        self.linear = nn.Linear(64, num_classes)
+        if buffer:
+            self.register_buffer("mean", torch.zeros(64))
+        else:
+            self.mean = torch.zeros(64)
+
+    def forward(self, images):
+        rows = images.flatten(1)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * rows.detach().mean(dim=0)
+        return self.linear(rows - self.mean)
+
+
+HERE = "tests.methods.test_custom"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({}, None),
+        ({"make": Bare}, "Centring.learner returned a Bare; it must return the student, or a kd"),
+        ({"make": lambda student: None}, "returned a NoneType; it must return the student"),
+        ({"buffer": False}, "a Centred with .* other centred_BC in training mode, .*register_buf"),
+        ({"listed": True}, r"gives other mapped_BC in training mode, .*nn\.ModuleList for lists"),
+    ],
+)
+def test_a_learner_that_no_checkpoint_would_hold_is_refused(args, said):
+    method = CustomMethod(path=f"{HERE}:Centring", args=args)
+    with pytest.raises(ConfigError, match=f"^student: .*{said}") if said else nullcontext():
+        tried(method)
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_a_network_that_no_file_would_hold_is_refused(buffer):
+    model = CustomModel(path=f"{HERE}:Beside", args={"buffer": buffer})
+    said = "^student: a Beside with .* gives other logits in evaluation mode"
+    with nullcontext() if buffer else pytest.raises(ConfigError, match=said):
+        tried(KD(), model=model)
+
+
+def test_trust_is_an_option_of_a_users_method_in_params(project):
+    def made(trust):
+        return CustomMethod(path="mine.methods:Reverse", args={"trust": trust})
+
+    assert made({"kind": "drop", "keep": 0.5}).resolved().trust == Drop(keep=0.5)
+    tried(made({"kind": "entropy"}))
+    for trust, said in (
+        ({"kind": "entrop"}, "trust.kind is 'entrop'; it must be one of correctness, confidence"),
+        ({"kind": "drop", "share": 0.5}, "trust: .* unexpected keyword argument 'share'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            made(trust).resolved()
 
 
 def test_what_a_users_code_raises_as_it_is_made_is_told_in_a_line(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ def test_a_users_model_is_told_what_it_names() -> None:
         ("no_module", {}, "returned a int"),
         ("seven_classes", {}, r"returns \(2, 7\) in training mode"),
         ("WithAuxiliary", {}, "returns tuple in training mode"),
+        ("Squeezing", {}, r"returns \(2,\) in evaluation mode; one image and 2 classes need one"),
         ("Tiny", {"channels": 1}, "cannot take images of 3 x 8 x 8"),
     ],
 )

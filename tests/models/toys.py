@@ -34,6 +34,13 @@ class WithAuxiliary(Tiny):
         return (logits, logits) if self.training else logits
 
 
+class Squeezing(Tiny):
+    """Loses the dimension of the batch if it is 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).squeeze()
+
+
 class Choosy(Tiny):
     """Does what the values in an image say, which no exported file can."""
 

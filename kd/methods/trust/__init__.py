@@ -5,6 +5,10 @@ from the gradients that the teachers would give, computed at every step.  One fi
 word here: the union is the registry.
 """
 
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from kd.component import ConfigError, require
 from kd.methods.trust.base import ByImage, ByStudent
 from kd.methods.trust.confidence import Confidence
 from kd.methods.trust.correctness import Correctness
@@ -25,4 +29,21 @@ __all__ = [
     "MinNorm",
     "Trust",
     "Unbiased",
+    "trust_of",
 ]
+
+
+def trust_of(plain: Mapping[str, Any]) -> Trust:
+    """The trust that plain settings describe, as those of the user's own methods do.
+
+    Raises:
+        ConfigError: its kind or a key is unknown, or a value is out of range.
+    """
+    kinds = {each.kind: each for each in get_args(Trust)}
+    kind = plain.get("kind")
+    require(kind in kinds, "trust.kind", kind, f"one of {', '.join(kinds)}")
+    try:
+        made: Trust = kinds[kind](**plain)
+    except TypeError as error:
+        raise ConfigError(f"trust: {error}") from error
+    return made
