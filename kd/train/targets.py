@@ -254,7 +254,7 @@ def table_record(
         "views": views,
         "member": digest_of_tensors(member.state_dict()),
         "architecture": str(member),
-        "source": source_of(type(member)),
+        "source": sorted({source_of(kind) for kind in {type(each) for each in member.modules()}}),
         "precision": recipe.precision,
         "memory_format": recipe.memory_format,
         "device": images.labels_N.device.type,

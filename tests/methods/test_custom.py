@@ -378,7 +378,7 @@ def test_what_is_begun_with_a_users_code_is_not_gone_on_with_once_it_is_edited(
         seed=0,
         method=CustomMethod(path="kd_tests_own_code:Mine"),
     )
-    member = load_object("kd_tests_own_code:Net")()
+    member = nn.Sequential(load_object("kd_tests_own_code:Net")())  # also where it is a part
     before = own_sources(asdict(role)), table_record(member, pictures(), recipe(), None)["source"]
     file.write_text(file.read_text() + "# edited\n")
     after = own_sources(asdict(role)), table_record(member, pictures(), recipe(), None)["source"]
