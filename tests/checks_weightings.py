@@ -22,7 +22,11 @@ def check_weighting(weighting: Any) -> None:
     """Run the whole battery on one weighting."""
     for name, check in sorted(globals().items()):
         if name.startswith("check_") and name != "check_weighting":
-            check(weighting)
+            try:
+                check(weighting)
+            except AssertionError as error:
+                said = f"{type(weighting).__name__} fails {name} ({error})"
+                raise AssertionError(said) from error
 
 
 def names(count: int) -> tuple[str, ...]:
