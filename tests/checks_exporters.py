@@ -126,7 +126,11 @@ def check_exporter(
     """Run the whole battery on one format and one network of ten classes."""
     made = exported(exporter, trained_on(module, pictures_NHWC), pictures_NHWC, folder)
     for check in CHECKS:
-        check(made)
+        try:
+            check(made)
+        except AssertionError as error:
+            wanted = check.__name__.removeprefix("check_that_").replace("_", " ")
+            raise AssertionError(f"it must hold that {wanted} ({error})") from error
     return made
 
 
@@ -165,7 +169,7 @@ def check_that_the_record_is_flat_and_survives_json(made: Exported) -> None:
     assert "contents" not in record
     figures = {"max_abs", "mean_abs", "top1_agreement", "val_accuracy", "eager_val_accuracy"}
     about = {"kind", "precision", "picture_input", "runtime", "labels", "metadata", "sqnr_db"}
-    assert figures | about <= record.keys()
+    assert figures | about <= record.keys(), f"it lacks {(figures | about) - record.keys()}"
     assert {"num_images", "size_bytes", "sha256", "inputs", "outputs"} <= record.keys()
 
 
