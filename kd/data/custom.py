@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Any, Literal
 
-from kd.component import ConfigError, bound_object, call_object, component
+from kd.component import ConfigError, bound_object, call_object, component, raised
 from kd.data.raw import Raw
 
 
@@ -27,13 +27,22 @@ class CustomDataset:
         bound_object(self.path, self.args, {})
 
     def read(self) -> Raw:
-        """Make the object and call its `read()`."""
+        """Make the object and call its `read()`.
+
+        Raises:
+            ConfigError: it has none, or that raises or returns something else.
+        """
         dataset = call_object(self.path, self.args, {})
         if not callable(getattr(dataset, "read", None)):
             raise ConfigError(
                 f"path {self.path!r}: the {type(dataset).__name__} has no method read()"
             )
-        raw = dataset.read()
+        try:
+            raw = dataset.read()
+        except ConfigError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigError(f"path {self.path!r}: read() raised {raised(error)}") from error
         if not isinstance(raw, Raw):
             raise ConfigError(
                 f"path {self.path!r}: read() returned a {type(raw).__name__}; "

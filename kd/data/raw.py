@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from kd.component import ConfigError
+from kd.component import ConfigError, described
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,16 +56,21 @@ class Raw:
 
         num = len(self.images)
         labels_N = np.asarray(self.labels_N)
+        object.__setattr__(self, "labels_N", labels_N)
+        if self.is_test_N is not None:
+            object.__setattr__(self, "is_test_N", np.asarray(self.is_test_N, dtype=bool))
         if num == 0:
             raise ConfigError("the data set has no images")
-        if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
+        names = self.class_names if isinstance(self.class_names, tuple | list) else ()
+        if len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(
-                f"class_names is {self.class_names!r}; it must hold two or more different names"
+                f"class_names is {self.class_names!r}; it must be a tuple of two or more "
+                "different names"
             )
-        for name in (*self.class_names, *map(str, self.files)):
+        for name in (*names, *map(str, self.files)):
             if not _is_text(name):
                 raise ConfigError(f"the name {name!r} is not a string of UTF-8; rename it")
-        for name in self.class_names:
+        for name in names:
             if name.splitlines() != [name]:
                 raise ConfigError(
                     f"the class name {name!r} is not one line, as labels.txt needs it; rename it"
@@ -90,7 +95,8 @@ class Raw:
                 )
         elif not isinstance(self.images, np.ndarray) or self.images.dtype != np.uint8:
             raise ConfigError(
-                "images must be one uint8 array, or a sequence whose files are named"
+                f"images is {described(self.images)}; it must be one uint8 array of numpy, or a "
+                "sequence whose files are named"
             )
 
 

@@ -17,6 +17,11 @@ def test_args_reach_the_users_object() -> None:
         ("tests.data.toys:X", {}, "has no 'X'"),
         ("tests.data.toys:Stripes", {"size": 1}, "cannot be called with"),
         ("tests.data.toys:Unreadable", {}, r"Unreadable has no method read\(\)"),
+        (
+            "tests.data.toys:Failing",
+            {},
+            r"read\(\) raised OSError in .*toys\.py, line \d+: disk on",
+        ),
         ("tests.data.toys:Wrong", {}, r"read\(\) returned a int"),
     ],
 )

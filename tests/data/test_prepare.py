@@ -150,7 +150,7 @@ def test_raw_keeps_arrays_and_lists_pictures(tmp_path: Path) -> None:
     [
         (dict(images=np.zeros((0, 4, 4), np.uint8), labels_N=np.zeros(0, int)), "no image"),
         (dict(images=np.zeros((8, 4, 4), np.float32)), "must be one uint8 array"),
-        (dict(images=[np.zeros((4, 4), np.uint8)] * 8), "must be one uint8 array"),
+        (dict(images=[np.zeros((4, 4), np.uint8)] * 8), "images is list; .* one uint8 array"),
         (dict(labels_N=np.zeros(7, int)), r"labels_N has shape \(7,\)"),
         (dict(labels_N=np.zeros(8)), "one integer for each of 8"),
         (dict(labels_N=np.full(8, 2)), r"must be in 0\.\.1"),
@@ -160,6 +160,8 @@ def test_raw_keeps_arrays_and_lists_pictures(tmp_path: Path) -> None:
         (dict(class_names=("a", "b\nc")), r"class name 'b\\nc' is not one line"),
         (dict(class_names=(0, 1)), "the name 0 is not a string"),
         (dict(class_names=("a", "")), "class name '' is not one line"),
+        (dict(class_names=2), "class_names is 2; it must be a tuple of two or more"),
+        (dict(class_names="ab"), "class_names is 'ab'; it must be a tuple"),
         (dict(is_test_N=np.zeros(3, bool)), "is_test_N has shape"),
         (dict(files=(Path("x"),)), "files names 1 files"),
         (dict(images=np.zeros((8, 4, 4, 2), np.uint8)), "has 2 channels"),
@@ -182,3 +184,9 @@ def test_a_malformed_data_set_is_refused(
 def test_sizes_out_of_range_are_refused(bad: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         _prepare(STRIPES, tmp_path / "d", **bad)
+
+
+def test_labels_may_be_a_list(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4), np.uint8)
+    raw = Raw(images=images, labels_N=[0, 1] * 4, class_names=("a", "b"), is_test_N=[False] * 8)
+    assert (raw.labels_N.shape, raw.is_test_N.dtype) == ((8,), np.dtype(bool))

@@ -49,6 +49,13 @@ class Wrong:
         return 3
 
 
+class Failing:
+    """Raises while it reads."""
+
+    def read(self) -> None:
+        raise OSError("disk on fire")
+
+
 def make_pictures(root: Path, counts: dict[str, int]) -> Path:
     """Pictures of several sizes, modes and types in one folder for each class."""
     rng = np.random.default_rng(1)
