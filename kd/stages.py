@@ -29,9 +29,10 @@ from kd.exporters import export_and_check
 from kd.packing import student_to_export, try_export
 from kd.params import Params
 from kd.qat import when_called_for
-from kd.roles import Role, learn, seed_of, try_learners
+from kd.roles import Role, learn, seed_of
 from kd.tracking import Run, TrackingError
 from kd.tracking.weights import log_weight_sets
+from kd.trial import try_learners
 from kd.weightings import (
     Weighting,
     convergence_rows,

@@ -28,6 +28,7 @@ from kd.methods.own_mean import OwnMean
 from kd.methods.prokd import ProKD
 from kd.methods.prokt import ProKT
 from kd.methods.shown import Members, Mixing, Reduction, Shown
+from kd.methods.surround import surrounded
 from kd.methods.taught import SoftMethod, Taught
 from kd.methods.virtual_teacher import VirtualTeacher
 
@@ -76,4 +77,5 @@ __all__ = [
     "label_probs",
     "mix",
     "soft_loss",
+    "surrounded",
 ]

@@ -507,8 +507,10 @@ def repository() -> Path:
 
 def _reason(error: BaseException) -> str:
     """Why a run ended: the error, or the signal that kd/signals.py turned into SystemExit."""
-    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
-        return f"stopped by {signal.Signals(error.code - 128).name}"
+    if isinstance(error, SystemExit):
+        for each in signal.Signals:
+            if error.code == 128 + each:
+                return f"stopped by {each.name}"
     return f"{type(error).__name__}: {error}"
 
 

@@ -1,6 +1,7 @@
 """A user's own method, exactly as docs/extending.md tells it."""
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from kd.ensemble import Ensemble
 from kd.methods import KD, CustomMethod, Labels, Learner, Members, Method, Shown, label_probs
 from kd.methods.trust import Confidence, Correctness, Drop, Entropy, MinNorm, Unbiased
 from kd.models import CustomModel, PlainCNN
-from kd.roles import Role, try_learners
+from kd.roles import Role
 from kd.train import fit
 from kd.train.targets import table_record
+from kd.trial import try_learners
 from tests.checks_methods import check_method
 from tests.learners import CLASSES, Memory, network, pictures, recipe
 from tests.methods.test_training import taught, weights_of
@@ -337,6 +339,21 @@ def test_a_network_that_no_file_would_hold_is_refused(buffer):
     said = "^student: a Beside with .* gives other logits in evaluation mode"
     with nullcontext() if buffer else pytest.raises(ConfigError, match=said):
         tried(KD(), model=model)
+
+
+class Shaken(nn.Module):
+    """A network that draws from Python's own generator in training."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1)) * (random.random() if self.training else 1.0)
+
+
+def test_a_network_may_draw_numbers_from_elsewhere():
+    tried(KD(), model=CustomModel(path=f"{HERE}:Shaken"))
 
 
 def test_trust_is_an_option_of_a_users_method_in_params(project):
