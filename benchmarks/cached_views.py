@@ -22,13 +22,14 @@ sys.path.insert(0, str(PROJECT))
 
 import torch  # noqa: E402
 
-from kd.artifacts import DiskTables, load_model, save_model  # noqa: E402
+from kd.artifacts import load_model, save_model  # noqa: E402
 from kd.data import Augment, Cifar10, Images, Splits, prepare  # noqa: E402
 from kd.ensemble import Ensemble  # noqa: E402
 from kd.evaluate import predict, scores  # noqa: E402
 from kd.methods import KD  # noqa: E402
 from kd.models import CifarResNet, PlainCNN, build_model  # noqa: E402
 from kd.recipe import SGD, Cosine, Recipe  # noqa: E402
+from kd.tables import DiskTables  # noqa: E402
 from kd.train import fit  # noqa: E402
 
 TEACHER = PlainCNN(depth=8)

@@ -127,22 +127,33 @@ class Lesson:
             said = model(images_B)
         logits_BC, also = said if isinstance(said, tuple) else (said, {})
         if not isinstance(logits_BC, Tensor) or logits_BC.shape != labels_BC.shape:
-            wanted = f"logits of shape {tuple(labels_BC.shape)}: images, classes"
-            require(False, "what the network returns", described(logits_BC), wanted)
+            raise ConfigError(
+                f"the network returns {described(logits_BC)}; it must return logits of shape "
+                f"{tuple(labels_BC.shape)}, images and classes"
+            )
         alone = self.labels_alone(step)
         rows_BR = self.targets.rows(images_B, shown) if self.targets and not alone else None
         progress, labelled = step / self.num_steps, 1.0 if alone else self.labelled
         given = Shown(logits_BC, labels_BC, rows_BR, self.members, progress, labelled, also)
-        try:
-            return self.method.loss(given)
-        except KeyError as error:
-            if also:
-                raise
-            name = type(self.method).__name__
-            raise ConfigError(
-                f"{name}.loss looks up {error}, which the student alone does not return: train "
-                f"what {name}().learner(student, peers, members) returns"
-            ) from error
+        return loss_by(self.method, given)
+
+
+def loss_by(method: Learning, shown: Shown) -> Tensor:
+    """The method's loss.
+
+    Raises:
+        ConfigError: it needs what only its learner returns, and the student trains without it.
+    """
+    try:
+        return method.loss(shown)
+    except KeyError as error:
+        if shown.also:
+            raise
+        name = type(method).__name__
+        raise ConfigError(
+            f"{name}.loss looks up {error}, which the student alone does not return: train "
+            f"what {name}().learner(student, peers, members) returns"
+        ) from error
 
 
 def check_classes(images: Images, num_classes: int, *, taught: bool) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd import launch, methods
-from kd.artifacts import DiskCheckpoint
+from kd.checkpoint import DiskCheckpoint
 from kd.component import ConfigError
 from kd.ensemble import Ensemble
 from kd.train import NonFiniteLoss, Stopped, fit, ranks

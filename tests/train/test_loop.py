@@ -203,7 +203,7 @@ def broken(value):
         ),
         ({"model": frozen_network()}, "with requires_grad is 0; .* an Ensemble freezes its mem"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 1))}, r"\(2, 1\).* shape \(2, 3\)"),
-        ({"model": Pairs()}, "what the network returns is 'dict'; it must be logits of shape"),
+        ({"model": Pairs()}, "the network returns dict; it must return logits of shape"),
         ({"method": DML()}, r"DML.loss looks up 'logits_MBC', .*train what DML\(\)\.learner"),
         ({"ensemble": Ensemble((network(),), (1.0,))}, "method is None; it must be given with"),
         (ensemble_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 4))), r"'0' returns is .*\(2, 4\)"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.artifacts import TARGETS, DiskTables
+from kd.tables import TARGETS, DiskTables
 from kd.component import ConfigError
 from kd.data import Augment
 from kd.ensemble import Ensemble
