@@ -25,7 +25,7 @@ import sysconfig
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 from kd.disk import sha256
 
@@ -44,12 +44,33 @@ class Refused(RuntimeError):
 def component(cls: type[C]) -> type[C]:
     """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys and wrong types.
 
-    Keys and types are checked when params.yaml is parsed (kd/params.py, which looks for
-    `__pydantic_config__`); this module needs only the standard library.
+    Fields that are a Literal are checked wherever the component is made.  Other keys and types
+    are checked when params.yaml is parsed (kd/params.py, which looks for `__pydantic_config__`);
+    this module needs only the standard library.
     """
+    own_check = getattr(cls, "__post_init__", lambda self: None)
+
+    def checked(self: C) -> None:
+        check_choices(self)
+        own_check(self)
+
+    cls.__post_init__ = checked  # type: ignore[attr-defined]
     made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     made.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
     return made
+
+
+def check_choices(made: Any) -> None:
+    """Refuse a value that its field's Literal does not name, which would pass for another.
+
+    Raises:
+        ConfigError: names the field and its choices.
+    """
+    for field in dataclasses.fields(made):
+        if get_origin(field.type) is Literal:
+            choices, value = get_args(field.type), getattr(made, field.name)
+            wanted = ", ".join(map(repr, choices))
+            require(value in choices, field.name, value, f"one of {wanted}")
 
 
 def require(holds: bool, field: str, value: object, wanted: str) -> None:

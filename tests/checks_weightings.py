@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kd.component import ConfigError
 from kd.weightings import cross_fitted, weight_record
@@ -127,6 +128,8 @@ def check_bad_input_is_refused(weighting: Any) -> None:
         "3 different member names": (logits_KNC, labels_N, ("a", "b", "a")),
         "0 validation samples": (logits_KNC[:, :0], labels_N[:0], abc),
         "there are 0 members": (logits_KNC[:0], labels_N, ()),
+        "logits_KNC is 'list'; it must be an array": (logits_KNC.tolist(), labels_N, abc),
+        r"labels_N is 'Tensor \(60,\) torch.int64'": (logits_KNC, torch.tensor(labels_N), abc),
     }
     for message, (logits, labels, members) in wrong.items():
         with pytest.raises(ConfigError, match=message):

@@ -1,8 +1,11 @@
-"""The user's own code, named by its import path."""
+"""Components, and the user's own code, named by its import path."""
+
+from typing import Literal
 
 import pytest
 
-from kd.component import ConfigError, load_object
+from kd.component import ConfigError, component, load_object, require
+from kd.weightings import DifferentialEvolution
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,26 @@ def test_whatever_importing_raises_names_the_path_the_error_and_the_users_line(
 def test_a_module_that_is_nowhere_is_looked_for_in_the_folder_one_runs_from():
     with pytest.raises(ConfigError, match="run from the folder that holds it, or install it"):
         load_object("kd_tests_nowhere.models:Net")
+
+
+def test_a_value_that_a_literal_does_not_name_is_refused_wherever_it_is_given():
+    @component
+    class Plain:
+        kind: Literal["plain"] = "plain"
+        level: Literal[1, 2] = 1
+
+    @component
+    class Heir(Plain):
+        kind: Literal["heir"] = "heir"
+        far: float = 0.0
+
+        def __post_init__(self):
+            require(self.far >= 0, "far", self.far, "at least 0")
+
+    assert Heir(level=2).level == 2
+    for wrong in ({"level": 3}, {"kind": "plain"}, {"far": -1.0}):
+        (field,) = wrong
+        with pytest.raises(ConfigError, match=rf"^{field} is .*; it must be"):
+            Heir(**wrong)
+    with pytest.raises(ConfigError, match="objective is 'acuracy'; it must be one of 'nll', "):
+        DifferentialEvolution(objective="acuracy")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd.component import ConfigError
+from kd.component import ConfigError, described, require
 from kd.weightings.objectives import Objective
 
 SAMPLES_PER_MEMBER = 100  # with fewer, validation noise affects weights more than members do
@@ -108,6 +108,8 @@ def check_logits(logits_KNC: np.ndarray, labels_N: np.ndarray, names: tuple[str,
         ConfigError: wrong shapes or types, no samples, duplicate or missing names, labels out
             of range, or non-finite logits; the message names the member or sample.
     """
+    for name, array in (("logits_KNC", logits_KNC), ("labels_N", labels_N)):
+        require(isinstance(array, np.ndarray), name, described(array), "an array of numpy")
     if logits_KNC.ndim != 3 or labels_N.shape != logits_KNC.shape[1:2]:
         raise ConfigError(
             f"logits have shape {logits_KNC.shape} and labels {labels_N.shape}; they must be "

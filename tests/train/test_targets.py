@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from kd.tables import TARGETS, DiskTables
 from kd.component import ConfigError
 from kd.data import Augment
 from kd.ensemble import Ensemble
 from kd.methods import SoftTargets, soft_loss
+from kd.tables import TARGETS, DiskTables
 from kd.train.plan import Batch, batch_of
 from kd.train.targets import Cached, InMemory, Online, cache_pays, targets_of
 from tests.learners import CLASSES, network, pictures, recipe
