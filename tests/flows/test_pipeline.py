@@ -155,7 +155,7 @@ def test_a_flow_cancelled_in_prefect_ends_like_one_told_to_end_here(
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert not lives(pid)
-    assert said.splitlines()[-1].endswith("the next run goes on from there")
+    assert said.splitlines()[-1].endswith("the next run continues from them")
 
 
 def test_a_flow_killed_by_force_leaves_no_training_and_the_next_one_runs(
