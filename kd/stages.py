@@ -21,8 +21,7 @@ from kd import artifacts, bench, bundle, manifest, promotion
 from kd import report as reporting
 from kd.cast import assistant_role, baseline_role, taught_student
 from kd.component import require
-from kd.data import Images, Raw, copies, prepare
-from kd.data.pictures import named
+from kd.data import Images, Raw, copy_warnings, prepare
 from kd.evaluate import predict
 from kd.examine import examine, latencies, names_of
 from kd.exporters import export_and_check
@@ -86,22 +85,11 @@ def prepare_data(params: Params, raw: Raw, run: Run) -> None:
     )
     counts = {split: found["count"] for split, found in record["splits"].items()}
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
-    warn_of_copies(raw)
+    for warning in copy_warnings(artifacts.DATA, raw):
+        print(warning)
     run.log_final({f"num_{split}": count for split, count in counts.items()})
     run.log_tags({"kd.data_hash": record["data_hash"]})
     run.log_file(artifacts.DATA / "data.json")
-
-
-def warn_of_copies(raw: Raw) -> None:
-    """Name the images of val and test that are learned, too."""
-    for split, pairs in copies(artifacts.DATA).items():
-        names = [[str(raw.files[row] if raw.files else row) for row in pair] for pair in pairs]
-        if pairs:
-            print(
-                f"warning: some images of {split} ({len(pairs)}) are in train or pool, too, which "
-                f"flatters figures on {split}; of your own, remove one of each pair:"
-            )
-            print(named([" = ".join(pair) for pair in names]))
 
 
 def teacher(params: Params, name: str, run: Run) -> None:

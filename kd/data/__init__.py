@@ -8,7 +8,7 @@ batch = images.batch(order_N[:128], views_N[order_N[:128]])
 """
 
 from kd.data.augment import Augment, key, order_for
-from kd.data.copies import copies
+from kd.data.copies import copy_warnings
 from kd.data.custom import CustomDataset
 from kd.data.digits import Digits
 from kd.data.image_folder import ImageFolder
@@ -33,7 +33,7 @@ __all__ = [
     "Images",
     "Raw",
     "Splits",
-    "copies",
+    "copy_warnings",
     "key",
     "order_for",
     "prepare",

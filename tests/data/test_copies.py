@@ -2,7 +2,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.data import CustomDataset, Raw, Splits, copies, prepare
+from kd.data import CustomDataset, Raw, Splits, copy_warnings, prepare
+from kd.data.copies import copies
 
 
 def test_equal_pixels_in_two_splits_are_found_whatever_their_class(tmp_path: Path) -> None:
@@ -30,3 +31,6 @@ def test_equal_pixels_in_two_splits_are_found_whatever_their_class(tmp_path: Pat
         "val": [],
         "test": [(rows["test"][0], rows["train"][1]), (rows["test"][3], rows["pool"][2])],
     }
+    (warning,) = copy_warnings(tmp_path / "d", raw)
+    assert "some images of test (2) are in train or pool, too" in warning
+    assert f"{rows['test'][0]} = {rows['train'][1]}" in warning
