@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def publish_plan(plan: graph.Plan) -> None:
     """Attach to the flow run which stages are stale, and why."""
-    _attach(
+    attach(
         _table(("stage", "because"), plan.reasons.items()),
         key="plan",
         description=f"{len(plan.reasons)} of {len(plan.stages)} stages to run",
@@ -36,7 +36,7 @@ def publish_stage(root: Path, name: str, hashes: graph.Hashes) -> None:
     record = root / "artifacts" / "runs" / f"{name.replace('@', '/')}.json"
     link = _url(record) if str(record.relative_to(root)) in hashes.outputs else None
     lines = [f"[Its run in MLflow]({link})", ""] if link else []
-    _attach(
+    attach(
         "\n".join([*lines, _table(("", "DVC hash, or value"), [*made, *read])]),
         key=re.sub("[^a-z0-9]+", "-", f"stage {name.lower()}"),
         description=f"What {name} read and made",
@@ -53,14 +53,14 @@ def publish(root: Path, times: Timeline, left: Collection[str]) -> None:
     """
     if drawn := times.draw():
         _write(root / FILE, f"{drawn}\n")
-        _attach(f"```\n{drawn}\n```", key="timeline", description="When each stage ran, and where")
+        attach(f"```\n{drawn}\n```", key="timeline", description="When each stage ran, and where")
     links = [
         (stage, f"[open]({link})")
         for stage, link in mlflow_links(root)
         if stage.replace("/", "@") not in left
     ]
     if links:
-        _attach(
+        attach(
             _table(("stage", "its run in MLflow"), links),
             key="mlflow-runs",
             description="The MLflow run of each stage that is up to date (`make ui` shows them)",
@@ -71,7 +71,7 @@ def publish_report(root: Path) -> None:
     """Attach the report's table, where the pipeline has one."""
     table = root / "artifacts" / "report" / "report.md"
     if table.exists():
-        _attach(table.read_text(), key="report", description="The result")
+        attach(table.read_text(), key="report", description="The result")
 
 
 def mlflow_links(root: Path) -> Iterator[tuple[str, str]]:
@@ -103,7 +103,8 @@ def _write(path: Path, text: str) -> None:
         log.warning("%s was not written: %s", path, error.strerror)
 
 
-def _attach(text: str, *, key: str, description: str) -> None:
+def attach(text: str, *, key: str, description: str) -> None:
+    """Attach a Markdown text to the current run; only warn if the server is unreachable."""
     try:
         create_markdown_artifact(text, key=key, description=description)
     except (httpx.HTTPError, RuntimeError) as error:  # Prefect raises either if its server is down

@@ -13,8 +13,7 @@ pytestmark = [FOREIGN_WARNINGS, pytest.mark.slow]
 def test_the_flow_does_what_is_left_and_returns_the_table(
     tmp_path: Path, prefect: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.compare import left
-    from flows.compare_flow import compare
+    from flows.compare_flow import compare, left
 
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     written(tmp_path, cells={name: RAW["cells"][name] for name in ("labels", "kd")})
@@ -34,8 +33,10 @@ def test_the_flow_does_what_is_left_and_returns_the_table(
 
 
 def test_a_file_that_is_no_comparison_is_refused(tmp_path: Path) -> None:
-    from flows.compare import left
+    from flows.compare_flow import left
 
     written(tmp_path, cells={})
     with pytest.raises(ValueError, match=r"compare\.reference"):
         left("params.compare.yaml", tmp_path)
+    with pytest.raises(ValueError, match=r"elsewhere, which is no folder; give the one"):
+        left("params.compare.yaml", tmp_path / "elsewhere")
