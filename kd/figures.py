@@ -39,6 +39,7 @@ ROLES = {
     "student": (BLUE, "*"),
     "baseline": (GREY, "v"),
 }
+FONT = "DejaVu Sans"  # comes with matplotlib, so every machine draws the same
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -47,7 +48,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
+    "font.family": FONT,
     "font.size": 10,
     "grid.color": "#E5E5E5",
     "legend.frameon": False,
@@ -119,9 +120,10 @@ def confusion(confusion_CC: Sequence[Sequence[int]], class_names: Sequence[str])
     figure, axes = _axes(size=(side + 0.8, side))
     image = axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
     if len(class_names) <= 20:
-        ticks, turn = range(len(class_names)), 90 if max(map(len, class_names)) > 2 else 0
-        axes.set_xticks(ticks, class_names, rotation=turn, parse_math=False)  # else $5-$10 is math
-        axes.set_yticks(ticks, class_names, parse_math=False)
+        names = _drawable(class_names)
+        ticks, turn = range(len(names)), 90 if max(map(len, names)) > 2 else 0
+        axes.set_xticks(ticks, names, rotation=turn, parse_math=False)  # else $5-$10 is math
+        axes.set_yticks(ticks, names, parse_math=False)
         for row, column in zip(*np.nonzero(counts_CC), strict=True):
             colour = "white" if shares_CC[row, column] > 0.5 else "black"
             text = str(counts_CC[row, column])
@@ -283,6 +285,18 @@ def sizes(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     _name_points(axes, rows)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _drawable(class_names: Sequence[str]) -> list[str]:
+    """The names, but the index for one with characters that the font lacks, such as Chinese."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(FONT))
+    known = font.get_charmap().keys()
+    return [
+        name if known >= set(map(ord, name)) else str(index)
+        for index, name in enumerate(class_names)
+    ]
 
 
 def _name_points(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:

@@ -89,13 +89,19 @@ def test_confusion_has_rows_for_the_actual_class():
 
 
 def test_class_names_are_drawn_as_they_are(tmp_path):
-    names = ["$5-$10", r"$\frac{$", "_x"]
-    figure = figures.confusion(np.eye(3, dtype=int), names)
+    names = ["$5-$10", r"$\frac{$", "_x", "café"]
+    figure = figures.confusion(np.eye(4, dtype=int), names)
     figures.save(figure, tmp_path / "c.png")
     for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
         labels = axis.get_ticklabels()
         assert [label.get_text() for label in labels] == names
         assert not any(label.get_parse_math() for label in labels)
+
+
+def test_a_class_name_that_the_font_cannot_draw_is_its_index(tmp_path):
+    figure = figures.confusion(np.eye(3, dtype=int), ["cat", "猫", "dog 🐕"])
+    figures.save(figure, tmp_path / "c.png")  # a missing glyph would warn
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["cat", "1", "2"]
 
 
 def test_weights_are_drawn_as_high_as_they_are():
