@@ -126,7 +126,7 @@ def keep(
     artifacts.write_curves(folder / "curves.csv", history)
     metrics = measure(module, written, history)
     artifacts.write_json(folder / "metrics.json", metrics)
-    run.log_final(final_figures(metrics))
+    run.log_final(final_figures(metrics) | weight_figures(role))
     for name in ("manifest.json", "metrics.json", "curves.csv"):
         run.log_file(folder / name)
     run.log_tags({"kd.sha256": written.sha256})
@@ -356,6 +356,16 @@ def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
         "multiply_adds_m": metrics["multiply_adds"] / 1e6,
         "size_mb": metrics["size_bytes"] / 1e6,
         "samples_seen": metrics["samples_seen"],
+    }
+
+
+def weight_figures(role: Role) -> dict[str, float]:
+    """Each teacher's weight, named as in the runs of weight sets; empty if it had just one."""
+    if len(role.teachers) < 2:
+        return {}
+    return {
+        f"weight/{name.removeprefix('assistants/')}": weight
+        for name, weight in role.teachers.items()
     }
 
 

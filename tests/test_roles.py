@@ -77,6 +77,20 @@ def test_the_data_stages_run_is_found_by_the_data_that_it_made(tmp_path, monkeyp
     assert run.tags == {"kd.data_hash": artifacts.data_record()["data_hash"]}
 
 
+def test_a_students_run_can_be_compared_by_its_teachers_weights(here):
+    class Final(NullRun):
+        def log_final(self, metrics):
+            self.final = metrics
+
+    two = {"run_name": "assistants/two", "role": "assistant"}
+    for each in (role(), role(**two)):
+        learn(each, run := Final())
+        assert not any(name.startswith("weight/") for name in run.final)
+    student = {"run_name": "student", "role": "student", "method": KD()}
+    learn(role(**student, teachers={"teacher": 0.25, "assistants/two": 0.75}), run)
+    assert run.final.items() >= {"weight/teacher": 0.25, "weight/two": 0.75}.items()
+
+
 def test_a_stop_in_the_third_generation_costs_nothing_of_the_two_before(here):
     born_again = role(method=KD(), generations=3)
     learn(born_again, whole := Watched())
