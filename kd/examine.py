@@ -3,6 +3,8 @@
 N samples, K members, C classes.
 """
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -72,14 +74,8 @@ def ensembles(logits: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def figures(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> dict[str, float]:
     """The test columns of a row of the table."""
-    found = scores(logits_NC, labels_N)
-    return {
-        "test_accuracy": found.accuracy,
-        "test_nll": found.nll,
-        "test_ece": found.ece,
-        "test_worst_class_accuracy": found.worst_class_accuracy,
-        "test_agreement": agreement(logits_NC, teacher_NC),
-    }
+    found = asdict(scores(logits_NC, labels_N)) | {"agreement": agreement(logits_NC, teacher_NC)}
+    return {f"test_{name}": value for name, value in found.items()}
 
 
 def paired(right_N: Tensor, other_N: Tensor) -> Paired:

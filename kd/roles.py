@@ -4,20 +4,16 @@ All roles take the same path: a teacher has no teachers, an assistant an ensembl
 student an ensemble of many.
 """
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from kd import artifacts, launch, manifest, signals
+from kd import artifacts, launch, manifest
 from kd.checkpoint import DiskCheckpoint
 from kd.component import own_sources
 from kd.data import Images, key
@@ -29,9 +25,10 @@ from kd.methods import Learner, Method, Mixing, surrounded
 from kd.models import Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe
+from kd.stopping import asked_to_stop
 from kd.tables import DiskTables
 from kd.tracking import Run
-from kd.train import Epoch, Stopped, fit, ranks, steps_in_epoch
+from kd.train import Epoch, fit, ranks, steps_in_epoch
 from kd.train.device import prepare
 from kd.train.speed import CHOICES, fastest
 
@@ -219,39 +216,6 @@ def checkpoint_of(described: Manifest, generation: int) -> DiskCheckpoint:
     return DiskCheckpoint(described.name, [asdict(described), generation])
 
 
-@contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """In the block, SIGTERM and Ctrl-C only set a flag: training finishes its step, saves its
-    state, and then the signal has its usual effect; a second signal has it at once.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
-        yield lambda: False
-        return
-    heard = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    usual = {number: each for number, each in heard.items() if each != signal.SIG_IGN}
-    asked = [*signals.told]
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signal.signal(number, usual[signal.Signals(number)])
-
-    for number in usual:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(asked)
-    except Stopped as stopped:
-        with suppress(OSError):  # stdout may be closed, with whoever stopped us
-            print(stopped, flush=True)
-        # If another rank got the signal, this one has none.
-        number = signal.Signals(asked[0]) if asked else signal.SIGTERM
-        signal.signal(number, usual.get(number, signal.SIG_IGN))
-        signal.raise_signal(number)
-        raise
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
 def seed_of(seed: int, run_name: str) -> int:
     """A network's own seed, from the experiment's: equal seeds would make equal assistants."""
     return key(run_name, seed)
@@ -326,13 +290,8 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
     """
     val = Images.load(artifacts.DATA, "val", device=described.device)
     logits_NC = predict(module.to(described.device), val)
-    found = scores(logits_NC, val.labels_N)
-    figures: dict[str, float] = {
-        "val_accuracy": found.accuracy,
-        "val_nll": found.nll,
-        "val_ece": found.ece,
-        "val_worst_class_accuracy": found.worst_class_accuracy,
-    }
+    found = asdict(scores(logits_NC, val.labels_N))
+    figures: dict[str, float] = {f"val_{name}": value for name, value in found.items()}
     if described.role != "teacher":
         teacher, _ = manifest.load(artifacts.folder("teacher"))
         teacher = teacher.to(described.device)

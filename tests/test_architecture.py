@@ -153,6 +153,7 @@ UNWATCHED = {
     "progress": "what is shown meanwhile",
     "promotion": "what the registry is told",
     "signals": "how a process ends that is told to",
+    "stopping": "how a process ends that is told to",
     "tables": "how files are kept, not what is in them",
     "tracking": "what MLflow is told",
     "warm": "in which process a stage runs",
