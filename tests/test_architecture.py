@@ -46,8 +46,8 @@ def test_the_square_of_the_temperature_stands_in_one_line():
             "optuna",
             {str(path.relative_to(PROJECT)) for path in KD if path.parent.name == "de_sampler"},
         ),
-        ("yaml", {"kd/params.py"}),
-        ("pydantic", {"kd/params.py"}),
+        ("yaml", {"kd/build.py"}),
+        ("pydantic", {"kd/build.py"}),
         ("prefect", set()),
     ],
 )
