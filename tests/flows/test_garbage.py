@@ -13,7 +13,7 @@ from flows import garbage
 from kd import tracking
 from kd.component import ConfigError
 from kd.tables import TARGETS, DiskTables
-from kd.tracking import recorder
+from kd.tracking import contact
 from tests.flows.test_upstream import commit
 from tests.flows.toys import Toy
 
@@ -109,7 +109,7 @@ def test_recorders_that_run_or_were_asked_lately_keep_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    own = recorder.folder()
+    own = contact.folder()
     left(own / "killed.sock")
     for name in ("gone.lock", "gone.log", "killed.lock", "runs.lock", "runs.log", "new.lock"):
         (own / name).touch()
@@ -120,7 +120,7 @@ def test_recorders_that_run_or_were_asked_lately_keep_their_files(
         assert garbage.old_recorders(9) == [own / name for name in names]
         assert garbage.old_recorders(11) == []
         for name in ("gone.lock", "killed.lock"):
-            with recorder.locked(own / name):  # as each stage does
+            with contact.locked(own / name):  # as each stage does
                 pass
         assert garbage.old_recorders(9) == []
 
