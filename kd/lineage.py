@@ -17,7 +17,7 @@ from kd import artifacts, git, manifest
 from kd.artifacts import ArtifactError
 from kd.build import read_yaml
 from kd.component import ConfigError
-from kd.exporters.parity import digest
+from kd.disk import digest
 from kd.manifest import Manifest
 from kd.workspace import check_root
 

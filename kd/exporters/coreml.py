@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import component
+from kd.disk import remove
 from kd.exporters.files import (
     AT_IMPORT,
     Runner,
@@ -34,8 +35,8 @@ from kd.exporters.files import (
     require_packages,
     torch_threads,
 )
+from kd.exporters.format import Tolerance
 from kd.exporters.mil import Program
-from kd.exporters.parity import Tolerance, remove
 from kd.exporters.trained import Normalise, Trained
 
 INSIDE = Path("Data/com.apple.CoreML")

@@ -25,8 +25,8 @@ from kd.exporters.files import (
     without_lines,
     write,
 )
+from kd.exporters.format import Tolerance
 from kd.exporters.int8 import Int8
-from kd.exporters.parity import Tolerance
 from kd.exporters.pt2e import quantised
 from kd.exporters.trained import Trained
 

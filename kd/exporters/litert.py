@@ -31,8 +31,8 @@ from kd.exporters.files import (
     without_lines,
     write,
 )
+from kd.exporters.format import Tolerance
 from kd.exporters.int8 import Int8
-from kd.exporters.parity import Tolerance
 from kd.exporters.trained import Trained
 
 WORKER = Path(__file__).with_name("litert_worker.py")

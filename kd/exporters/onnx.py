@@ -24,8 +24,8 @@ from kd.exporters.files import (
     require_packages,
     write,
 )
+from kd.exporters.format import Tolerance
 from kd.exporters.int8 import Int8
-from kd.exporters.parity import Tolerance
 from kd.exporters.trained import Trained
 
 NETWORK = "'network'"

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd.component import ConfigError
+from kd.disk import digest
 from kd.exporters import ExportRefused, Parity, Runner, Tolerance, Trained, export_and_check
-from kd.exporters.parity import digest
 
 PICTURES_NHWC = torch.randint(
     0, 256, (40, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

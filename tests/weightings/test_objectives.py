@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd.weightings.error_rate import ErrorRate
 from kd.weightings.objectives import (
-    ErrorRate,
     Measure,
     Mixing,
     MixtureNLL,
