@@ -123,7 +123,7 @@ def keep(
     artifacts.write_curves(folder / "curves.csv", history)
     metrics = measure(module, written, history)
     artifacts.write_json(folder / "metrics.json", metrics)
-    run.log_final(final_figures(metrics) | weight_figures(role))
+    run.log_final(final_metrics(metrics) | teacher_weights(role))
     for name in ("manifest.json", "metrics.json", "curves.csv"):
         run.log_file(folder / name)
     run.log_tags({"kd.sha256": written.sha256})
@@ -144,7 +144,7 @@ def train(
     before = generation * role.recipe.epochs
 
     def tell(history: Sequence[Epoch]) -> None:
-        run.log_curve({before + epoch.number: epoch_figures(epoch) for epoch in history})
+        run.log_curve({before + epoch.number: epoch_metrics(epoch) for epoch in history})
 
     return taught(
         described.build(),
@@ -153,8 +153,8 @@ def train(
         ensemble,
         checkpoint_of(described, generation),
         stop,
-        validate=lambda model: progress_figures(model, val),
-        on_epoch=lambda epoch: run.log_epoch(before + epoch.number, epoch_figures(epoch)),
+        validate=lambda model: progress_metrics(model, val),
+        on_epoch=lambda epoch: run.log_epoch(before + epoch.number, epoch_metrics(epoch)),
         on_resume=tell,
     )
 
@@ -277,7 +277,7 @@ def ensemble_of(role: Role, members: tuple[nn.Module, ...]) -> Ensemble | None:
     return Ensemble(members, weights_K, role.mixing, names) if members else None
 
 
-def progress_figures(model: nn.Module, val: Images) -> dict[str, float]:
+def progress_metrics(model: nn.Module, val: Images) -> dict[str, float]:
     """Validation metrics during training."""
     found = scores(predict(model, val), val.labels_N)
     return {"accuracy": found.accuracy, "nll": found.nll}
@@ -291,14 +291,14 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
     val = Images.load(artifacts.DATA, "val", device=described.device)
     logits_NC = predict(module.to(described.device), val)
     found = asdict(scores(logits_NC, val.labels_N))
-    figures: dict[str, float] = {f"val_{name}": value for name, value in found.items()}
+    metrics: dict[str, float] = {f"val_{name}": value for name, value in found.items()}
     if described.role != "teacher":
         teacher, _ = manifest.load(artifacts.folder("teacher"))
         teacher = teacher.to(described.device)
-        figures["val_agreement"] = agreement(logits_NC, predict(teacher, val))
+        metrics["val_agreement"] = agreement(logits_NC, predict(teacher, val))
     counts = count(module, val.image_shape)
     weights = artifacts.folder(described.name) / "model.safetensors"
-    return figures | {
+    return metrics | {
         "parameters": counts.parameters,
         "multiply_adds": counts.multiply_adds,
         "size_bytes": weights.stat().st_size,
@@ -307,7 +307,7 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
     }
 
 
-def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
+def final_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics for comparing tracked runs; sizes in millions."""
     return {
         **{name: value for name, value in metrics.items() if name.startswith("val_")},
@@ -318,7 +318,7 @@ def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def weight_figures(role: Role) -> dict[str, float]:
+def teacher_weights(role: Role) -> dict[str, float]:
     """Each teacher's weight, named as in the runs of weight sets; empty if it had just one."""
     if len(role.teachers) < 2:
         return {}
@@ -328,7 +328,7 @@ def weight_figures(role: Role) -> dict[str, float]:
     }
 
 
-def epoch_figures(epoch: Epoch) -> dict[str, float]:
+def epoch_metrics(epoch: Epoch) -> dict[str, float]:
     """The metrics of an epoch for the tracking run."""
     return {
         "train_loss": epoch.train_loss,

@@ -19,7 +19,7 @@ from kd.compare.plan import Comparison
 from kd.component import Refused
 from kd.data import Images
 from kd.evaluate import holm, predict
-from kd.examine import ensembles, figures
+from kd.examine import ensembles, row_metrics
 from kd.report import WEIGHTED
 
 ENSEMBLE = "ensemble"
@@ -104,12 +104,12 @@ def of_seed(
             unit = comparison.units[f"seed-{seed}/{name}"]
             metrics = artifacts.read_json(artifacts.folder(name) / "metrics.json")
             found[name] = {
-                **figures(logits_NC, test.labels_N, logits["teacher"]),
+                **row_metrics(logits_NC, test.labels_N, logits["teacher"]),
                 "cpu_seconds": artifacts.read_json(comparison.record(unit))["cpu_seconds"],
                 "samples_seen": metrics["samples_seen"],
             }
         found[ENSEMBLE] = {
-            **figures(ensembles(logits)[WEIGHTED], test.labels_N, logits["teacher"]),
+            **row_metrics(ensembles(logits)[WEIGHTED], test.labels_N, logits["teacher"]),
             "cpu_seconds": 0.0,
             "samples_seen": 0.0,
         }
