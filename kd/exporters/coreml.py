@@ -12,7 +12,6 @@ import shutil
 import traceback
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -28,6 +27,7 @@ from kd.exporters.files import (
     AT_IMPORT,
     Runner,
     captured,
+    counted,
     exporting,
     for_export,
     ignoring,
@@ -171,12 +171,12 @@ class CoreML:
         batch, channels, height, width = _input_shape(specification)
         labels = json.loads(metadata["labels"])
         output = "probabilities" if pictures else "logits"
-        operators = Counter(op.op_type for op in function.operations if op.op_type != "const")
+        operators = (op.op_type for op in function.operations if op.op_type != "const")
         image = [batch, height, width, channels] if pictures else [batch, channels, height, width]
         return {
             "inputs": {"image": image},
             "outputs": {output: [batch, len(labels)]},
-            "operators": dict(sorted(operators.items())),
+            "operators": counted(operators),
             "specification_version": specification.specificationVersion,
             "labels": labels,
             "metadata": metadata,
