@@ -109,6 +109,12 @@ class Server:
             time.sleep(0.1)
 
 
+def taken(port: int) -> bool:
+    """Whether some program listens on a local port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def free_port() -> int:
     """A local port that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:

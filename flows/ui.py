@@ -40,6 +40,13 @@ def main() -> int:
         commands["MLflow"] += ["--workers", "1"]
     if not commands:
         return 0
+    for name in commands:
+        port = urllib.parse.urlsplit(PAGES[name]).port
+        if port and server.taken(port):
+            raise SystemExit(
+                f"error: {name} needs port {port}, which another program uses: stop it (another "
+                "clone's `make ui` or `make stack`, say)"
+            )
     print(f"starting {' and '.join(commands)}: about 20 s")
     with contextlib.ExitStack() as running, contextlib.suppress(KeyboardInterrupt):
         servers = {}
@@ -52,6 +59,8 @@ def main() -> int:
         print("Ctrl-C stops the servers started here")
         while all(process.poll() is None for process in servers.values()):
             time.sleep(POLL)
+        name = next(name for name, process in servers.items() if process.poll() is not None)
+        raise SystemExit(f"error: {name} ended; see {_log(root, name)}")
     return 0
 
 

@@ -3,7 +3,6 @@
 import argparse
 import base64
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -149,18 +148,13 @@ def _wait_for_ports(stack: Settings) -> None:
     deadline = time.monotonic() + (LAST_RITES if ours else 0)
     for key in ("STACK_POSTGRES_PORT", "STACK_PREFECT_PORT", "STACK_MLFLOW_PORT"):
         port = int(getattr(stack, key.removeprefix("STACK_").lower()))
-        while _taken(port):
+        while server.taken(port):
             if time.monotonic() > deadline:
                 raise StackError(
                     f"port {port} is taken by another program: stop it, or change {key} in "
                     f"{settings.FILE} (`make ui` uses 4200 and 5000 while it runs)"
                 )
             time.sleep(0.5)
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _check_login(stack: Settings) -> None:
