@@ -31,6 +31,17 @@ def test_the_environment_is_made_in_a_folder_whose_name_has_spaces_and_umlauts(t
     ]
 
 
+def test_the_environments_python_is_the_first_that_runs(tmp_path):
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, status in (("python3.11", 127), ("python3.12", 0), ("python3", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    make = ["/usr/bin/env", f"PATH={tmp_path}", shutil.which("make"), "--dry-run", "install"]
+    done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"{tmp_path}/python3.12 -m venv --clear .venv" in done.stdout
+
+
 def test_a_clone_named_kd_is_imported_from_the_folder_it_lies_in(tmp_path):
     clone, prefix = tmp_path / "kd", tmp_path / "prefix"
     for name in ("kd", "flows"):
