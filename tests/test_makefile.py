@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,6 +62,30 @@ def test_a_clone_named_kd_is_imported_from_the_folder_it_lies_in(tmp_path):
     )
     assert done.stdout.strip() == str(clone / "kd/__init__.py"), done.stderr
     assert version("kd"), "this environment keeps its own"
+
+
+def test_a_wheel_holds_every_module_and_says_its_version(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("kd", "flows"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+    pip += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tree)]
+    subprocess.run(pip, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    ours = {str(path.relative_to(ROOT)) for path in ROOT.glob("[kf]*/**/*.py")}
+    held = {each for each in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in each}
+    assert held == ours | {"kd/py.typed"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "kd", "--version"],
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.split() == ["kd", wheel.name.split("-")[1]]
 
 
 def test_clean_takes_only_what_can_be_made_again_and_nobody_uses(tmp_path):
