@@ -66,8 +66,9 @@ class CoreML:
         """Raise a ConfigError if coremltools is not installed, or lacks its compiled parts."""
         require_packages("coremltools")
         found = importlib.util.find_spec("coremltools")
-        folder = Path(found.origin).parent if found and found.origin else Path("coremltools")
-        if not any(folder.glob("libmilstoragepython*")):
+        assert found
+        assert found.origin
+        if not any(Path(found.origin).parent.glob("libmilstoragepython*")):
             raise ConfigError(
                 "coremltools has no wheel for this Python, and what pip builds instead cannot "
                 "write files: use an older Python, such as 3.11"
