@@ -70,7 +70,10 @@ def _check_remote(root: Path) -> None:
 def _check_tracking(root: Path) -> None:
     params = root / "params.yaml"
     # Read as YAML 1.1, like kd does; DVC would take `no` for a string.
-    if params.exists() and (yaml.safe_load(params.read_text()) or {}).get("tracking") is False:
+    if (
+        params.exists()
+        and (yaml.safe_load(params.read_text("utf-8")) or {}).get("tracking") is False
+    ):
         return
     uri = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if not uri.scheme or uri.scheme in ("sqlite", "file"):

@@ -51,6 +51,8 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # same clean-up as for Ctrl-C
     root = Path.cwd()
+    if sys.__stdout__:  # sys.stdout itself may have been wrapped by DVC's colorama
+        sys.__stdout__.reconfigure(errors="replace")  # not every locale has the timeline's blocks
     console = Console()
     complaints = Console(stderr=True, style="bold red", highlight=False, soft_wrap=True)
     try:
@@ -63,9 +65,10 @@ def main() -> int:
             return 0
         return run(plan, root, console, on_workers=given.remote)
     except (NotDvcRepoError, SCMError) as error:
+        # A downloaded archive of the project has .dvc, and `dvc init` would refuse it.
+        wanted = "`git init`" if (root / ".dvc").exists() else "`git init` and `dvc init`"
         complaints.print(
-            f"error: {error}: work in a clone of the project, or `git init` and `dvc init` here",
-            markup=False,
+            f"error: {error}: work in a clone of the project, or {wanted} here", markup=False
         )
         return 1
     except (DvcException, *OURS) as error:

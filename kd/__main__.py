@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd import FAMILIES, STAGES, disk, launch, signals, warm
+from kd import FAMILIES, STAGES, __version__, disk, launch, signals, warm
 
 if TYPE_CHECKING:
     from kd.params import Params
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="kd", description="Run one stage of the pipeline, or inspect an exported file."
     )
+    made.add_argument("--version", action="version", version=f"kd {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage in STAGES:
         one = commands.add_parser(stage, help="a stage; dvc.yaml lists its inputs")

@@ -238,7 +238,7 @@ def write(
     artifacts.write_json(folder / "report.json", report)
     artifacts.write_json(folder / "metrics.json", metrics(report))
     artifacts.write_json(folder / "latency.json", latency_ms)
-    (folder / "report.md").write_text(to_markdown(report, latency_ms))
+    (folder / "report.md").write_text(to_markdown(report, latency_ms), "utf-8")
     named = [
         {"actual": names.class_names[actual], "predicted": names.class_names[predicted]}
         for actual, predicted in zip(test.labels_N, test.predicted_N, strict=True)

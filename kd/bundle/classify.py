@@ -14,6 +14,7 @@ Shapes: N pictures, H W picture, C classes.
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,7 @@ def softmax(logits_NC: "NDArray[Any]") -> "NDArray[np.float64]":
 
 def onnx(path: Path, form: dict[str, Any], threads: int) -> Call:
     """Load the file in ONNX Runtime."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would report its use to Microsoft
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
