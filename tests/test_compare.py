@@ -273,7 +273,7 @@ def test_a_unit_that_was_begun_before_says_that_its_seconds_are_not_all(here, mo
         path.unlink()
         with monkeypatch.context() as patch:
             patch.setitem(stages.STAGES, "baselines", stop)
-            with pytest.raises(RuntimeError):
+            with pytest.raises(RuntimeError, match="the power is out"):
                 work.do(here, unit)
         assert not here.is_done(unit)
         work.do(here, unit)

@@ -279,9 +279,10 @@ def test_enqueued_and_added_trials_join_the_population_and_are_improved_on():
     space = {name: FloatDistribution(0, 1) for name in SIMPLEX}
     for trial in study.trials:
         warm.add_trial(trial)
-    foreign = optuna.create_trial(params={"w0": 0.5}, distributions={"w0": space["w0"]}, value=-9)
+    foreign = optuna.create_trial(params={"w0": 1.0}, distributions={"w0": space["w0"]}, value=-9)
     warm.add_trial(foreign)
     warm.optimize(PrefetchObjective(batch), n_trials=89)
+    assert warm.sampler.population(warm)[1].min() >= 0, "what lacks parameters does not compete"
     assert min(t.value for t in warm.trials[11:]) < values.min()
 
 
