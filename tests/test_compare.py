@@ -497,6 +497,25 @@ def test_a_unit_that_fails_keeps_no_other_from_being_done(here, monkeypatch, cap
     assert (here.folder / "report.md").read_text() == before
 
 
+def test_a_process_that_the_system_kills_is_told_of_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = tmp_path / "kd_tests_killed.py"
+    own.write_text(
+        "import os, signal\n\nfrom kd.methods import KD\n\n\n"
+        "class Mine(KD):\n"
+        "    def loss(self, shown):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    method = {"kind": "custom", "path": "kd_tests_killed:Mine"}
+    written(tmp_path, code=own.name, cells={"kd": {"teachers": "teacher", "method": method}})
+    assert main(["params.compare.yaml", "--processes", "1"]) == 1
+    assert capsys.readouterr().err == (
+        "error: a process was killed while these ran: seed-0/data; if memory ran out, "
+        "give fewer --processes (now 1); the next run resumes\n"
+    )
+
+
 def test_what_needs_a_failed_unit_is_left_undone(tmp_path, monkeypatch, capsys):
     """The first seed's data cannot be split so, and the second's are another process's to make."""
     splits = {"val": 0.2, "test": 0.2, "labels_per_class": 1000}

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -117,7 +118,7 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
         say: Called with a line for each unit that is done or failed.
 
     Raises:
-        Refused: units failed; its notes say which, and why.
+        Refused: units failed; its notes say which, and why.  Or a process was killed.
     """
     left = {id: unit for id, unit in comparison.units.items() if not comparison.is_done(unit)}
     say(f"{comparison.about.name}: {len(left)} of {len(comparison.units)} units to do")
@@ -126,12 +127,13 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
     with ProcessPoolExecutor(processes, get_context("spawn"), begin, (os.getpid(),)) as pool:
         try:
             while left:
-                running = {unit.id for unit in started.values()}
+                running = [unit.id for unit in started.values()]
                 for id, unit in left.items():
                     ready = id not in running and not any(need in left for need in unit.needs)
                     if ready and len(started) < processes:
                         with deaf_to_ctrl_c():  # submit() may start a process, which inherits it
                             started[pool.submit(do_unless_told, comparison, unit)] = unit
+                running = [unit.id for unit in started.values()]
                 done, _ = wait(started, return_when=FIRST_COMPLETED)
                 for future in done:
                     unit = started.pop(future)
@@ -146,6 +148,11 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
                 for process in active_children():
                     process.terminate()
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise Refused(
+                    f"a process was killed while these ran: {', '.join(running)}; if memory ran "
+                    f"out, give fewer --processes (now {processes}); the next run resumes"
+                ) from None
             raise
     if failed:
         raise incomplete(comparison, failed)

@@ -308,6 +308,7 @@ def test_enqueued_weights_off_the_simplex_lend_their_value_to_no_other_point():
     rows, values = study.sampler.population(study)
     assert np.isinf(values[:2]).all()
     np.testing.assert_allclose(rows[2], list(thirds.values()), atol=1e-6)
+    assert rows[2].sum() == pytest.approx(1, abs=1e-15)
     study.optimize(PrefetchObjective(cheats), n_trials=190)
     rows, values = study.sampler.population(study)
     np.testing.assert_allclose(values, batch(rows), atol=1e-6)
