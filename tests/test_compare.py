@@ -1,6 +1,7 @@
 """A small comparison, done for real: shared teachers, resumed work, figures that add up."""
 
 import contextlib
+import csv
 import json
 import os
 import statistics
@@ -196,6 +197,11 @@ def test_the_report_is_made_of_the_records(here):
     assert f"| {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] |" in table
     assert f"| labels | {report.spread(labels, 'test_accuracy')}" in table
     assert {"teacher", "ensemble", "assistants/large"} <= record["rows"].keys()
+    with (here.folder / "results.csv").open(newline="") as file:
+        rows = {(row["cell"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(rows) == here.about.seeds * len(record["rows"])
+    found = [float(rows["baselines/labels", seed]["test_accuracy"]) for seed in "01"]
+    assert found == pytest.approx(labels)
 
 
 def test_a_cell_may_be_called_as_a_row_above_is(here):
@@ -233,9 +239,14 @@ def test_the_ensemble_is_mixed_as_its_weights_were_found_for(here):
 
 
 def test_it_ends_by_saying_where_the_table_and_the_networks_lie(here, capsys):
-    assert main(["params.compare.yaml", "--processes", "1"]) == 0
+    Path("page.md").write_text("<!-- tiny -->\n<!-- /tiny -->")
+    asked = ["--record", "recorded", "--into", "page.md"]
+    assert main(["params.compare.yaml", "--processes", "1", *asked]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"{here.folder}: report.md has this table")
+    table = (here.folder / "report.md").read_text()
+    assert Path("recorded/report.md").read_text() == table
+    assert Path("page.md").read_text() == f"<!-- tiny -->\n{table}<!-- /tiny -->"
 
 
 def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatch):
@@ -254,6 +265,10 @@ def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatc
         assert "Diverged, so without a row: labels in 1 seeds." in without
         assert "| labels |" in table
         assert "| labels |" not in without
+        against = Comparison(Path("params.compare.yaml"))
+        against.about = replace(against.about, reference="labels")
+        with pytest.raises(Refused, match="the reference labels diverged"):
+            report.build(against)
     finally:
         path.write_text(whole)
         report.write(here, here.folder)
