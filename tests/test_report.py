@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -175,7 +176,10 @@ def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
     text = report.to_markdown(
         report.build(artifacts, NAMES, measured), {"student": 0.123, "exports/onnx": 0.456}
     )
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line[:1] == "|"}
+    table = [line for line in text.splitlines() if line[:1] == "|"]
+    assert re.fullmatch(r"\|-+\|(-+:\|)+", table[1]), "numbers aligned right"
+    assert len({len(line) for line in table[: 2 + len(ROWS)]}) == 1, "columns line up"
+    lines = {line.split("|")[1].strip(): line for line in table}
     assert [cell.strip() for cell in lines["student"].split("|")[2:-1]] == [
         "90.00 %", "75.00 %", "100", "0.4 kB", "0.12 ms",
     ]  # fmt: skip
