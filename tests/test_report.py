@@ -79,7 +79,7 @@ def artifacts(tmp_path):
     write(
         root / "exports/onnx/parity.json",
         {"max_abs": 2.5e-6, "top1_agreement": 1.0, "val_accuracy": 0.9, "eager_val_accuracy": 0.9,
-         "size_bytes": 12345, "num_images": 40, "file": "model.onnx"},
+         "size_bytes": 1_250_000, "num_images": 40, "file": "model.onnx"},
     )  # fmt: skip
     return root
 
@@ -185,7 +185,7 @@ def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
     ]  # fmt: skip
     assert "0.700" in lines["chosen"]
     assert "600" in lines["chosen"]
-    for shown in ("12.3 kB", "2.5e-06", "100.00 %", "0.46 ms"):
+    for shown in ("1.25 MB", "2.5e-06", "100.00 %", "0.46 ms"):
         assert shown in lines["artifacts/exports/onnx/model.onnx"]
     assert "of any output: logits, or probabilities if the file takes raw images" in text
     assert "nan" not in text

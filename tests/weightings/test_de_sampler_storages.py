@@ -195,6 +195,12 @@ def test_the_group_commit_journal_is_a_plain_journal(folder):
     assert reread.user_attrs == {"note": {"pipeline": [1, 2]}}
     reread.optimize(single, n_trials=6)
     assert params(reread) == expected(20)
+    with GenerationJournalBackend(path) as backend:
+        one, two = JournalStorage(backend), JournalStorage(backend)
+        optuna.load_study(study_name="s", storage=one).set_user_attr("note", "pending")
+        for storage in (one, two, JournalStorage(backend)):
+            seen = optuna.load_study(study_name="s", storage=storage)
+            assert seen.user_attrs == {"note": "pending"}
 
 
 def test_a_torn_last_line_is_cut_and_its_trials_are_evaluated_again(folder):
