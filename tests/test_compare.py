@@ -391,8 +391,11 @@ def test_a_table_goes_into_a_page_between_its_marks(tmp_path):
     page.write_text("a\n<!-- tiny -->\nold\n<!-- /tiny -->\nb\n")
     report.into(page, "tiny", "new\n")
     assert page.read_text() == "a\n<!-- tiny -->\nnew\n<!-- /tiny -->\nb\n"
-    with pytest.raises(ConfigError, match="has no <!-- other -->"):
-        report.into(page, "other", "new\n")
+    for marks in ("", "<!-- other -->\n", "<!-- /other -->\n"):
+        page.write_text(f"a\n{marks}b\n")
+        with pytest.raises(ConfigError, match="has no <!-- other -->"):
+            report.into(page, "other", "new\n")
+        assert page.read_text() == f"a\n{marks}b\n"
 
 
 def test_units_are_listed_for_who_orders_them(here, capsys):

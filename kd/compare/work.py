@@ -118,7 +118,8 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
         say: Called with a line for each unit that is done or failed.
 
     Raises:
-        Refused: units failed; its notes say which, and why.  Or a process was killed.
+        Refused: units failed; its notes say which, and why.  Or a process was killed, as the
+            system does where memory runs out.
     """
     left = {id: unit for id, unit in comparison.units.items() if not comparison.is_done(unit)}
     say(f"{comparison.about.name}: {len(left)} of {len(comparison.units)} units to do")
@@ -127,18 +128,18 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
     with ProcessPoolExecutor(processes, get_context("spawn"), begin, (os.getpid(),)) as pool:
         try:
             while left:
-                running = [unit.id for unit in started.values()]
+                running = {unit.id for unit in started.values()}
                 for id, unit in left.items():
                     ready = id not in running and not any(need in left for need in unit.needs)
                     if ready and len(started) < processes:
                         with deaf_to_ctrl_c():  # submit() may start a process, which inherits it
                             started[pool.submit(do_unless_told, comparison, unit)] = unit
-                running = [unit.id for unit in started.values()]
                 done, _ = wait(started, return_when=FIRST_COMPLETED)
                 for future in done:
-                    unit = started.pop(future)
+                    unit = started[future]
                     if why := future.result():
                         failed[unit.id] = why
+                    del started[future]
                     for id in needing(left, unit.id) if why else [unit.id]:
                         del left[id]
                     said = f"{unit.id} failed: {why}" if why else unit.id
@@ -149,9 +150,10 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
                     process.terminate()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
+                ran = ", ".join(unit.id for unit in started.values())
                 raise Refused(
-                    f"a process was killed while these ran: {', '.join(running)}; if memory ran "
-                    f"out, give fewer --processes (now {processes}); the next run resumes"
+                    f"a process was killed while these ran: {ran}; if memory ran out, "
+                    f"give fewer --processes (now {processes}); the next run resumes"
                 ) from None
             raise
     if failed:

@@ -201,6 +201,7 @@ def test_the_group_commit_journal_is_a_plain_journal(folder):
         for storage in (one, two, JournalStorage(backend)):
             seen = optuna.load_study(study_name="s", storage=storage)
             assert seen.user_attrs == {"note": "pending"}
+    assert open_study("group", path).user_attrs == {"note": "pending"}
 
 
 def test_a_torn_last_line_is_cut_and_its_trials_are_evaluated_again(folder):
