@@ -99,6 +99,17 @@ def test_a_comparison_that_is_its_own_base_is_refused(tmp_path, base):
         Comparison(tmp_path / "loop.yaml")
 
 
+def test_an_assistant_comes_after_those_that_teach_it_whatever_their_names(tmp_path):
+    above = {"large": "assistants/medium", "medium": "assistants/small", "small": "teacher"}
+    taught = {name: {"model": {"depth": 2}, "taught_by": each} for name, each in above.items()}
+    units = Comparison(written(tmp_path, assistants=taught)).units
+    done = set()
+    for unit in units.values():
+        assert done.issuperset(unit.needs)
+        done.add(unit.id)
+    assert "seed-0/assistants/medium" in units["seed-0/assistants/large"].needs
+
+
 def of_cell(comparison, seed, name):
     return comparison.workspace(seed) / "artifacts/baselines" / name
 
@@ -456,6 +467,7 @@ def test_edited_code_and_pictures_of_the_users_own_make_their_units_stale(tmp_pa
     ("changes", "said"),
     [
         ({"compare": RAW["compare"] | {"reference": "dkd"}}, "compare.reference is 'dkd'"),
+        ({"compare": RAW["compare"] | {"name": "../up"}}, r"name is '\.\./up'; it must be a name"),
         ({"compare": RAW["compare"] | {"seeds": 1}}, "compare.seeds is 1; it must be at least 2"),
         ({"cells": {"kd": {"teachers": "teacher", "method": {"kind": "kdd"}}}}, "did you mean"),
         ({"studen": {}}, "studen is not a known key"),
