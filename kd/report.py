@@ -386,7 +386,7 @@ def _weights_table(weights: Mapping[str, Any]) -> str:
                 *(f"{found['weights'][member]:.3f}" for member in members),
                 f"{found['held_out_nll']:.4f}",
                 _percent(found["held_out_accuracy"]),
-                f"{found.get('evaluations') or 0:,}",
+                f"{found['evaluations']:,}",
             ]
             for name, found in weights["sets"].items()
         ],
