@@ -103,7 +103,7 @@ def status(stack: Settings, console: Console) -> int:
     console.print(f"\nlogs: {_short(stack.folder / 'logs', stack)}", markup=False)
     env = _short(_env_file(stack), stack)
     console.print(f"to use it, in a shell:  . {env}", markup=False)
-    console.print(f"Prefect's page asks for PREFECT_API_AUTH_STRING, which is in {env}", markup=False)
+    console.print("Prefect's page asks for PREFECT_API_AUTH_STRING, which that file sets")
     return 0 if well else 1
 
 
