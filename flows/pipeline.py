@@ -200,8 +200,9 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
                 state = pipeline(str(root), on_workers=on_workers, return_state=True)
         except HTTPError as error:
             raise server.NoServerError(
-                f"Prefect's server at {os.environ['PREFECT_API_URL']} went away ({error}): "
-                "finished stages are kept, and the next run continues from them"
+                f"Prefect's server at {os.environ['PREFECT_API_URL']} went away, or refused "
+                f"PREFECT_API_AUTH_STRING ({error}): finished stages are kept, and the next run "
+                "continues from them"
             ) from error
     console.print()
     if len(plan.reasons) > 1:

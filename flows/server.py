@@ -41,6 +41,8 @@ def configure(root: Path) -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": HEARTBEAT,
+        # Prefect's default lets every web page open in a browser here read and change everything.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{PAGES},http://localhost:4200",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
     }.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flows import child, server
 from kd import tracking
-from kd.tracking import views
+from kd.tracking import recorder, views
 
 PAGES = {"Prefect": server.PAGES, "MLflow": "http://127.0.0.1:5000"}
 HEALTH = {"Prefect": "/api/health", "MLflow": "/health"}
@@ -33,11 +33,12 @@ def main() -> int:
         commands["Prefect"] = [sys.executable, "-m", "prefect", "server", "start"]
     uri = tracking.tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow: {uri}")
+        print(f"MLflow: {recorder.without_password(uri)}")
     else:
-        commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
         # The default takes 14 processes and 3 GB.
-        commands["MLflow"] += ["--workers", "1"]
+        commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        # No argument, since every user of the machine can read those, and it may hold a password.
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
     if not commands:
         return 0
     for name in commands:
@@ -65,7 +66,12 @@ def main() -> int:
 
 
 def _start(root: Path, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # Else a web page could send requests, although not read the answers; clients know this.
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    }
     with _log(root, name).open("w") as log:
         return child.start(command, cwd=root, env=env, output=log)
 

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         one = commands.add_parser(stage, help="a stage; dvc.yaml lists its inputs")
         if stage in FAMILIES:
             one.add_argument("name", help=f"a key of params.yaml's {stage}")
-    commands.add_parser("check", help="check params.yaml without running anything")
+    commands.add_parser("check", help="check params.yaml without running a stage")
     bench = commands.add_parser("bench", help="measure an exported file on this machine")
     bench.add_argument("file", type=Path, help="an exported file: .onnx, .pte, ...")
     bench.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="images per call")

@@ -1,6 +1,7 @@
 """Where the stages store their results: folders, atomic writes, JSON records, tensors.
 
-Nothing is pickled: tensors are safetensors or .npy files, records JSON, other tables CSV.
+Nothing is pickled: tensors are safetensors or .npy files, records JSON, other tables CSV.  Still,
+a network's manifest may name code to be imported (docs/security.md).
 """
 
 import csv

@@ -100,7 +100,9 @@ def status(stack: Settings, console: Console) -> int:
         )
     console.print(table)
     console.print(f"\nlogs: {_short(stack.folder / 'logs', stack)}", markup=False)
-    console.print(f"to use it, in a shell:  . {_short(_env_file(stack), stack)}", markup=False)
+    env = _short(_env_file(stack), stack)
+    console.print(f"to use it, in a shell:  . {env}", markup=False)
+    console.print("Prefect's page asks for PREFECT_API_AUTH_STRING, which that file sets")
     return 0 if well else 1
 
 
@@ -192,7 +194,7 @@ def _env_file(stack: Settings) -> Path:
 
 
 def _write_env_file(stack: Settings) -> None:
-    lines = ["# To use the stack, source this file in a shell.  It may contain the password."]
+    lines = ["# To use the stack, source this file in a shell.  It holds logins."]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in stack.clients().items()]
     settings.private(_env_file(stack), "\n".join([*lines, ""]))
 
