@@ -1,5 +1,7 @@
 # make demo | make test | make ui: each first installs what it needs.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first that runs: a shim of pyenv's is on the path even where its version is not active.
+PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
+  "$$each" -c "" 2> /dev/null && command -v "$$each" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

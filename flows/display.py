@@ -48,7 +48,7 @@ def show_report(root: Path, console: Console) -> None:
     """Print the report, if the pipeline made one, and commands for further inspection."""
     report = root / "artifacts" / "report" / "report.md"
     if report.exists():
-        text = report.read_text()
+        text = report.read_text("utf-8")
         if console.is_terminal:
             console.print(Markdown(text))
         else:
@@ -60,7 +60,7 @@ def show_timeline(root: Path, console: Console) -> None:
     """Print when each stage waited, ran and ended, if the run got far enough to record it."""
     drawn = root / timeline.FILE
     if drawn.exists():
-        console.print(drawn.read_text(), markup=False, highlight=False, soft_wrap=True)
+        console.print(drawn.read_text("utf-8"), markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass

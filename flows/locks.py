@@ -8,7 +8,6 @@ import contextlib
 import os
 import re
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import psutil
 
 from flows.child import Stopped
 from kd.component import ConfigError
+from kd.tracking import contact
 
 POLL = 0.2
 """Seconds between attempts to take a slot."""
@@ -223,12 +223,13 @@ def slots() -> Slots:
 
     Raises:
         ValueError: KD_CPUS is not a positive integer.
+        PermissionError: the folder of their locks is not this user's alone.
     """
     threads = os.environ.get("KD_CPUS") or str(_cpus())
     if not threads.isdecimal() or int(threads) < 1:
         raise ValueError(f"KD_CPUS is {threads!r}; it must be a positive integer")
     return Slots(
-        folder=Path(tempfile.gettempdir()) / f"kd-slots-{os.getuid()}",
+        folder=contact.folder() / "slots",  # other users could take them all, but for its mode
         gpus=_gpus(),
         threads=int(threads),
     )

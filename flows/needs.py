@@ -68,18 +68,21 @@ def _check_remote(root: Path) -> None:
 
 
 def _check_tracking(root: Path) -> None:
+    uri = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if "@" in uri.netloc:  # workers are told it in any case
+        raise WorkersCannotError(
+            "MLFLOW_TRACKING_URI holds a password, which Prefect would show: pass it to the "
+            "workers as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        )
     params = root / "params.yaml"
     # Read as YAML 1.1, like kd does; DVC would take `no` for a string.
-    if params.exists() and (yaml.safe_load(params.read_text()) or {}).get("tracking") is False:
+    if (
+        params.exists()
+        and (yaml.safe_load(params.read_text("utf-8")) or {}).get("tracking") is False
+    ):
         return
-    uri = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if not uri.scheme or uri.scheme in ("sqlite", "file"):
         raise WorkersCannotError(
             "workers cannot reach the MLflow data on this machine: set MLFLOW_TRACKING_URI to a "
             "server's address, or `tracking: false` in params.yaml"
-        )
-    if "@" in uri.netloc:
-        raise WorkersCannotError(
-            "MLFLOW_TRACKING_URI holds a password, which Prefect would show: pass it to the "
-            "workers as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
         )

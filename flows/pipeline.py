@@ -51,6 +51,8 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # same clean-up as for Ctrl-C
     root = Path.cwd()
+    if sys.__stdout__:  # sys.stdout itself may have been wrapped by DVC's colorama
+        sys.__stdout__.reconfigure(errors="replace")  # not every locale has the timeline's blocks
     console = Console()
     complaints = Console(stderr=True, style="bold red", highlight=False, soft_wrap=True)
     try:
@@ -63,9 +65,10 @@ def main() -> int:
             return 0
         return run(plan, root, console, on_workers=given.remote)
     except (NotDvcRepoError, SCMError) as error:
+        # A downloaded archive of the project has .dvc, and `dvc init` would refuse it.
+        wanted = "`git init`" if (root / ".dvc").exists() else "`git init` and `dvc init`"
         complaints.print(
-            f"error: {error}: work in a clone of the project, or `git init` and `dvc init` here",
-            markup=False,
+            f"error: {error}: work in a clone of the project, or {wanted} here", markup=False
         )
         return 1
     except (DvcException, *OURS) as error:
@@ -197,8 +200,9 @@ def run(plan: graph.Plan, root: Path, console: Console, *, on_workers: bool) -> 
                 state = pipeline(str(root), on_workers=on_workers, return_state=True)
         except HTTPError as error:
             raise server.NoServerError(
-                f"Prefect's server at {os.environ['PREFECT_API_URL']} went away ({error}): "
-                "finished stages are kept, and the next run continues from them"
+                f"Prefect's server at {os.environ['PREFECT_API_URL']} went away, or refused "
+                f"PREFECT_API_AUTH_STRING ({error}): finished stages are kept, and the next run "
+                "continues from them"
             ) from error
     console.print()
     if len(plan.reasons) > 1:

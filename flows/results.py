@@ -71,7 +71,7 @@ def publish_report(root: Path) -> None:
     """Attach the report's table, where the pipeline has one."""
     table = root / "artifacts" / "report" / "report.md"
     if table.exists():
-        attach(table.read_text(), key="report", description="The result")
+        attach(table.read_text("utf-8"), key="report", description="The result")
 
 
 def mlflow_links(root: Path) -> Iterator[tuple[str, str]]:
@@ -98,7 +98,7 @@ def _table(head: tuple[str, str], rows: Iterable[tuple[str, object]]) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        path.write_text(text, "utf-8")
     except OSError as error:  # do not mask the failing stage's message about the same disk
         log.warning("%s was not written: %s", path, error.strerror)
 

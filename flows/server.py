@@ -42,6 +42,8 @@ def configure(root: Path) -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": HEARTBEAT,
+        # Prefect's default lets every web page open in a browser here read and change everything.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{PAGES},http://localhost:4200",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
     }.items():
@@ -113,6 +115,12 @@ def wait(name: str, address: str, process: subprocess.Popen[bytes], log: Path) -
             last = "\n".join(log.read_text().splitlines()[-5:])
             raise NoServerError(f"{name} did not start ({log}):\n{last}")
         time.sleep(0.1)
+
+
+def taken(port: int) -> bool:
+    """Whether some program listens on a local port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from flows import child, server
 from kd import tracking
 from kd.tracking import views
+from kd.tracking.address import without_password
 
 PAGES = {"Prefect": server.PAGES, "MLflow": "http://127.0.0.1:5000"}
 HEALTH = {"Prefect": "/api/health", "MLflow": "/health"}
@@ -33,13 +34,21 @@ def main() -> int:
         commands["Prefect"] = [sys.executable, "-m", "prefect", "server", "start"]
     uri = tracking.tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow: {uri}")
+        print(f"MLflow: {without_password(uri)}")
     else:
-        commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
         # The default takes 14 processes and 3 GB.
-        commands["MLflow"] += ["--workers", "1"]
+        commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        # No argument, since every user of the machine can read those, and it may hold a password.
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
     if not commands:
         return 0
+    for name in commands:
+        port = urllib.parse.urlsplit(PAGES[name]).port
+        if port and server.taken(port):
+            raise SystemExit(
+                f"error: {name} needs port {port}, which another program uses: stop it (another "
+                "clone's `make ui` or `make stack`, say)"
+            )
     print(f"starting {' and '.join(commands)}: about 20 s")
     with contextlib.ExitStack() as running, contextlib.suppress(KeyboardInterrupt):
         servers = {}
@@ -55,11 +64,18 @@ def main() -> int:
         print("Ctrl-C stops the servers started here")
         while all(process.poll() is None for process in servers.values()):
             time.sleep(POLL)
+        name = next(name for name, process in servers.items() if process.poll() is not None)
+        raise SystemExit(f"error: {name} ended; see {_log(root, name)}")
     return 0
 
 
 def _start(root: Path, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # Else a web page could send requests, although not read the answers; clients know this.
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    }
     with _log(root, name).open("w") as log:
         return child.start(command, cwd=root, env=env, output=log)
 

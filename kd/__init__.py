@@ -1,5 +1,7 @@
 """Compress an image classifier for a phone, by distillation through weighted assistants."""
 
+__version__ = "0.1.0"
+
 STAGES = ("data", "teacher", "assistants", "weights", "student", "baselines", "exports", "report")
 """The pipeline's stages in order; each has an entry in dvc.yaml and a section in params.yaml."""
 SETTINGS = ("seed", "tracking", "code", "recipe")

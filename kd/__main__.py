@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd import FAMILIES, STAGES, disk, launch, signals, warm
+from kd import FAMILIES, STAGES, __version__, disk, launch, signals, warm
 
 if TYPE_CHECKING:
     from kd.params import Params
@@ -72,12 +72,13 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="kd", description="Run one stage of the pipeline, or inspect an exported file."
     )
+    made.add_argument("--version", action="version", version=f"kd {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage in STAGES:
         one = commands.add_parser(stage, help="a stage; dvc.yaml lists its inputs")
         if stage in FAMILIES:
             one.add_argument("name", help=f"a key of params.yaml's {stage}")
-    commands.add_parser("check", help="check params.yaml without running anything")
+    commands.add_parser("check", help="check params.yaml without running a stage")
     bench = commands.add_parser("bench", help="measure an exported file on this machine")
     bench.add_argument("file", type=Path, help="an exported file: .onnx, .pte, ...")
     bench.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="images per call")

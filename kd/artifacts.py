@@ -1,6 +1,7 @@
 """Where the stages store their results: folders, atomic writes, JSON records, tensors.
 
-Nothing is pickled: tensors are safetensors or .npy files, records JSON, other tables CSV.
+Nothing is pickled: tensors are safetensors or .npy files, records JSON, other tables CSV.  Still,
+a network's manifest may name code to be imported (docs/security.md).
 """
 
 import csv
@@ -69,7 +70,7 @@ def data_record() -> dict[str, Any]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows with the same keys as a CSV with a header."""
-    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

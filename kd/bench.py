@@ -127,15 +127,17 @@ def memory(path: Path) -> dict[str, float]:
     if not Path("/proc/self/clear_refs").exists():
         return {}
     package_root = str(Path(__file__).resolve().parents[1])
+    places = [package_root, os.environ.get("PYTHONPATH")]  # where clusters keep their packages
     done = subprocess.run(
         [sys.executable, "-P", "-m", "kd.bench", str(path)],
-        env={**os.environ, "PYTHONPATH": package_root},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise ConfigError(f"{path} could not be run in a separate process: {done.stderr[-500:]}")
+        said = done.stderr.strip().rpartition("\n")[2]  # of a traceback, the error
+        raise ConfigError(f"{path} could not be run in a separate process: {said}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

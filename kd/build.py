@@ -25,7 +25,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, not YAML, a key given twice, or not a mapping.
     """
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        raw = yaml.load(path.read_text("utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: run from the project's root") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -191,8 +191,8 @@ def predict(model: nn.Module, images: Images, batch_size: int | None = None) -> 
             batches = [
                 model(images.batch(i, None)).float() for i in torch.split(indices_N, batch_size)
             ]
-        # Cloned outside of inference mode so that the caller may backpropagate.
-        return torch.cat(batches).clone()
+        # Joined outside of inference mode so that the caller may backpropagate.
+        return torch.cat(batches)
     except RuntimeError as error:
         if batch_size == 1 or not is_out_of_memory(error):
             raise

@@ -198,7 +198,7 @@ def write(
     artifacts.write_json(folder / "report.json", report)
     artifacts.write_json(folder / "metrics.json", metrics(report))
     artifacts.write_json(folder / "latency.json", latency_ms)
-    (folder / "report.md").write_text(to_markdown(report, latency_ms))
+    (folder / "report.md").write_text(to_markdown(report, latency_ms), "utf-8")
     named = [
         {"actual": names.class_names[actual], "predicted": names.class_names[predicted]}
         for actual, predicted in zip(test.labels_N, test.predicted_N, strict=True)
@@ -289,7 +289,7 @@ def _weights_table(weights: Mapping[str, Any]) -> str:
                 *(f"{found['weights'][member]:.3f}" for member in members),
                 f"{found['held_out_nll']:.4f}",
                 percent(found["held_out_accuracy"]),
-                f"{found.get('evaluations') or 0:,}",
+                f"{found['evaluations']:,}",
             ]
             for name, found in weights["sets"].items()
         ],

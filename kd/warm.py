@@ -1,6 +1,6 @@
 """A process that has already imported torch, and forks a copy of itself for each stage.
 
-Importing torch takes 4 to 6 s of CPU, in each of the pipeline's many processes.  The flow starts
+Importing torch takes seconds of CPU, in each of the pipeline's many processes.  The flow starts
 one `python -m kd.warm SOCKET`, and `python -m kd ...` finds it through KD_WARM_SOCKET; under
 `dvc repro` the first stage starts one, which ends with that `dvc`.  `python -m kd ...` sends it
 its arguments, folder, environment and standard streams, and a fork of the warm process runs the

@@ -55,7 +55,7 @@ class Exported:
 
 
 def need(exporter: Any) -> None:
-    """Skip where LiteRT's other environment is absent: 7 GB, which CI does without."""
+    """Skip where LiteRT's other environment, of 7 GB, is absent: `make litert` creates it."""
     if exporter.kind == "litert":
         try:
             exporter.check()

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,18 @@ def test_a_record_comes_back_as_it_was(workspace):
     artifacts.write_json(workspace / "r.json", record)
     assert artifacts.read_json(workspace / "r.json") == record
     assert list(artifacts.read_json(workspace / "r.json")) == ["b", "a"]
+
+
+def test_text_is_utf8_in_a_locale_that_is_not():
+    Path("params.yaml").write_text("code: Füße", "utf-8")
+    script = (
+        "from pathlib import Path; from kd import artifacts, build; "
+        "artifacts.write_csv(Path('out.csv'), [build.read_yaml(Path('params.yaml'))])"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **ascii_only, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert Path("out.csv").read_text("utf-8") == "code\nFüße\n"
 
 
 def test_a_record_with_nan_is_not_written(workspace):

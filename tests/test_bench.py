@@ -116,6 +116,13 @@ def test_a_missing_runtime_is_named(exported, monkeypatch):
         bench.measure(exported / "model.onnx")
 
 
+def test_the_separate_process_finds_the_packages_of_this_one(exported, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit('found')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"separate process: .*found$"):
+        bench.memory(exported / "model.onnx")
+
+
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--threads", "-1"], ["--batch", "x"]])
 def test_impossible_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):

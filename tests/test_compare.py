@@ -1,6 +1,7 @@
 """A small comparison, done for real: shared teachers, resumed work, figures that add up."""
 
 import contextlib
+import csv
 import json
 import os
 import statistics
@@ -96,6 +97,17 @@ def test_a_comparison_that_is_its_own_base_is_refused(tmp_path, base):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(about))
     with pytest.raises(ConfigError, match=r"compare\.base is '.*loop\.yaml', which has this file"):
         Comparison(tmp_path / "loop.yaml")
+
+
+def test_an_assistant_comes_after_those_that_teach_it_whatever_their_names(tmp_path):
+    above = {"large": "assistants/medium", "medium": "assistants/small", "small": "teacher"}
+    taught = {name: {"model": {"depth": 2}, "taught_by": each} for name, each in above.items()}
+    units = Comparison(written(tmp_path, assistants=taught)).units
+    done = set()
+    for unit in units.values():
+        assert done.issuperset(unit.needs)
+        done.add(unit.id)
+    assert "seed-0/assistants/medium" in units["seed-0/assistants/large"].needs
 
 
 def of_cell(comparison, seed, name):
@@ -196,6 +208,11 @@ def test_the_report_is_made_of_the_records(here):
     assert f"| {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] |" in table
     assert f"| labels | {report.spread(labels, 'test_accuracy')}" in table
     assert {"teacher", "ensemble", "assistants/large"} <= record["rows"].keys()
+    with (here.folder / "results.csv").open(newline="") as file:
+        rows = {(row["cell"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(rows) == here.about.seeds * len(record["rows"])
+    found = [float(rows["baselines/labels", seed]["test_accuracy"]) for seed in "01"]
+    assert found == pytest.approx(labels)
 
 
 def test_a_cell_may_be_called_as_a_row_above_is(here):
@@ -233,9 +250,14 @@ def test_the_ensemble_is_mixed_as_its_weights_were_found_for(here):
 
 
 def test_it_ends_by_saying_where_the_table_and_the_networks_lie(here, capsys):
-    assert main(["params.compare.yaml", "--processes", "1"]) == 0
+    Path("page.md").write_text("<!-- tiny -->\n<!-- /tiny -->")
+    asked = ["--record", "recorded", "--into", "page.md"]
+    assert main(["params.compare.yaml", "--processes", "1", *asked]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"{here.folder}: report.md has this table")
+    table = (here.folder / "report.md").read_text()
+    assert Path("recorded/report.md").read_text() == table
+    assert Path("page.md").read_text() == f"<!-- tiny -->\n{table}<!-- /tiny -->"
 
 
 def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatch):
@@ -254,6 +276,10 @@ def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatc
         assert "Diverged, so without a row: labels in 1 seeds." in without
         assert "| labels |" in table
         assert "| labels |" not in without
+        against = Comparison(Path("params.compare.yaml"))
+        against.about = replace(against.about, reference="labels")
+        with pytest.raises(Refused, match="the reference labels diverged"):
+            report.build(against)
     finally:
         path.write_text(whole)
         report.write(here, here.folder)
@@ -273,7 +299,7 @@ def test_a_unit_that_was_begun_before_says_that_its_seconds_are_not_all(here, mo
         path.unlink()
         with monkeypatch.context() as patch:
             patch.setitem(stages.STAGES, "baselines", stop)
-            with pytest.raises(RuntimeError):
+            with pytest.raises(RuntimeError, match="the power is out"):
                 work.do(here, unit)
         assert not here.is_done(unit)
         work.do(here, unit)
@@ -369,8 +395,11 @@ def test_a_table_goes_into_a_page_between_its_marks(tmp_path):
     page.write_text("a\n<!-- tiny -->\nold\n<!-- /tiny -->\nb\n")
     report.into(page, "tiny", "new\n")
     assert page.read_text() == "a\n<!-- tiny -->\nnew\n<!-- /tiny -->\nb\n"
-    with pytest.raises(ConfigError, match="has no <!-- other -->"):
-        report.into(page, "other", "new\n")
+    for marks in ("", "<!-- other -->\n", "<!-- /other -->\n"):
+        page.write_text(f"a\n{marks}b\n")
+        with pytest.raises(ConfigError, match="has no <!-- other -->"):
+            report.into(page, "other", "new\n")
+        assert page.read_text() == f"a\n{marks}b\n"
 
 
 def test_units_are_listed_for_who_orders_them(here, capsys):
@@ -431,6 +460,7 @@ def test_edited_code_and_pictures_of_the_users_own_make_their_units_stale(tmp_pa
     ("changes", "said"),
     [
         ({"compare": RAW["compare"] | {"reference": "dkd"}}, "compare.reference is 'dkd'"),
+        ({"compare": RAW["compare"] | {"name": "../up"}}, r"name is '\.\./up'; it must be a name"),
         ({"compare": RAW["compare"] | {"seeds": 1}}, "compare.seeds is 1; it must be at least 2"),
         ({"cells": {"kd": {"teachers": "teacher", "method": {"kind": "kdd"}}}}, "did you mean"),
         ({"studen": {}}, "studen is not a known key"),
@@ -488,6 +518,25 @@ def test_a_unit_that_fails_keeps_no_other_from_being_done(here, monkeypatch, cap
     assert f"{failed[0]} failed: {why}" in told.out
     assert "Odd: no\nmore\nin seed-0/" in (here.workspace(0) / "log.txt").read_text()
     assert (here.folder / "report.md").read_text() == before
+
+
+def test_a_process_that_the_system_kills_is_told_of_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = tmp_path / "kd_tests_killed.py"
+    own.write_text(
+        "import os, signal\n\nfrom kd.methods import KD\n\n\n"
+        "class Mine(KD):\n"
+        "    def loss(self, shown):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    method = {"kind": "custom", "path": "kd_tests_killed:Mine"}
+    written(tmp_path, code=own.name, cells={"kd": {"teachers": "teacher", "method": method}})
+    assert main(["params.compare.yaml", "--processes", "1"]) == 1
+    assert capsys.readouterr().err == (
+        "error: a process was killed while these ran: seed-0/data; if memory ran out, "
+        "give fewer --processes (now 1); the next run resumes\n"
+    )
 
 
 def test_what_needs_a_failed_unit_is_left_undone(tmp_path, monkeypatch, capsys):

@@ -161,6 +161,8 @@ def test_comparisons_of_nothing_and_of_unlike_things_are_refused() -> None:
         evaluate.agreement(torch.zeros(0, 3), torch.zeros(0, 3))
     with pytest.raises(ValueError, match="pairs"):
         evaluate.paired_difference(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="pairs"):
+        evaluate.paired_difference(torch.zeros(0), torch.zeros(0))
 
 
 class Pictures:
@@ -239,8 +241,8 @@ class Crowded(nn.Module):
 
 def test_predict_takes_fewer_images_at_once_where_memory_does_not_suffice() -> None:
     pictures = Pictures(10)
-    logits_NC = evaluate.predict(Crowded(room=3), pictures, batch_size=8)
-    assert pictures.sizes == [8, 4, 2, 2, 2, 2, 2]
+    logits_NC = evaluate.predict(Crowded(room=1), pictures, batch_size=8)
+    assert pictures.sizes == [8, 4, 2, *[1] * 10]
     assert torch.equal(logits_NC, pictures.images_NCHW.flatten(1))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate.predict(Crowded(room=0), pictures, batch_size=8)
@@ -254,7 +256,7 @@ def test_predict_does_not_take_another_error_for_a_lack_of_memory() -> None:
 
 
 def test_holm_allows_for_all_rows_together():
-    """0.01 * 4, 0.02 * 3, then no less than the one before, and no more than 1."""
-    given = {"a": 0.02, "b": 0.01, "c": 0.025, "d": 0.9}
-    wanted = {"b": 0.04, "a": 0.06, "c": 0.06, "d": 0.9}
+    """0.01 * 5, 0.02 * 4, then no less than the one before, and no more than 1."""
+    given = {"a": 0.02, "b": 0.01, "c": 0.025, "d": 0.6, "e": 0.9}
+    wanted = {"b": 0.05, "a": 0.08, "c": 0.08, "d": 1.0, "e": 1.0}
     assert evaluate.holm(given) == pytest.approx(wanted)

@@ -59,6 +59,15 @@ def test_the_dockerfile_passes_hadolint():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_images_hold_nothing_that_git_ignores():
+    def patterns(name, folder=""):
+        lines = (PROJECT / name).read_text().split("\n")
+        return {folder + each.strip("/") for each in lines if each and not each.startswith("#")}
+
+    left_out = {each.removeprefix("**/") for each in patterns(".dockerignore")}
+    assert patterns(".gitignore") | patterns(".dvc/.gitignore", ".dvc/") <= left_out
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,17 @@ def test_the_environment_is_made_in_a_folder_whose_name_has_spaces_and_umlauts(t
     ]
 
 
+def test_the_environments_python_is_the_first_that_runs(tmp_path):
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, status in (("python3.11", 127), ("python3.12", 0), ("python3", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    make = ["/usr/bin/env", f"PATH={tmp_path}", shutil.which("make"), "--dry-run", "install"]
+    done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"{tmp_path}/python3.12 -m venv --clear .venv" in done.stdout
+
+
 def test_a_clone_named_kd_is_imported_from_the_folder_it_lies_in(tmp_path):
     clone, prefix = tmp_path / "kd", tmp_path / "prefix"
     for name in ("kd", "flows"):
@@ -50,6 +62,30 @@ def test_a_clone_named_kd_is_imported_from_the_folder_it_lies_in(tmp_path):
     )
     assert done.stdout.strip() == str(clone / "kd/__init__.py"), done.stderr
     assert version("kd"), "this environment keeps its own"
+
+
+def test_a_wheel_holds_every_module_and_says_its_version(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("kd", "flows"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+    pip += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tree)]
+    subprocess.run(pip, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    ours = {str(path.relative_to(ROOT)) for path in ROOT.glob("[kf]*/**/*.py")}
+    held = {each for each in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in each}
+    assert held == ours | {"kd/py.typed"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "kd", "--version"],
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.split() == ["kd", wheel.name.split("-")[1]]
 
 
 def test_clean_takes_only_what_can_be_made_again_and_nobody_uses(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def artifacts(tmp_path):
     write(
         root / "exports/onnx/parity.json",
         {"max_abs": 2.5e-6, "top1_agreement": 1.0, "val_accuracy": 0.9, "eager_val_accuracy": 0.9,
-         "size_bytes": 12345, "num_images": 40, "file": "model.onnx"},
+         "size_bytes": 1_250_000, "num_images": 40, "file": "model.onnx"},
     )  # fmt: skip
     return root
 
@@ -123,6 +124,7 @@ def test_the_table_has_a_row_for_every_network_in_the_experiments_order(artifact
     rows = report.build(artifacts, NAMES, measured)["rows"]
     assert [row["name"] for row in rows] == ROWS
     assert len({tuple(row) for row in rows}) == 1, "every row has the same columns"
+    assert [row["test_agreement"] for row in rows] == [1.0, *[0.8] * 7]
 
 
 def test_an_ensemble_is_as_large_as_its_members_and_scored_held_out(artifacts, measured):
@@ -168,19 +170,23 @@ def test_the_csv_files_are_what_dvc_plots_reads(artifacts, measured, tmp_path):
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert metrics["student"]["test_accuracy"] == 0.75
     assert list(metrics) == ROWS
+    assert "role" not in metrics["student"], "numbers alone"
 
 
 def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
     text = report.to_markdown(
         report.build(artifacts, NAMES, measured), {"student": 0.123, "exports/onnx": 0.456}
     )
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line[:1] == "|"}
+    table = [line for line in text.splitlines() if line[:1] == "|"]
+    assert re.fullmatch(r"\|-+\|(-+:\|)+", table[1]), "numbers aligned right"
+    assert len({len(line) for line in table[: 2 + len(ROWS)]}) == 1, "columns line up"
+    lines = {line.split("|")[1].strip(): line for line in table}
     assert [cell.strip() for cell in lines["student"].split("|")[2:-1]] == [
         "90.00 %", "75.00 %", "100", "0.4 kB", "0.12 ms",
     ]  # fmt: skip
     assert "0.700" in lines["chosen"]
     assert "600" in lines["chosen"]
-    for shown in ("12.3 kB", "2.5e-06", "100.00 %", "0.46 ms"):
+    for shown in ("1.25 MB", "2.5e-06", "100.00 %", "0.46 ms"):
         assert shown in lines["artifacts/exports/onnx/model.onnx"]
     assert "of any output: logits, or probabilities if the file takes raw images" in text
     assert "nan" not in text
@@ -215,7 +221,7 @@ def test_four_images_gained_and_none_lost_are_no_clear_difference():
     assert one.difference > 2 * one.standard_error
     assert (one.gained, one.lost) == (4, 0)
     assert told_apart({"teacher": asdict(one)}) == {"teacher": 0}, "p = 1/8"
-    assert told_apart({"teacher": {"gained": 0, "lost": 6}}) == {"teacher": -1}, "p = 1/32"
+    assert told_apart({"teacher": {"gained": 1, "lost": 8}}) == {"teacher": -1}, "p = 5/128"
 
 
 def test_differences_of_one_kind_share_their_chance_of_a_false_one():

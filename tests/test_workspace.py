@@ -272,7 +272,7 @@ def test_experiments_and_differences_work(by_flow, tmp_path):
 def test_a_workspace_without_git_or_dvc_is_refused_before_training(tmp_path):
     folder = clone(tmp_path, tracking=False)
     shutil.rmtree(folder / ".git")
-    assert "git init" in run(folder, sys.executable, "-m", "flows.pipeline", status=1)
+    assert "or `git init` here" in run(folder, sys.executable, "-m", "flows.pipeline", status=1)
     shutil.rmtree(folder / ".dvc")
     assert "dvc init" in run(folder, sys.executable, "-m", "flows.pipeline", status=1)
     assert not (folder / "artifacts/teacher").exists()

@@ -3,7 +3,6 @@
 import argparse
 import base64
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -101,7 +100,9 @@ def status(stack: Settings, console: Console) -> int:
         )
     console.print(table)
     console.print(f"\nlogs: {_short(stack.folder / 'logs', stack)}", markup=False)
-    console.print(f"to use it, in a shell:  . {_short(_env_file(stack), stack)}", markup=False)
+    env = _short(_env_file(stack), stack)
+    console.print(f"to use it, in a shell:  . {env}", markup=False)
+    console.print("Prefect's page asks for PREFECT_API_AUTH_STRING, which that file sets")
     return 0 if well else 1
 
 
@@ -149,18 +150,13 @@ def _wait_for_ports(stack: Settings) -> None:
     deadline = time.monotonic() + (LAST_RITES if ours else 0)
     for key in ("STACK_POSTGRES_PORT", "STACK_PREFECT_PORT", "STACK_MLFLOW_PORT"):
         port = int(getattr(stack, key.removeprefix("STACK_").lower()))
-        while _taken(port):
+        while server.taken(port):
             if time.monotonic() > deadline:
                 raise StackError(
                     f"port {port} is taken by another program: stop it, or change {key} in "
                     f"{settings.FILE} (`make ui` uses 4200 and 5000 while it runs)"
                 )
             time.sleep(0.5)
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _check_login(stack: Settings) -> None:
@@ -198,7 +194,7 @@ def _env_file(stack: Settings) -> Path:
 
 
 def _write_env_file(stack: Settings) -> None:
-    lines = ["# To use the stack, source this file in a shell.  It may contain the password."]
+    lines = ["# To use the stack, source this file in a shell.  It holds logins."]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in stack.clients().items()]
     settings.private(_env_file(stack), "\n".join([*lines, ""]))
 

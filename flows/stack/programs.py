@@ -96,9 +96,8 @@ def _prefect(settings: Settings) -> tuple[list[str], dict[str, str]]:
     env = {
         "PREFECT_API_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_UI_API_URL": f"{settings.prefect}/api",
+        "PREFECT_SERVER_API_AUTH_STRING": settings.prefect_login,
     }
-    if settings.password:
-        env["PREFECT_SERVER_API_AUTH_STRING"] = f"{USER}:{settings.password}"
     return [*command, "--port", str(settings.prefect_port)], env
 
 

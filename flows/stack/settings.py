@@ -57,15 +57,22 @@ class Settings:
         """The address at which this machine reaches the servers."""
         return _here(self.host)
 
+    @property
+    def prefect_login(self) -> str:
+        """What Prefect always asks for: the worker runs whatever a client sends, and other users
+        of this machine, and pages in the browser, reach 127.0.0.1 too.
+        """
+        return f"{USER}:{self.password or self.secret('prefect')}"
+
     def clients(self) -> dict[str, str]:
         """The environment variables that clients of the stack need."""
         env = {
             "PREFECT_API_URL": f"{self.prefect}/api",
+            "PREFECT_API_AUTH_STRING": self.prefect_login,
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": server.HEARTBEAT,
             "MLFLOW_TRACKING_URI": self.mlflow,
         }
         if self.password:
-            env["PREFECT_API_AUTH_STRING"] = f"{USER}:{self.password}"
             env["MLFLOW_TRACKING_USERNAME"] = USER
             env["MLFLOW_TRACKING_PASSWORD"] = self.password
         return env

@@ -3,7 +3,7 @@
     from classify import Classifier
     Classifier(".").predict(images)  # uint8 (N, height, width, channels)
 
-    python classify.py picture.jpg ...  # any size and format; also needs Pillow
+    python classify.py picture.jpg ...  # of any size; also needs Pillow
 
 Every bundle has a copy of this file, and MLflow loads exports with it, so it does not import `kd`:
 only numpy and the file's runtime (onnxruntime; executorch with torch; ai-edge-litert).  Core ML
@@ -14,6 +14,7 @@ Shapes: N pictures, H W picture, C classes.
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,7 @@ def softmax(logits_NC: "NDArray[Any]") -> "NDArray[np.float64]":
 
 def onnx(path: Path, form: dict[str, Any], threads: int) -> Call:
     """Load the file in ONNX Runtime."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would report its use to Microsoft
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -177,6 +179,8 @@ def one_at_a_time(call: Call) -> Call:
 
 
 RUNTIMES = {".onnx": onnx, ".pte": executorch, ".tflite": litert}
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What a picture may be, whatever its name: for EPS, Pillow would start Ghostscript."""
 
 
 def read(path: str, form: dict[str, Any]) -> "NDArray[np.uint8]":
@@ -191,7 +195,7 @@ def read(path: str, form: dict[str, Any]) -> "NDArray[np.uint8]":
     from PIL import Image, ImageOps
 
     wanted = form["picture"]
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
     if image.mode.startswith("I;16"):

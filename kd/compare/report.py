@@ -195,7 +195,7 @@ def write(comparison: Comparison, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(folder / "report.json", record)
     with artifacts.atomic(folder / "report.md") as temporary:
-        temporary.write_text(table)
+        temporary.write_text(table, "utf-8")
     rows = [
         {"cell": name, "seed": seed, **{m: values[m][seed] for m in MEASURES}}
         for name, values in record["rows"].items()
@@ -207,10 +207,10 @@ def write(comparison: Comparison, folder: Path) -> str:
 
 def into(page: Path, name: str, table: str) -> None:
     """Replace a page's table, which is between `<!-- NAME -->` and `<!-- /NAME -->`."""
-    text = page.read_text()
+    text = page.read_text("utf-8")
     before, opening, rest = text.partition(f"<!-- {name} -->\n")
     _, closing, after = rest.partition(f"<!-- /{name} -->")
     if not (opening and closing):
         raise artifacts.ArtifactError(f"{page} has no <!-- {name} --> ... <!-- /{name} -->")
     with artifacts.atomic(page) as temporary:
-        temporary.write_text(f"{before}{opening}{table}{closing}{after}")
+        temporary.write_text(f"{before}{opening}{table}{closing}{after}", "utf-8")

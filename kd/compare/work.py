@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -117,7 +118,8 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
         say: Called with a line for each unit that is done or failed.
 
     Raises:
-        Refused: units failed; its notes say which, and why.
+        Refused: units failed; its notes say which, and why.  Or a process was killed, as the
+            system does where memory runs out.
     """
     left = {id: unit for id, unit in comparison.units.items() if not comparison.is_done(unit)}
     say(f"{comparison.about.name}: {len(left)} of {len(comparison.units)} units to do")
@@ -134,9 +136,10 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
                             started[pool.submit(do_unless_told, comparison, unit)] = unit
                 done, _ = wait(started, return_when=FIRST_COMPLETED)
                 for future in done:
-                    unit = started.pop(future)
+                    unit = started[future]
                     if why := future.result():
                         failed[unit.id] = why
+                    del started[future]
                     for id in needing(left, unit.id) if why else [unit.id]:
                         del left[id]
                     said = f"{unit.id} failed: {why}" if why else unit.id
@@ -146,6 +149,12 @@ def do_all(comparison: Comparison, processes: int, say: Callable[[str], None]) -
                 for process in active_children():
                     process.terminate()
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                ran = ", ".join(unit.id for unit in started.values())
+                raise Refused(
+                    f"a process was killed while these ran: {ran}; if memory ran out, "
+                    f"give fewer --processes (now {processes}); the next run resumes"
+                ) from None
             raise
     if failed:
         raise incomplete(comparison, failed)

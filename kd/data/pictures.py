@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NAMED = 20
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What a file may hold, whatever its name: for EPS, Pillow would start Ghostscript."""
 
 
 def named(faults: Sequence[str]) -> str:
@@ -35,7 +37,7 @@ def read_picture(path: Path) -> "NDArray[np.uint8]":
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             picture = ImageOps.exif_transpose(file)
             picture.load()
     except Exception as error:  # each of Pillow's decoders raises its own types

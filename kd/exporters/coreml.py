@@ -4,6 +4,7 @@ Shapes: B batch, C classes, H W image.
 """
 
 import gc
+import importlib.util
 import io
 import json
 import logging
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kd.component import component
+from kd.component import ConfigError, component
 from kd.disk import remove
 from kd.exporters.files import (
     AT_IMPORT,
@@ -63,8 +64,16 @@ class CoreML:
     int8: ClassVar[None] = None
 
     def check(self) -> None:
-        """Raise a ConfigError if coremltools is not installed."""
+        """Raise a ConfigError if coremltools is not installed, or lacks its compiled parts."""
         require_packages("coremltools")
+        found = importlib.util.find_spec("coremltools")
+        assert found
+        assert found.origin
+        if not any(Path(found.origin).parent.glob("libmilstoragepython*")):
+            raise ConfigError(
+                "coremltools has no wheel for this Python, and what pip builds instead cannot "
+                "write files: use an older Python, such as 3.11"
+            )
 
     def export(self, trained: Trained, path: Path) -> None:
         """Write the network to the folder `path`, completely or not at all.

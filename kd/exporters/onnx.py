@@ -4,6 +4,7 @@ Shapes: B batch, C classes.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,8 @@ from kd.exporters.trained import Trained
 
 NETWORK = "'network'"
 """How torch's exporter writes the scope of kd.exporters.trained.FromPicture.network."""
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would report its use to Microsoft
 
 
 @component

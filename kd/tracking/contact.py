@@ -4,10 +4,12 @@ The stage opens the listening socket and passes it on, so that stages can connec
 recorder still imports MLflow.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -93,14 +95,19 @@ def _start(path: Path, uri: str, root: Path) -> None:
 
 
 def folder() -> Path:
-    """This user's private folder for the recorders' sockets, locks and logs.
+    """This user's private folder for the recorders' sockets, locks and logs, and flows' slots.
 
     In the system's temporary folder, because a socket's path is limited to about 100 characters.
+
+    Raises:
+        PermissionError: another user made it, or made a link there, or could write to it.
     """
     own = Path(tempfile.gettempdir()) / f"kd-{os.getuid()}"
     own.mkdir(mode=0o700, exist_ok=True)
-    if own.stat().st_uid != os.getuid():
-        raise PermissionError(f"{own} belongs to another user")
+    found = own.lstat()
+    private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022
+    if not private or found.st_uid != os.getuid():
+        raise PermissionError(errno.EACCES, "It is not a folder of this user alone", str(own))
     return own
 
 

@@ -62,10 +62,9 @@ class Trash:
 
     def empty(self) -> str:
         """Remove them permanently; returns the output of `mlflow gc`."""
-        command = [sys.executable, "-m", "mlflow", "gc", "--older-than", f"{self.days}d"]
         done = subprocess.run(
-            [*command, "--backend-store-uri", self.uri],
-            env={**os.environ, "MLFLOW_TRACKING_URI": self.uri},
+            [sys.executable, "-m", "mlflow", "gc", "--older-than", f"{self.days}d"],
+            env={**os.environ, "MLFLOW_TRACKING_URI": self.uri},  # it may hold a password
             capture_output=True,
             text=True,
         )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,20 @@ from tests.bundle.toys import CLASSES, DATA, bundled, outsider
 def made(tmp_path_factory):
     """A bundle to be read only."""
     return bundled(tmp_path_factory.mktemp("bundle"), Onnx())
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from classify import Classifier; Classifier('.')",
+        "from pathlib import Path; from kd import bench; bench.load(Path('model.onnx'))",
+    ],
+)
+def test_onnx_runtime_neither_numbers_this_machine_nor_reports_its_use(made, program, tmp_path):
+    project = Path(bundle.__file__).parents[2]
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": f"{made.folder}:{project}"}
+    subprocess.run([sys.executable, "-c", program], cwd=made.folder, env=environment, check=True)
+    assert not list(tmp_path.rglob("*onnxruntime*"))
 
 
 @pytest.fixture

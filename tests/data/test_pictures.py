@@ -1,13 +1,17 @@
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from kd.bundle import classify
 from kd.component import ConfigError
 from kd.data.pictures import read_picture, to_square
 
 RNG = np.random.default_rng(0)
+FORM = {"picture": {"width": 4, "height": 4, "channels": 3}}
 
 
 def _save(path: Path, picture: Image.Image, **options: object) -> Path:
@@ -59,6 +63,30 @@ def test_a_picture_to_be_turned_whose_exif_is_damaged_is_named(tmp_path: Path) -
     assert path.read_bytes() != sound
     with pytest.raises(ConfigError, match=r"broken\.jpg cannot be read as an image"):
         read_picture(path)
+
+
+@pytest.mark.parametrize(
+    "read", [read_picture, lambda path: classify.read(str(path), FORM)], ids=["kd", "bundle"]
+)
+def test_postscript_under_a_pictures_name_is_given_to_no_program(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "gs"  # Ghostscript's name
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\necho 10.0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # what Pillow remembers of PATH
+    path = tmp_path / "x.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    with pytest.raises((ConfigError, UnidentifiedImageError), match="cannot identify"):
+        read(path)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", ["bmp", "gif", "jpeg", "mpo", "png", "ppm", "tiff", "webp"])
+def test_what_a_file_holds_counts_and_not_its_name(kind: str, tmp_path: Path) -> None:
+    path = _save(tmp_path / "x.jpg", Image.new("RGB", (6, 4)), format=kind)
+    assert read_picture(path).shape == (4, 6, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None])

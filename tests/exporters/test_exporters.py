@@ -254,6 +254,17 @@ def test_a_missing_package_is_named_before_anything_is_made(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_coremltools_that_was_built_without_its_library_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "coremltools").mkdir()
+    (tmp_path / "coremltools/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "coremltools", raising=False)
+    with pytest.raises(ConfigError, match="use an older Python"):
+        CoreML().check()
+
+
 def test_the_other_environment_that_litert_needs_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

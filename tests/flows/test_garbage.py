@@ -5,11 +5,12 @@ import socket
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flows import garbage
+from flows import garbage, locks
 from kd import tracking
 from kd.component import ConfigError
 from kd.tables import TARGETS, DiskTables
@@ -123,6 +124,23 @@ def test_recorders_that_run_or_were_asked_lately_keep_their_files(
             with contact.locked(own / name):  # as each stage does
                 pass
         assert garbage.old_recorders(9) == []
+
+
+@pytest.mark.parametrize("needs_it", [contact.folder, locks.slots])
+def test_a_temporary_folder_that_others_made_or_may_write_to_is_refused(
+    needs_it: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = tmp_path / f"kd-{os.getuid()}"
+    (tmp_path / "elsewhere").mkdir()
+    own.symlink_to("elsewhere")
+    with pytest.raises(PermissionError, match=own.name):
+        needs_it()
+    own.unlink()
+    needs_it()
+    own.chmod(0o777)
+    with pytest.raises(PermissionError, match=own.name):
+        needs_it()
 
 
 def test_folders_of_warm_processes_go_when_their_flow_was_killed_long_ago(

@@ -203,6 +203,23 @@ def test_the_gpus_are_those_that_the_user_left_visible(
     assert locks.slots().gpus == gpus
 
 
+@pytest.mark.parametrize(("status", "gpus"), [(0, ("0", "1")), (9, ())])
+def test_otherwise_the_gpus_are_those_that_the_driver_lists(
+    status: int, gpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert locks.slots().gpus == ()
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho 0\necho 1\nexit {status}\n")
+    program.chmod(0o700)
+    assert locks.slots().gpus == gpus
+
+
 def test_the_number_of_threads_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KD_CPUS", "3")
     assert locks.slots().threads == 3
+    for wrong in ("0", "-1", "two"):
+        monkeypatch.setenv("KD_CPUS", wrong)
+        with pytest.raises(ValueError, match=f"KD_CPUS is '{wrong}'; it must be a positive"):
+            locks.slots()

@@ -208,7 +208,8 @@ def test_without_a_server_and_in_a_cold_home_one_command_does_it_all(
     for key in [each for each in os.environ if each.startswith("PREFECT_")]:
         monkeypatch.delenv(key)
     toy.write(TWO)
-    process = toy.start()
+    # A locale that is not UTF-8, which Python would otherwise replace.
+    process = toy.start(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
     assert not {"Traceback", "CancelledError", "WARNING"} & set(said.split())

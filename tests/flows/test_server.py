@@ -1,4 +1,4 @@
-"""What Prefect's server needs of the libraries under it, and `pip check` does not know."""
+"""Prefect's server: what it needs of the libraries under it, and whom it listens to."""
 
 import json
 import time
@@ -6,6 +6,9 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+import pytest
+
+from flows import server
 from tests.flows.toys import wait_until
 
 
@@ -31,3 +34,17 @@ def test_a_schedule_makes_runs(prefect: str) -> None:
     planned = {"deployments": {"id": {"any_": [made["id"]]}}}
     run = wait_until(lambda: ask("flow_runs/filter", **planned), patience=30)[0]
     assert (run["state_type"], run["auto_scheduled"]) == ("SCHEDULED", True)
+
+
+@pytest.mark.parametrize(
+    ("page", "allowed"),
+    [
+        ("http://evil.example", None),
+        (server.PAGES, server.PAGES),
+        ("http://localhost:4200", "http://localhost:4200"),
+    ],
+)
+def test_no_other_web_page_reads_its_answers(prefect: str, page: str, allowed: str | None) -> None:
+    request = urllib.request.Request(f"{prefect}/admin/version", headers={"Origin": page})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.headers["Access-Control-Allow-Origin"] == allowed

@@ -91,10 +91,18 @@ def test_a_password_means_itself_in_urls_configuration_files_and_shells() -> Non
     assert shlex.quote(password) == password
 
 
-def test_on_this_machine_alone_nothing_needs_a_password(project: Path) -> None:
+def test_on_this_machine_alone_prefect_needs_a_login_that_only_its_owner_can_read(
+    project: Path,
+) -> None:
     stack = settings.read(project)
-    assert stack.clients() == {
+    clients = stack.clients()
+    secret = stack.folder / "secrets" / "prefect"
+    assert len(secret.read_text()) > 30
+    assert (secret.stat().st_mode & 0o777, secret.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert clients == settings.read(project).clients()  # the same after a restart
+    assert clients == {
         "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+        "PREFECT_API_AUTH_STRING": f"admin:{secret.read_text()}",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
     }
@@ -201,6 +209,8 @@ def test_the_stack_is_started_used_killed_secured_and_ended(toy: Toy, stack: Sta
     assert "already running" in stack("start")
     api = stack.clients["PREFECT_API_URL"]
     pages = stack.run(["flows.ui"], **stack.clients).split()
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(urllib.request.Request(f"{api}/flow_runs/filter", b"{}"))
     assert {api.removesuffix("/api"), stack.clients["MLFLOW_TRACKING_URI"]} <= set(pages)
 
     # A flow that dies says nothing; that it is marked is looked at in the end.

@@ -212,6 +212,12 @@ def test_logarithmic_parameters_are_drawn_on_a_logarithmic_scale():
     study.optimize(lambda t: t.suggest_float("r", 1e-6, 1, log=True), n_trials=40)
     rates = [p["r"] for p in params(study)]
     assert np.median(rates) == pytest.approx(1e-3, rel=0.5)
+    space = {"k": IntDistribution(1, 4, log=True)}
+    study = new_study(simplex=None, search_space=space, population_size=40)
+    study.optimize(lambda t: t.suggest_int("k", 1, 4, log=True), n_trials=40)
+    counts = Counter(p["k"] for p in params(study))
+    assert counts[1] == 20, "from 0.5 to 1.5 is half of the way from 0.5 to 4.5"
+    assert counts[4] in (4, 5)
 
 
 @pytest.mark.parametrize("strategy", ["jade", "shade", "rand1"])
@@ -279,9 +285,10 @@ def test_enqueued_and_added_trials_join_the_population_and_are_improved_on():
     space = {name: FloatDistribution(0, 1) for name in SIMPLEX}
     for trial in study.trials:
         warm.add_trial(trial)
-    foreign = optuna.create_trial(params={"w0": 0.5}, distributions={"w0": space["w0"]}, value=-9)
+    foreign = optuna.create_trial(params={"w0": 1.0}, distributions={"w0": space["w0"]}, value=-9)
     warm.add_trial(foreign)
     warm.optimize(PrefetchObjective(batch), n_trials=89)
+    assert warm.sampler.population(warm)[1].min() >= 0, "what lacks parameters does not compete"
     assert min(t.value for t in warm.trials[11:]) < values.min()
 
 
@@ -290,8 +297,9 @@ def test_enqueued_trials_of_a_mixed_space_join_the_population():
     row = [1e-3, 0.25, 0.3, 5, 64, "layer"]
     study.enqueue_trial(dict(zip(MIXED, row, strict=True)))
     study.optimize(mixed_single, n_trials=10)
-    _, values = study.sampler.population(study)
+    rows, values = study.sampler.population(study)
     assert values[0] == study.trials[0].value == mixed_batch([[*row[:-1], 1]])[0]
+    np.testing.assert_allclose(rows[0], [*row[:-1], 1])
 
 
 def test_enqueued_weights_off_the_simplex_lend_their_value_to_no_other_point():
@@ -307,12 +315,13 @@ def test_enqueued_weights_off_the_simplex_lend_their_value_to_no_other_point():
     rows, values = study.sampler.population(study)
     assert np.isinf(values[:2]).all()
     np.testing.assert_allclose(rows[2], list(thirds.values()), atol=1e-6)
+    assert rows[2].sum() == pytest.approx(1, abs=1e-15)
     study.optimize(PrefetchObjective(cheats), n_trials=190)
     rows, values = study.sampler.population(study)
     np.testing.assert_allclose(values, batch(rows), atol=1e-6)
 
 
-@pytest.mark.parametrize("off", [{"n": 3, "x": 0.5}, {"n": 5, "x": 0.55}])
+@pytest.mark.parametrize("off", [{"n": 3, "x": 0.5}, {"n": 5, "x": 0.55}, {"n": 15, "x": 0.5}])
 @pytest.mark.filterwarnings("ignore:Fixed parameter")
 def test_enqueued_values_off_the_grid_lend_their_value_to_no_other_point(off):
     space = {"n": IntDistribution(0, 10, step=5), "x": FloatDistribution(0, 1, step=0.1)}

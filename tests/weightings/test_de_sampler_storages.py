@@ -128,19 +128,21 @@ def test_durable_storages_give_the_search_of_the_one_in_memory(kind, folder):
 
 def test_nan_is_a_category_like_others_on_a_durable_storage(folder):
     nan = float("nan")
-    space = {"kind": CategoricalDistribution([nan, 1.0]), "x": FloatDistribution(0, 1)}
+    space = {"kind": CategoricalDistribution([1.0, nan]), "x": FloatDistribution(0, 1)}
     rows = []
     for storage in (None, f"sqlite:///{folder / 'study'}"):
         sampler = DESampler(space, seed=0, population_size=5)
         study = optuna.create_study(storage=storage, sampler=sampler)
         study.optimize(
             lambda trial: (
-                (trial.suggest_categorical("kind", [nan, 1.0]) == 1)
+                (trial.suggest_categorical("kind", [1.0, nan]) == 1)
                 + trial.suggest_float("x", 0, 1)
             ),
             n_trials=40,
         )
         rows.append(params(study))
+        rows_PA, values_P = study.sampler.population(study)
+        np.testing.assert_allclose(values_P, (rows_PA[:, 0] == 0) + rows_PA[:, 1])
     np.testing.assert_array_equal(*rows)
 
 
@@ -193,6 +195,13 @@ def test_the_group_commit_journal_is_a_plain_journal(folder):
     assert reread.user_attrs == {"note": {"pipeline": [1, 2]}}
     reread.optimize(single, n_trials=6)
     assert params(reread) == expected(20)
+    with GenerationJournalBackend(path) as backend:
+        one, two = JournalStorage(backend), JournalStorage(backend)
+        optuna.load_study(study_name="s", storage=one).set_user_attr("note", "pending")
+        for storage in (one, two, JournalStorage(backend)):
+            seen = optuna.load_study(study_name="s", storage=storage)
+            assert seen.user_attrs == {"note": "pending"}
+    assert open_study("group", path).user_attrs == {"note": "pending"}
 
 
 def test_a_torn_last_line_is_cut_and_its_trials_are_evaluated_again(folder):

@@ -117,5 +117,5 @@ def test_few_steps_do_for_members_of_any_kind(members, samples, magnitude, seed)
 
 @pytest.mark.parametrize("wrong", [{"tolerance": 0.0}, {"iterations": 0}])
 def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
         ExpectationMaximization(**wrong)

@@ -49,8 +49,8 @@ def test_the_battery_notices_weights_off_the_simplex():
             found = super().find(*given, **kw)
             return dataclasses.replace(found, weights_K=found.weights_K * 1.01)
 
-    with pytest.raises(AssertionError):
-        checks_weightings.check_is_deterministic_given_the_seed(Broken())
+    with pytest.raises(AssertionError, match="Broken fails check_"):
+        checks_weightings.check_weighting(Broken())
 
 
 def test_best_single_is_the_most_accurate_member_and_breaks_ties_by_nll():
@@ -197,9 +197,12 @@ def test_classes_are_dealt_evenly_to_the_folds():
     from kd.weightings.shrinkage import folds
 
     labels_N = np.repeat([0, 1, 2], [50, 25, 10])
+    dealt = []
     for fitted, held_out in folds(labels_N, 3):
         assert np.bincount(labels_N[held_out]).tolist() == [10, 5, 2]
-        assert not set(fitted) & set(held_out)
+        assert sorted([*fitted, *held_out]) == list(range(85))
+        dealt += [*held_out]
+    assert sorted(dealt) == list(range(85))
 
 
 def test_every_objective_of_the_best_weights_is_what_found_says():
