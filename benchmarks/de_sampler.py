@@ -48,8 +48,9 @@ from kd.weightings.de_sampler import (
     PrefetchObjective,
     optimize_population,
 )
+from kd.weightings.error_rate import ErrorRate
 from kd.weightings.evolution import Evolution, Rules, Strategy, default_population, minimise
-from kd.weightings.objectives import ErrorRate, MixtureNLL, log_probs
+from kd.weightings.objectives import MixtureNLL, log_probs
 from kd.weightings.simplex import from_cube
 
 ROOT = Path(__file__).parents[1]

@@ -98,7 +98,9 @@ PAIRS = (
 
 def differences(reports: list[dict[str, dict[str, float]]]) -> list[str]:
     """Paired differences of test accuracy, in points: standard error and 95 % interval (t)."""
-    from kd.compare.report import paired, quantile
+    from scipy.special import stdtrit
+
+    from kd.compare.report import paired
 
     lines = [
         "| test accuracy, points | mean difference ± standard error [95 % CI] | seeds won |",
@@ -107,7 +109,7 @@ def differences(reports: list[dict[str, dict[str, float]]]) -> list[str]:
     for pair in PAIRS:
         ours, theirs = ([report[name]["test_accuracy"] for report in reports] for name in pair)
         mean, error = paired(ours, theirs)
-        half = quantile(len(reports) - 1) * error
+        half = stdtrit(len(reports) - 1, 0.975) * error
         won = sum(a > b for a, b in zip(ours, theirs, strict=True))
         interval = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
         name = " - ".join(pair)

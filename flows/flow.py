@@ -6,7 +6,7 @@ Deployments use `flows/flow.py:pipeline`; on the command line use `python -m flo
 import contextlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -82,17 +82,12 @@ def run_stage(
     stage: graph.Stage, root: Path, place: Place, workspace: int, stop: threading.Event
 ) -> State | None:
     """Run one stage, here or on a worker.  DVC decides whether there is anything to do."""
-    log = get_run_logger()
-    try:
+
+    def work(log: remote.Log) -> None:
         hashes = place.run(stage, env=_run_ids(), log=log, stop=stop, hold=[workspace])
-    except Stopped:
-        return _stopped(log)
-    except Exception as error:  # including DVC's: dvc.yaml may be edited during the run
-        log.error("%s", error, extra={"stage_state": "failed"})
-        raise
-    results.publish_stage(root, stage.name, hashes)
-    log.info("done", extra={"stage_state": "done"})
-    return None
+        results.publish_stage(root, stage.name, hashes)
+
+    return _done(work)
 
 
 @task(task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
@@ -100,23 +95,27 @@ def run_promotion(
     root: Path, workspace: int, publish: str | None, stop: threading.Event
 ) -> State | None:
     """Register the student, decide whether it becomes champion, and publish its exports."""
-    log = get_run_logger()
-    log.info("starts", extra={"stage_state": "running"})
-    try:
+
+    def work(log: remote.Log) -> None:
+        log.info("starts", extra={"stage_state": "running"})
         promote(root, publish, env=_run_ids(), hear=log.info, stop=stop, workspace=workspace)
+
+    return _done(work)
+
+
+def _done(work: Callable[[remote.Log], None]) -> State | None:
+    """Do a task's work; its state if it was cancelled, as a failed one would raise an alert."""
+    log = get_run_logger()
+    try:
+        work(log)
     except Stopped:
-        return _stopped(log)
-    except Exception as error:
+        log.warning("stopped", extra={"stage_state": "stopped"})
+        return Cancelled(message="the run was cancelled; all its processes were stopped")
+    except Exception as error:  # including DVC's: dvc.yaml may be edited during the run
         log.error("%s", error, extra={"stage_state": "failed"})
         raise
     log.info("done", extra={"stage_state": "done"})
     return None
-
-
-def _stopped(log: remote.Log) -> State:
-    """The state of a cancelled task; a failed one would alert whoever watches for failures."""
-    log.warning("stopped", extra={"stage_state": "stopped"})
-    return Cancelled(message="the run was cancelled; all its processes were stopped")
 
 
 @flow(name="pipeline", persist_result=False)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from flows.stage import DVC, environment
 from kd import warm
-from kd.tracking import recorder
+from kd.tracking import contact
 
 Keep = Literal["commits", "branches"]
 KEPT: dict[Keep, tuple[str, ...]] = {
@@ -72,8 +72,8 @@ def old_recorders(days: float) -> list[Path]:
     before = time.time() - days * 86_400
     return [
         path
-        for lock in sorted(recorder.folder().glob("*.lock"))  # touched by each stage
-        if lock.stat().st_mtime < before and not recorder.listens(lock.with_suffix(".sock"))
+        for lock in sorted(contact.folder().glob("*.lock"))  # touched by each stage
+        if lock.stat().st_mtime < before and not contact.listens(lock.with_suffix(".sock"))
         for path in (lock.with_suffix(".log"), lock.with_suffix(".sock"), lock)
         if path.exists()
     ]
@@ -87,7 +87,7 @@ def old_warm_folders(days: float) -> list[Path]:
         for folder in sorted(Path(tempfile.gettempdir()).glob(f"{warm.FOLDER}*"))
         if _is_own_folder(found := folder.lstat())
         and found.st_mtime < before
-        and not any(recorder.listens(path) for path in folder.iterdir())
+        and not any(contact.listens(path) for path in folder.iterdir())
     ]
 
 

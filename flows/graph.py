@@ -19,6 +19,7 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _get_cache_hash, _get_stage_hash
 from dvc.stage.serialize import to_single_stage_lockfile
+from dvc.utils.flatten import flatten
 
 logging.getLogger("dvc").setLevel(logging.ERROR)
 
@@ -240,20 +241,12 @@ def _file(role: str, entry: Any) -> list[str]:
 
 
 def _params_changed(entry: Any) -> list[str]:
-    old, new = _flat(entry.hash_info.value or {}), _flat(entry.read_params())
+    old, new = flatten(entry.hash_info.value or {}), flatten(entry.read_params())
     return [
         f"params {key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in {**old, **new}
         if old.get(key) != new.get(key)
     ]
-
-
-def _flat(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        nested = isinstance(value, dict)
-        flat.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
-    return flat
 
 
 def _listed(words: list[str]) -> str:

@@ -19,7 +19,7 @@ import psutil
 
 from flows.child import Stopped
 from kd.component import ConfigError
-from kd.tracking import recorder
+from kd.tracking import contact
 
 POLL = 0.2
 """Seconds between attempts to take a slot."""
@@ -229,7 +229,7 @@ def slots() -> Slots:
     if not threads.isdecimal() or int(threads) < 1:
         raise ValueError(f"KD_CPUS is {threads!r}; it must be a positive integer")
     return Slots(
-        folder=recorder.folder() / "slots",  # other users could take them all, but for its mode
+        folder=contact.folder() / "slots",  # other users could take them all, but for its mode
         gpus=_gpus(),
         threads=int(threads),
     )

@@ -7,6 +7,7 @@ fresh database alone can take, and it drops the last events when it stops.
 import atexit
 import os
 import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -98,17 +99,22 @@ class Server:
         atexit.register(child.end, self.process)
 
     def wait(self) -> None:
-        """Return once it answers.
+        """Return once it answers; see `wait`."""
+        wait("Prefect's server", f"{self.api}/health", self.process, self.log)
 
-        Raises:
-            NoServerError: it ended, or did not answer in time; the message has its last lines.
-        """
-        deadline = time.monotonic() + STARTUP_SECONDS
-        while not answers(f"{self.api}/health"):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                last = "\n".join(self.log.read_text().splitlines()[-5:])
-                raise NoServerError(f"Prefect's server did not start ({self.log}):\n{last}")
-            time.sleep(0.1)
+
+def wait(name: str, address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once a server that was just started answers at `address`.
+
+    Raises:
+        NoServerError: it ended, or did not answer in time; the message has its last lines.
+    """
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while not answers(address):
+        if process.poll() is not None or time.monotonic() > deadline:
+            last = "\n".join(log.read_text().splitlines()[-5:])
+            raise NoServerError(f"{name} did not start ({log}):\n{last}")
+        time.sleep(0.1)
 
 
 def taken(port: int) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flows import child, server
 from kd import tracking
-from kd.tracking import recorder, views
+from kd.tracking import address, views
 
 PAGES = {"Prefect": server.PAGES, "MLflow": "http://127.0.0.1:5000"}
 HEALTH = {"Prefect": "/api/health", "MLflow": "/health"}
@@ -33,7 +33,7 @@ def main() -> int:
         commands["Prefect"] = [sys.executable, "-m", "prefect", "server", "start"]
     uri = tracking.tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow: {recorder.without_password(uri)}")
+        print(f"MLflow: {address.without_password(uri)}")
     else:
         # The default takes 14 processes and 3 GB.
         commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
@@ -55,7 +55,10 @@ def main() -> int:
             servers[name] = _start(root, name, command)
             running.callback(child.end, servers[name])
         for name, process in servers.items():
-            _wait(root, name, process)
+            try:
+                server.wait(name, PAGES[name] + HEALTH[name], process, _log(root, name))
+            except server.NoServerError as error:
+                raise SystemExit(str(error)) from None
             print(f"{name}: {PAGES[name]}{_first_page() if name == 'MLflow' else ''}")
         print("Ctrl-C stops the servers started here")
         while all(process.poll() is None for process in servers.values()):
@@ -74,16 +77,6 @@ def _start(root: Path, name: str, command: list[str]) -> subprocess.Popen[bytes]
     }
     with _log(root, name).open("w") as log:
         return child.start(command, cwd=root, env=env, output=log)
-
-
-def _wait(root: Path, name: str, process: subprocess.Popen[bytes]) -> None:
-    """Return once the server answers; exit with its last log lines if it does not."""
-    deadline = time.monotonic() + server.STARTUP_SECONDS
-    while not server.answers(PAGES[name] + HEALTH[name]):
-        if process.poll() is not None or time.monotonic() > deadline:
-            last = "\n".join(_log(root, name).read_text().splitlines()[-5:])
-            raise SystemExit(f"{name} did not start ({_log(root, name)}):\n{last}")
-        time.sleep(POLL)
 
 
 def _first_page() -> str:

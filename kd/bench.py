@@ -19,8 +19,8 @@ from torch import nn
 from kd import artifacts
 from kd.bundle import checksums
 from kd.component import ConfigError, reason
+from kd.disk import digest, num_bytes
 from kd.exporters import Exporter, Runner, latency
-from kd.exporters.parity import digest, files_of
 
 RUNTIMES = {
     ".onnx": "onnxruntime",
@@ -94,7 +94,7 @@ def measure(
     return {
         "file": path.name,
         "sha256": digest(path),
-        "size_bytes": sum(each.stat().st_size for each in files_of(path)),
+        "size_bytes": num_bytes(path),
         "rows": rows,
         **memory(path),
     }

@@ -45,7 +45,7 @@ def component(cls: type[C]) -> type[C]:
     """Make `cls` a frozen, keyword-only dataclass that refuses unknown keys and wrong types.
 
     Fields that are a Literal are checked wherever the component is made.  Other keys and types
-    are checked when params.yaml is parsed (kd/params.py, which looks for `__pydantic_config__`);
+    are checked when params.yaml is parsed (kd/build.py, which looks for `__pydantic_config__`);
     this module needs only the standard library.
     """
     own_check = getattr(cls, "__post_init__", lambda self: None)

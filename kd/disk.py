@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, and remedies for disk errors."""
+"""Atomic writes, files and folders alike, checksums, and remedies for disk errors."""
 
 import errno
 import hashlib
@@ -43,6 +43,33 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself; for a folder, all files in it, sorted by name."""
+    if not path.is_dir():
+        return [path]
+    return sorted((each for each in path.rglob("*") if each.is_file()), key=Path.as_posix)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; for a folder, of the list that `sha256sum` prints of its files."""
+    if not path.is_dir():
+        return sha256(path)
+    lines = (f"{digest(each)}  {each.relative_to(path).as_posix()}\n" for each in files_of(path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def num_bytes(path: Path) -> int:
+    """The size of a file, or of all files in a folder."""
+    return sum(each.stat().st_size for each in files_of(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def remedy(error: OSError) -> str | None:

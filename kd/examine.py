@@ -3,6 +3,8 @@
 N samples, K members, C classes.
 """
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,9 @@ def examine(params: Params) -> Test:
     right = {name: correct(logits_NC, labels_N) for name, logits_NC in logits.items()}
     constant_N = labels_N == labels_N.mode().values
     return Test(
-        scores={name: figures(each, labels_N, logits["teacher"]) for name, each in logits.items()},
+        scores={
+            name: row_metrics(each, labels_N, logits["teacher"]) for name, each in logits.items()
+        },
         student_minus={
             name: paired(right["student"], other)
             for name, other in right.items()
@@ -70,16 +74,10 @@ def ensembles(logits: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def figures(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> dict[str, float]:
+def row_metrics(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> dict[str, float]:
     """The test columns of a row of the table."""
-    found = scores(logits_NC, labels_N)
-    return {
-        "test_accuracy": found.accuracy,
-        "test_nll": found.nll,
-        "test_ece": found.ece,
-        "test_worst_class_accuracy": found.worst_class_accuracy,
-        "test_agreement": agreement(logits_NC, teacher_NC),
-    }
+    found = asdict(scores(logits_NC, labels_N)) | {"agreement": agreement(logits_NC, teacher_NC)}
+    return {f"test_{name}": value for name, value in found.items()}
 
 
 def paired(right_N: Tensor, other_N: Tensor) -> Paired:

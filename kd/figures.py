@@ -4,11 +4,10 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 # N samples, K members, C classes, P points of a grid
 
-P = ParamSpec("P")
 Row = Mapping[str, float]
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
@@ -57,23 +55,14 @@ STYLE = {
 }
 
 
-def _style() -> AbstractContextManager[None]:
+@contextmanager
+def _style() -> Iterator[None]:
     """This project's settings, ignoring the user's own."""
     import matplotlib
 
     settings: Any = {**matplotlib.rcParamsDefault, **STYLE}
-    return matplotlib.rc_context(settings)
-
-
-def _styled(draw: Callable[P, "Figure"]) -> Callable[P, "Figure"]:
-    """Make `draw` use this project's style."""
-
-    @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> "Figure":
-        with _style():
-            return draw(*args, **kwargs)
-
-    return styled
+    with matplotlib.rc_context(settings):
+        yield
 
 
 def save(figure: "Figure", path: Path) -> None:
@@ -88,7 +77,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
         return [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
 
 
-@_styled
+@_style()
 def learning(curves_by_name: Mapping[str, Sequence[Row]]) -> "Figure":
     """Validation accuracy by epoch, one line per network.
 
@@ -109,7 +98,7 @@ def learning(curves_by_name: Mapping[str, Sequence[Row]]) -> "Figure":
     return figure
 
 
-@_styled
+@_style()
 def confusion(confusion_CC: Sequence[Sequence[int]], class_names: Sequence[str]) -> "Figure":
     """How often each class (row) was predicted as each: counts, shaded by share of the row."""
     import numpy as np
@@ -134,7 +123,7 @@ def confusion(confusion_CC: Sequence[Sequence[int]], class_names: Sequence[str])
     return figure
 
 
-@_styled
+@_style()
 def reliability(rows: Sequence[Row]) -> "Figure":
     """Accuracy against confidence: a calibrated network is on the diagonal.
 
@@ -154,7 +143,7 @@ def reliability(rows: Sequence[Row]) -> "Figure":
     return figure
 
 
-@_styled
+@_style()
 def convergence(rows: Sequence[Row]) -> "Figure":
     """The search's objective by generation: best, median and worst of the population.
 
@@ -174,7 +163,7 @@ def convergence(rows: Sequence[Row]) -> "Figure":
     return figure
 
 
-@_styled
+@_style()
 def weights(record: Mapping[str, Any]) -> "Figure":
     """Each member's weight, one bar per weight set.
 
@@ -197,7 +186,7 @@ def weights(record: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-@_styled
+@_style()
 def weights_path(rows: Sequence[Row]) -> "Figure":
     """The best weights by generation, stacked to 1.
 
@@ -216,7 +205,7 @@ def weights_path(rows: Sequence[Row]) -> "Figure":
     return figure
 
 
-@_styled
+@_style()
 def simplex_map(
     logits_KNC: "NDArray[np.floating[Any]]",
     labels_N: "NDArray[np.integer[Any]]",
@@ -262,7 +251,7 @@ def simplex_map(
     return figure
 
 
-@_styled
+@_style()
 def sizes(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Test accuracy against size on disk, every network of the table.
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd import artifacts, git, manifest, params
+from kd import artifacts, git, manifest
 from kd.artifacts import ArtifactError
+from kd.build import read_yaml
 from kd.component import ConfigError
-from kd.exporters.parity import digest
+from kd.disk import digest
 from kd.manifest import Manifest
 from kd.workspace import check_root
 
@@ -175,6 +176,6 @@ def _locked(run_name: str) -> dict[str, str]:
     """DVC's hash of each output of a stage but its run record; empty if DVC did not run it."""
     if not LOCK.exists():
         return {}
-    stage = params.read_yaml(LOCK).get("stages", {}).get(run_name.replace("/", "@"), {})
+    stage = read_yaml(LOCK).get("stages", {}).get(run_name.replace("/", "@"), {})
     outs = {out["path"]: out["md5"] for out in stage.get("outs", ())}
     return {path: md5 for path, md5 in outs.items() if "/runs/" not in path}

@@ -16,15 +16,8 @@ from kd.exporters import Int8, Parity, Trained
 from kd.exporters.files import for_export
 from kd.exporters.pt2e import simulated, with_weights_of
 from kd.recipe import Recipe
-from kd.roles import (
-    Role,
-    asked_to_stop,
-    checkpoint_of,
-    describe,
-    ensemble_of,
-    load_teachers,
-    taught,
-)
+from kd.roles import Role, checkpoint_of, describe, ensemble_of, load_teachers, taught
+from kd.stopping import asked_to_stop
 from kd.train.device import prepare
 
 SOURCES = (*artifacts.LEARNING, "qat.py", "exporters/pt2e.py")

@@ -12,17 +12,11 @@ from typing import Any
 
 from kd import artifacts, figures
 from kd.component import ConfigError
-from kd.evaluate import Bin, holm, mcnemar
+from kd.evaluate import Bin
+from kd.findings import CLEAR, LEVEL, findings, percent
 
 # N samples, C classes
 
-LEVEL = 0.05
-"""If no accuracies differ, the chance, at most, that the report calls any of its comparisons of
-one kind a difference."""
-CLEAR = 2.0
-"""Standard errors that a difference in NLL must exceed before the report calls it one."""
-VERDICTS = {1: "is better than", -1: "is worse than", 0: "cannot be told apart from"}
-"""By the sign of a clear difference."""
 WEIGHTED, UNIFORM = "ensemble/weighted", "ensemble/uniform"
 """The rows of the two ensembles; every other row is a run name, teacher or assistants/large."""
 
@@ -127,40 +121,6 @@ def metrics(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def findings(report: Mapping[str, Any]) -> list[str]:
-    """What the numbers mean, in sentences; insignificant differences are called none."""
-    rows = {row["name"]: row for row in report["rows"]}
-    student, teacher = rows["student"], rows["teacher"]
-    against = report["student_minus"]["teacher"]
-    verdict = VERDICTS[told_apart(report["student_minus"])["teacher"]]
-    return [
-        *_untrained(report),
-        f"The student reaches {_percent(student['test_accuracy'])} on {report['num_test']} test "
-        f"images, the teacher {_percent(teacher['test_accuracy'])} with "
-        f"{teacher['parameters'] / student['parameters']:.1f} times as many parameters; on these "
-        f"images the student {verdict} the teacher ({_points(against)}).",
-        *_against_baselines(report),
-        _against_teacher(report),
-        _gain(report["weights"]["gain"]["over_uniform"], report["weights"]["num_val"]),
-    ]
-
-
-def told_apart(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """The sign of each significant difference in accuracy, 0 for any other.
-
-    McNemar's exact test, two-sided, with Holm's correction for this many comparisons.
-
-    Args:
-        compared: By row: gained and lost.
-    """
-    chances = {
-        name: 2 * mcnemar(max(one["gained"], one["lost"]), min(one["gained"], one["lost"]))
-        for name, one in compared.items()
-    }
-    signs = {name: 1 if one["gained"] > one["lost"] else -1 for name, one in compared.items()}
-    return {name: signs[name] * (p <= LEVEL) for name, p in holm(chances).items()}
-
-
 def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | None = None) -> str:
     """The report as Markdown.
 
@@ -178,8 +138,8 @@ def to_markdown(report: Mapping[str, Any], latency_ms: Mapping[str, float] | Non
                 [
                     [
                         row["name"],
-                        _percent(row["val_accuracy"]),
-                        _percent(row["test_accuracy"]),
+                        percent(row["val_accuracy"]),
+                        percent(row["test_accuracy"]),
                         f"{row['parameters']:,}",
                         _size(row["size_bytes"]),
                         _milliseconds(latency.get(row["name"])),
@@ -319,63 +279,6 @@ def _export(root: Path, name: str) -> dict[str, Any]:
     return {"format": name, **{key: _get(record, key, path) for key in (*wanted, "num_images")}}
 
 
-def _untrained(report: Mapping[str, Any]) -> list[str]:
-    """Name the networks that are no better than a constant answer."""
-    named = [name for name, sign in told_apart(report["over_constant"]).items() if sign < 1]
-    if not named:
-        return []
-    return [
-        "On these images the accuracy is not significantly above that of always naming their most "
-        f"frequent class: {', '.join(named)}. Train longer, or test on more images: what follows "
-        "says little."
-    ]
-
-
-def _against_baselines(report: Mapping[str, Any]) -> list[str]:
-    """The student against each baseline: better, worse or no difference."""
-    shown = {
-        name: name.partition("/")[2].replace("_", " ")
-        for name in report["student_minus"]
-        if name.startswith("baselines/")
-    }
-    if not shown:
-        return []
-    parts = [f"{text} {_points(report['student_minus'][name])}" for name, text in shown.items()]
-    signs = told_apart(report["student_minus"])
-    verdicts = [
-        f"{phrase} {', '.join(group)}"
-        for sign, phrase in VERDICTS.items()
-        if (group := [text for name, text in shown.items() if signs[name] == sign])
-    ]
-    return [
-        "Against the same network trained differently, on the same test images (student minus "
-        f"baseline, +- standard error): {', '.join(parts)}. "
-        f"The student {', and '.join(verdicts)}."
-    ]
-
-
-def _against_teacher(report: Mapping[str, Any]) -> str:
-    one = report["ensemble_minus_teacher"]
-    verdict = VERDICTS[told_apart({"teacher": one})["teacher"]]
-    return (
-        "On the same test images, the weighted ensemble of assistants "
-        f"{verdict} the teacher ({_points(one)})."
-    )
-
-
-def _gain(gain: Mapping[str, float], num_val: int) -> str:
-    """What the weights gain on images that they were not found on."""
-    word = "no difference that these images could show"
-    if abs(gain["nll"]) > CLEAR * gain["nll_se"]:
-        word = "a gain" if gain["nll"] > 0 else "a loss"
-    return (
-        f"Held out on {num_val} validation images, the weights change the uniform ensemble's NLL "
-        f"by {-gain['nll']:+.4f} +- {gain['nll_se']:.4f} and its accuracy by "
-        f"{100 * gain['accuracy']:+.2f} +- {100 * gain['accuracy_se']:.2f} points: in NLL, "
-        f"{word}."
-    )
-
-
 def _weights_table(weights: Mapping[str, Any]) -> str:
     members = weights["members"]
     return _table(
@@ -385,7 +288,7 @@ def _weights_table(weights: Mapping[str, Any]) -> str:
                 name.replace("_", " "),
                 *(f"{found['weights'][member]:.3f}" for member in members),
                 f"{found['held_out_nll']:.4f}",
-                _percent(found["held_out_accuracy"]),
+                percent(found["held_out_accuracy"]),
                 f"{found['evaluations']:,}",
             ]
             for name, found in weights["sets"].items()
@@ -400,7 +303,7 @@ def _moved(weights: Mapping[str, Any]) -> str:
     searched = ", ".join(f"{name} {found:.3f}" for name, found in weights["searched"].items())
     return (
         f" The search itself ended at {searched}; cross-validation moved it "
-        f"{_percent(weights['shrinkage'])} of the way to uniform."
+        f"{percent(weights['shrinkage'])} of the way to uniform."
     )
 
 
@@ -412,8 +315,8 @@ def _exports_table(exports: Sequence[Mapping[str, Any]], latency: Mapping[str, f
                 f"artifacts/exports/{one['format']}/{one['file']}",
                 _size(one["size_bytes"]),
                 f"{one['max_abs']:.1e}",
-                _percent(one["top1_agreement"]),
-                f"{_percent(one['val_accuracy'])} ({_percent(one['eager_val_accuracy'])})",
+                percent(one["top1_agreement"]),
+                f"{percent(one['val_accuracy'])} ({percent(one['eager_val_accuracy'])})",
                 _milliseconds(latency.get(f"exports/{one['format']}")),
             ]
             for one in exports
@@ -431,14 +334,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     ]
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
-
-
-def _points(paired: Mapping[str, float]) -> str:
-    return f"{100 * paired['difference']:+.2f} +- {100 * paired['standard_error']:.2f} points"
 
 
 def _size(num_bytes: int) -> str:

@@ -4,20 +4,16 @@ All roles take the same path: a teacher has no teachers, an assistant an ensembl
 student an ensemble of many.
 """
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from kd import artifacts, launch, manifest, signals
+from kd import artifacts, launch, manifest
 from kd.checkpoint import DiskCheckpoint
 from kd.component import own_sources
 from kd.data import Images, key
@@ -29,9 +25,10 @@ from kd.methods import Learner, Method, Mixing, surrounded
 from kd.models import Model, build_model, count
 from kd.progress import Progress
 from kd.recipe import Recipe
+from kd.stopping import asked_to_stop
 from kd.tables import DiskTables
 from kd.tracking import Run
-from kd.train import Epoch, Stopped, fit, ranks, steps_in_epoch
+from kd.train import Epoch, fit, ranks, steps_in_epoch
 from kd.train.device import prepare
 from kd.train.speed import CHOICES, fastest
 
@@ -126,7 +123,7 @@ def keep(
     artifacts.write_curves(folder / "curves.csv", history)
     metrics = measure(module, written, history)
     artifacts.write_json(folder / "metrics.json", metrics)
-    run.log_final(final_figures(metrics) | weight_figures(role))
+    run.log_final(final_metrics(metrics) | teacher_weights(role))
     for name in ("manifest.json", "metrics.json", "curves.csv"):
         run.log_file(folder / name)
     run.log_tags({"kd.sha256": written.sha256})
@@ -147,7 +144,7 @@ def train(
     before = generation * role.recipe.epochs
 
     def tell(history: Sequence[Epoch]) -> None:
-        run.log_curve({before + epoch.number: epoch_figures(epoch) for epoch in history})
+        run.log_curve({before + epoch.number: epoch_metrics(epoch) for epoch in history})
 
     return taught(
         described.build(),
@@ -156,8 +153,8 @@ def train(
         ensemble,
         checkpoint_of(described, generation),
         stop,
-        validate=lambda model: progress_figures(model, val),
-        on_epoch=lambda epoch: run.log_epoch(before + epoch.number, epoch_figures(epoch)),
+        validate=lambda model: progress_metrics(model, val),
+        on_epoch=lambda epoch: run.log_epoch(before + epoch.number, epoch_metrics(epoch)),
         on_resume=tell,
     )
 
@@ -217,39 +214,6 @@ def taught(
 def checkpoint_of(described: Manifest, generation: int) -> DiskCheckpoint:
     """The checkpoint of a generation in training."""
     return DiskCheckpoint(described.name, [asdict(described), generation])
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """In the block, SIGTERM and Ctrl-C only set a flag: training finishes its step, saves its
-    state, and then the signal has its usual effect; a second signal has it at once.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
-        yield lambda: False
-        return
-    heard = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    usual = {number: each for number, each in heard.items() if each != signal.SIG_IGN}
-    asked = [*signals.told]
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signal.signal(number, usual[signal.Signals(number)])
-
-    for number in usual:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(asked)
-    except Stopped as stopped:
-        with suppress(OSError):  # stdout may be closed, with whoever stopped us
-            print(stopped, flush=True)
-        # If another rank got the signal, this one has none.
-        number = signal.Signals(asked[0]) if asked else signal.SIGTERM
-        signal.signal(number, usual.get(number, signal.SIG_IGN))
-        signal.raise_signal(number)
-        raise
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 def seed_of(seed: int, run_name: str) -> int:
@@ -313,7 +277,7 @@ def ensemble_of(role: Role, members: tuple[nn.Module, ...]) -> Ensemble | None:
     return Ensemble(members, weights_K, role.mixing, names) if members else None
 
 
-def progress_figures(model: nn.Module, val: Images) -> dict[str, float]:
+def progress_metrics(model: nn.Module, val: Images) -> dict[str, float]:
     """Validation metrics during training."""
     found = scores(predict(model, val), val.labels_N)
     return {"accuracy": found.accuracy, "nll": found.nll}
@@ -326,20 +290,15 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
     """
     val = Images.load(artifacts.DATA, "val", device=described.device)
     logits_NC = predict(module.to(described.device), val)
-    found = scores(logits_NC, val.labels_N)
-    figures: dict[str, float] = {
-        "val_accuracy": found.accuracy,
-        "val_nll": found.nll,
-        "val_ece": found.ece,
-        "val_worst_class_accuracy": found.worst_class_accuracy,
-    }
+    found = asdict(scores(logits_NC, val.labels_N))
+    metrics: dict[str, float] = {f"val_{name}": value for name, value in found.items()}
     if described.role != "teacher":
         teacher, _ = manifest.load(artifacts.folder("teacher"))
         teacher = teacher.to(described.device)
-        figures["val_agreement"] = agreement(logits_NC, predict(teacher, val))
+        metrics["val_agreement"] = agreement(logits_NC, predict(teacher, val))
     counts = count(module, val.image_shape)
     weights = artifacts.folder(described.name) / "model.safetensors"
-    return figures | {
+    return metrics | {
         "parameters": counts.parameters,
         "multiply_adds": counts.multiply_adds,
         "size_bytes": weights.stat().st_size,
@@ -348,7 +307,7 @@ def measure(module: nn.Module, described: Manifest, history: Sequence[Epoch]) ->
     }
 
 
-def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
+def final_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics for comparing tracked runs; sizes in millions."""
     return {
         **{name: value for name, value in metrics.items() if name.startswith("val_")},
@@ -359,7 +318,7 @@ def final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def weight_figures(role: Role) -> dict[str, float]:
+def teacher_weights(role: Role) -> dict[str, float]:
     """Each teacher's weight, named as in the runs of weight sets; empty if it had just one."""
     if len(role.teachers) < 2:
         return {}
@@ -369,7 +328,7 @@ def weight_figures(role: Role) -> dict[str, float]:
     }
 
 
-def epoch_figures(epoch: Epoch) -> dict[str, float]:
+def epoch_metrics(epoch: Epoch) -> dict[str, float]:
     """The metrics of an epoch for the tracking run."""
     return {
         "train_loss": epoch.train_loss,

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import ConfigError
+from kd.disk import digest, files_of, remove
 from kd.exporters import Parity, Runner, Tolerance, Trained, export_and_check
-from kd.exporters.parity import digest, files_of, remove
 
 LOOSE = Tolerance(relative=1.0, top1_agreement=0.5, accuracy_points=50.0, sqnr_db=12.0)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from kd import SETTINGS, STAGES, params
+from kd import SETTINGS, STAGES, build, params
 from kd.component import ConfigError
 from kd.methods import KD
 from kd.models import PlainCNN
@@ -280,7 +280,7 @@ def test_dvc_reads_the_experiment_as_we_do(tmp_path):
 
     shutil.copy(PROJECT / "params.yaml", tmp_path)
     theirs = load_yaml(str(tmp_path / "params.yaml"))
-    assert theirs == yaml.load((tmp_path / "params.yaml").read_text(), params._Loader)
+    assert theirs == yaml.load((tmp_path / "params.yaml").read_text(), build._Loader)
 
 
 def test_the_package_knows_every_top_level_key():

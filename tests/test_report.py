@@ -15,6 +15,7 @@ from kd import report
 from kd.component import ConfigError
 from kd.evaluate import Bin
 from kd.examine import paired
+from kd.findings import LEVEL, told_apart
 from kd.report import Names, Paired
 
 NAMES = Names(
@@ -219,24 +220,24 @@ def test_four_images_gained_and_none_lost_are_no_clear_difference():
     one = counted(4, 0, 180)
     assert one.difference > 2 * one.standard_error
     assert (one.gained, one.lost) == (4, 0)
-    assert report.told_apart({"teacher": asdict(one)}) == {"teacher": 0}, "p = 1/8"
-    assert report.told_apart({"teacher": {"gained": 1, "lost": 8}}) == {"teacher": -1}, "p = 5/128"
+    assert told_apart({"teacher": asdict(one)}) == {"teacher": 0}, "p = 1/8"
+    assert told_apart({"teacher": {"gained": 1, "lost": 8}}) == {"teacher": -1}, "p = 5/128"
 
 
 def test_differences_of_one_kind_share_their_chance_of_a_false_one():
     pairs = {"a": (9, 0), "b": (0, 7), "c": (6, 0), "d": (0, 6), "e": (0, 0)}
     compared = {name: {"gained": g, "lost": lost} for name, (g, lost) in pairs.items()}
     # p * 5 = 0.02, then p * 4 = 0.0625.
-    assert report.told_apart(compared) == {"a": 1, "b": 0, "c": 0, "d": 0, "e": 0}
+    assert told_apart(compared) == {"a": 1, "b": 0, "c": 0, "d": 0, "e": 0}
     del compared["c"], compared["d"]
-    assert report.told_apart(compared) == {"a": 1, "b": -1, "e": 0}
+    assert told_apart(compared) == {"a": 1, "b": -1, "e": 0}
     rng = np.random.default_rng(0)
     false = 0
     for _ in range(1000):
         counts = rng.binomial(40, 0.5, size=7)
         compared = {str(i): {"gained": n, "lost": 40 - n} for i, n in enumerate(counts.tolist())}
-        false += any(report.told_apart(compared).values())
-    assert false / 1000 < report.LEVEL + 3 * (report.LEVEL / 1000) ** 0.5
+        false += any(told_apart(compared).values())
+    assert false / 1000 < LEVEL + 3 * (LEVEL / 1000) ** 0.5
 
 
 def test_networks_that_learned_nothing_are_named_first(artifacts, measured):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kd import roles, signals
+from kd import signals, stopping
 from kd.compare import work
 from kd.compare.plan import Comparison
 from tests.flows.toys import wait_until
@@ -88,7 +88,7 @@ def test_a_signal_stops_the_next_training_where_its_exception_was_swallowed():
     signals.end_quietly()
     with suppress(SystemExit):
         signal.raise_signal(signal.SIGTERM)
-    with roles.asked_to_stop() as stop:
+    with stopping.asked_to_stop() as stop:
         assert stop()
 
 

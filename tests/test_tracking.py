@@ -233,12 +233,12 @@ def test_the_experiment_has_views_that_find_runs_and_name_columns_as_runs_do(in_
 
 
 def test_a_user_without_a_name_is_a_number(monkeypatch):
-    from kd.tracking import store
+    from kd.tracking import provenance
 
     for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    assert store._user() == str(os.getuid())
+    assert provenance._user() == str(os.getuid())
 
 
 def test_system_metrics_are_sampled(in_home):

@@ -27,7 +27,7 @@ from kd.artifacts import ArtifactError
 from kd.bundle import checksums
 from kd.bundle.card import card
 from kd.bundle.form import labels, preprocessing
-from kd.exporters.parity import digest
+from kd.disk import digest
 from kd.manifest import Manifest
 
 __all__ = ["clear", "write"]

@@ -9,19 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kd import artifacts
+from kd.build import build, overlay, read_yaml
 from kd.component import ConfigError, component, own_sources, require
 from kd.data import CustomDataset, ImageFolder
-from kd.params import (
-    NAME,
-    DataParams,
-    Params,
-    build,
-    check_own,
-    of_stage,
-    overlay,
-    parse,
-    read_yaml,
-)
+from kd.params import NAME, DataParams, Params, check_own, of_stage, parse
 
 FOLDER = Path(".kd/compare")
 """The folder of all comparisons; each seed has its own workspace in it."""

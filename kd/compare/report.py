@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.special import stdtr, stdtrit  # Student's t: distribution, quantiles
 
 from kd import artifacts, manifest
 from kd.compare.plan import Comparison
 from kd.component import Refused
 from kd.data import Images
 from kd.evaluate import holm, predict
-from kd.examine import ensembles, figures
+from kd.examine import ensembles, row_metrics
 from kd.report import WEIGHTED
 
 ENSEMBLE = "ensemble"
@@ -103,12 +104,12 @@ def of_seed(
             unit = comparison.units[f"seed-{seed}/{name}"]
             metrics = artifacts.read_json(artifacts.folder(name) / "metrics.json")
             found[name] = {
-                **figures(logits_NC, test.labels_N, logits["teacher"]),
+                **row_metrics(logits_NC, test.labels_N, logits["teacher"]),
                 "cpu_seconds": artifacts.read_json(comparison.record(unit))["cpu_seconds"],
                 "samples_seen": metrics["samples_seen"],
             }
         found[ENSEMBLE] = {
-            **figures(ensembles(logits)[WEIGHTED], test.labels_N, logits["teacher"]),
+            **row_metrics(ensembles(logits)[WEIGHTED], test.labels_N, logits["teacher"]),
             "cpu_seconds": 0.0,
             "samples_seen": 0.0,
         }
@@ -133,7 +134,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         gained = ["", "", ""]
         if name in others:
             mean, error = others[name]
-            half = quantile(freedom) * error
+            half = stdtrit(freedom, 0.975) * error
             pairs = zip(rows[name]["test_accuracy"], base, strict=True)
             won = sum(ours > theirs for ours, theirs in pairs)
             gained = [
@@ -172,31 +173,11 @@ def paired(ours_S: Sequence[float], theirs_S: Sequence[float]) -> tuple[float, f
     return statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
-def quantile(freedom: int) -> float:
-    """The 0.975 quantile of Student's t, by bisection."""
-    low, high = 0.0, 20.0  # with one degree of freedom it is 12.7
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if tails(middle, freedom) > 0.05 else (low, middle)
-    return low
-
-
-def tails(t: float, freedom: int) -> float:
-    """P(|T| > |t|) of Student's t, exactly (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
-    angle, odd = math.atan(abs(t) / math.sqrt(freedom)), freedom % 2
-    term, total = (math.cos(angle) if odd else 1.0), 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * k / (k + 1)
-    total *= math.sin(angle)
-    return 1 - ((angle + total) * 2 / math.pi if odd else total)
-
-
 def chance(mean: float, error: float, freedom: int) -> float:
-    """Two-sided p of a paired difference, from its mean and standard error."""
+    """Two-sided p by Student's t of a paired difference with this mean and standard error."""
     if error == 0:  # the same difference in each seed
         return 0.0 if mean else 1.0
-    return tails(mean / error, freedom)
+    return float(2 * stdtr(freedom, -abs(mean / error)))
 
 
 def spread(values_S: Sequence[float], measure: str) -> str:

@@ -8,11 +8,12 @@ the network's.  Packages that a format needs besides torch are imported inside i
 from kd.exporters.coreml import CoreML
 from kd.exporters.executorch import ExecuTorch
 from kd.exporters.files import Runner
+from kd.exporters.format import Tolerance
 from kd.exporters.int8 import Int8
 from kd.exporters.latency import latency
 from kd.exporters.litert import LiteRT
 from kd.exporters.onnx import Onnx
-from kd.exporters.parity import ExportRefused, Parity, Tolerance, export_and_check
+from kd.exporters.parity import ExportRefused, Parity, export_and_check
 from kd.exporters.trained import Trained
 
 Exporter = ExecuTorch | Onnx | CoreML | LiteRT

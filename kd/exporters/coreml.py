@@ -13,7 +13,6 @@ import shutil
 import traceback
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -24,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from kd.component import ConfigError, component
+from kd.disk import remove
 from kd.exporters.files import (
     AT_IMPORT,
     Runner,
     captured,
+    counted,
     exporting,
     for_export,
     ignoring,
@@ -35,8 +36,8 @@ from kd.exporters.files import (
     require_packages,
     torch_threads,
 )
+from kd.exporters.format import Tolerance
 from kd.exporters.mil import Program
-from kd.exporters.parity import Tolerance, remove
 from kd.exporters.trained import Normalise, Trained
 
 INSIDE = Path("Data/com.apple.CoreML")
@@ -179,12 +180,12 @@ class CoreML:
         batch, channels, height, width = _input_shape(specification)
         labels = json.loads(metadata["labels"])
         output = "probabilities" if pictures else "logits"
-        operators = Counter(op.op_type for op in function.operations if op.op_type != "const")
+        operators = (op.op_type for op in function.operations if op.op_type != "const")
         image = [batch, height, width, channels] if pictures else [batch, channels, height, width]
         return {
             "inputs": {"image": image},
             "outputs": {output: [batch, len(labels)]},
-            "operators": dict(sorted(operators.items())),
+            "operators": counted(operators),
             "specification_version": specification.specificationVersion,
             "labels": labels,
             "metadata": metadata,

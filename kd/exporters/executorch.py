@@ -4,7 +4,6 @@ Shapes: C classes, H W image.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from kd.exporters.files import (
     AT_IMPORT,
     Runner,
     captured,
+    counted,
     exporting,
     ignoring,
     readable,
@@ -25,8 +25,8 @@ from kd.exporters.files import (
     without_lines,
     write,
 )
+from kd.exporters.format import Tolerance
 from kd.exporters.int8 import Int8
-from kd.exporters.parity import Tolerance
 from kd.exporters.pt2e import quantised
 from kd.exporters.trained import Trained
 
@@ -123,8 +123,8 @@ class ExecuTorch:
         return {
             "inputs": {"image": image.sizes},
             "outputs": {"probabilities" if pictures else "logits": output.sizes},
-            "delegates": _counted(delegate.id for delegate in plan.delegates),
-            "undelegated": _counted(_undelegated(plan)),
+            "delegates": counted(delegate.id for delegate in plan.delegates),
+            "undelegated": counted(_undelegated(plan)),
             "labels": labels,
             "metadata": json.loads(metadata),
             "runtime": f"ExecuTorch {version('executorch')}",
@@ -181,10 +181,6 @@ def _undelegated(plan: Any) -> Iterator[str]:
             index = getattr(instruction.instr_args, "op_index", None)
             if index is not None:
                 yield f"{plan.operators[index].name}.{plan.operators[index].overload}"
-
-
-def _counted(names: Iterator[str]) -> dict[str, int]:
-    return dict(sorted(Counter(names).items()))
 
 
 @contextmanager

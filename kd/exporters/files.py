@@ -11,7 +11,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,11 @@ def write(path: Path, data: bytes) -> None:
     """Write a file atomically."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
+
+
+def counted(names: Iterable[str]) -> dict[str, int]:
+    """How often each name occurs, in alphabetical order."""
+    return dict(sorted(Counter(names).items()))
 
 
 @contextmanager

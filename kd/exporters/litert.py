@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from kd.component import ConfigError, component
 from kd.exporters.files import (
     Runner,
     captured,
+    counted,
     exporting,
     in_canonical_memory,
     readable,
@@ -31,8 +31,8 @@ from kd.exporters.files import (
     without_lines,
     write,
 )
+from kd.exporters.format import Tolerance
 from kd.exporters.int8 import Int8
-from kd.exporters.parity import Tolerance
 from kd.exporters.trained import Trained
 
 WORKER = Path(__file__).with_name("litert_worker.py")
@@ -116,12 +116,11 @@ class LiteRT:
             calls = interpreter._get_ops_details()
             with zipfile.ZipFile(io.BytesIO(data)) as files:
                 metadata = json.loads(files.read(ABOUT))
-        operators = [call for call in calls if call["op_name"] != "DELEGATE"]
         return {
             "inputs": {name: each["shape"].tolist() for name, each in given.items()},
             "outputs": {name: each["shape"].tolist() for name, each in found.items()},
-            "operators": _counted(operators),
-            "undelegated": _counted(_undelegated(calls)),
+            "operators": counted(call["op_name"] for call in calls if not _delegate(call)),
+            "undelegated": counted(call["op_name"] for call in _undelegated(calls)),
             "labels": json.loads(metadata["labels"]),
             "metadata": metadata,
             "runtime": f"LiteRT {version('ai-edge-litert')}",
@@ -227,10 +226,6 @@ def _undelegated(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _delegate(call: dict[str, Any]) -> bool:
     return bool(call["op_name"] == "DELEGATE")
-
-
-def _counted(calls: list[dict[str, Any]]) -> dict[str, int]:
-    return dict(sorted(Counter(call["op_name"] for call in calls).items()))
 
 
 def _last_line(text: str) -> str:

@@ -5,7 +5,6 @@ Shapes: B batch, C classes.
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from kd.component import component
 from kd.exporters.files import (
     Runner,
+    counted,
     exporting,
     ignoring,
     in_canonical_memory,
@@ -25,8 +25,8 @@ from kd.exporters.files import (
     require_packages,
     write,
 )
+from kd.exporters.format import Tolerance
 from kd.exporters.int8 import Int8
-from kd.exporters.parity import Tolerance
 from kd.exporters.trained import Trained
 
 NETWORK = "'network'"
@@ -189,7 +189,7 @@ class Onnx:
         return {
             "inputs": {value.name: _shape(value) for value in model.graph.input},
             "outputs": {value.name: _shape(value) for value in model.graph.output},
-            "operators": dict(sorted(Counter(n.op_type for n in model.graph.node).items())),
+            "operators": counted(node.op_type for node in model.graph.node),
             "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
             "ir_version": model.ir_version,
             "labels": json.loads(metadata["labels"]),

@@ -3,36 +3,24 @@
 Shapes: N samples, B batch, C classes, H W image.
 """
 
-import hashlib
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd.component import Refused, component, require
-from kd.disk import sha256
-from kd.exporters.files import Runner, torch_threads
-from kd.exporters.int8 import Int8
+from kd.component import Refused
+from kd.disk import digest, num_bytes, remove
+from kd.exporters.files import torch_threads
+from kd.exporters.format import Format
 from kd.exporters.trained import Trained
 
 BATCH = 256
-HELD_TO: dict[str, dict[str, float]] = {
-    "fp32": {"relative": 1e-4, "top1_agreement": 0.999, "accuracy_points": 0.1},
-    "fp16": {"relative": 2e-2, "top1_agreement": 0.99, "accuracy_points": 0.5, "sqnr_db": 30.0},
-    "int8": {"top1_agreement": 0.95, "accuracy_points": 1.0, "sqnr_db": 10.0},
-}
-"""Default limits for each precision, where a `Tolerance` does not override them.
-
-fp32 files of CNNs have differed by 1e-7 to 1.4e-5.  Logits of int8 files differ by whole units
-while the classes agree, so int8 has no limit on the largest difference."""
-
 AT = {
     "relative": "at most",
     "top1_agreement": "at least",
@@ -45,40 +33,6 @@ CALIBRATE = "calibrate on more pictures (`int8: {calibration_images: ...}`)"
 
 class ExportRefused(Refused):
     """The exported file's outputs do not match the network's; nothing was published."""
-
-
-@component
-class Tolerance:
-    """How far an exported file may be from the eager network on the validation images.
-
-    A field that is None takes the default for the file's precision, in HELD_TO.
-    """
-
-    relative: float | None = None
-    """Largest difference of any output, relative to the largest eager output (to 1, if that is
-    smaller); at least 0."""
-    top1_agreement: float | None = None
-    """Smallest fraction of images with the same predicted class, in [0, 1]."""
-    accuracy_points: float | None = None
-    """Largest loss of validation accuracy, in percentage points; at least 0.  Any value above 0
-    allows at least one picture, however few there are."""
-    sqnr_db: float | None = None
-    """Smallest ratio of the outputs' power to that of their differences, in decibels."""
-
-    def __post_init__(self) -> None:
-        for name in ("relative", "accuracy_points"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, name, value, "0 or more")
-        agreement = self.top1_agreement
-        inside = agreement is None or 0 <= agreement <= 1
-        require(inside, "top1_agreement", agreement, "in [0, 1]")
-        sqnr = self.sqnr_db
-        require(sqnr is None or not math.isnan(sqnr), "sqnr_db", sqnr, "a number of decibels")
-
-    def limits(self, precision: str) -> dict[str, float]:
-        """The limits for a file of this precision, by field; a missing field has no limit."""
-        own = {name: value for name, value in asdict(self).items() if value is not None}
-        return HELD_TO[precision] | own
 
 
 @dataclass(frozen=True)
@@ -119,52 +73,6 @@ class Parity:
         figures = asdict(self)
         contents = figures.pop("contents")
         return {**figures, **contents}
-
-
-class Format(Protocol):
-    """The interface of the union `Exporter`'s members; docs/exports.md says how to add one."""
-
-    suffix: ClassVar[str]
-    runs_here: ClassVar[bool]
-    """Whether `load` uses the format's own runtime, so that its latency is worth measuring."""
-
-    @property
-    def kind(self) -> str: ...  # noqa: D102
-    @property
-    def precision(self) -> str:
-        """One of HELD_TO's keys."""
-        ...
-
-    @property
-    def picture_input(self) -> bool:
-        """Whether files take pictures (uint8, NHWC) and return probabilities."""
-        ...
-
-    @property
-    def int8(self) -> Int8 | None:
-        """How int8 files are calibrated; None if the format needs no calibration."""
-        ...
-
-    @property
-    def tolerance(self) -> Tolerance:
-        """How far outputs may differ from the eager network's before a file is refused."""
-        ...
-
-    def check(self) -> None:
-        """Raise a ConfigError, before anything is trained, if exporting is bound to fail."""
-        ...
-
-    def export(self, trained: Trained, path: Path) -> None:
-        """Write the network to the file `path`, completely or not at all."""
-        ...
-
-    def load(self, path: Path, threads: int = 1) -> Runner:
-        """Load the file in the format's own runtime, or in a stand-in if it cannot run here."""
-        ...
-
-    def inspect(self, path: Path) -> dict[str, Any]:
-        """Describe the file, for the record."""
-        ...
 
 
 FineTune = Callable[[Parity], Trained | None]
@@ -258,7 +166,7 @@ def _compare(
         kind=exporter.kind,
         precision=exporter.precision,
         picture_input=exporter.picture_input,
-        size_bytes=sum(each.stat().st_size for each in files_of(path)),
+        size_bytes=num_bytes(path),
         sha256=digest(path),
         num_images=len(labels_N),
         max_abs=difference_NC.max().item(),
@@ -336,25 +244,3 @@ def _remedy(parity: Parity) -> str:
 def _points(most: float, parity: Parity) -> float:
     """The points that may be lost: at least one picture's, unless none may be lost at all."""
     return max(most, 100 / parity.num_images) if most else 0.0
-
-
-def files_of(path: Path) -> list[Path]:
-    """The file itself; for a format that is a folder, all files in it, sorted by name."""
-    if not path.is_dir():
-        return [path]
-    return sorted((each for each in path.rglob("*") if each.is_file()), key=Path.as_posix)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file; for a folder, of the list that `sha256sum` prints of its files."""
-    if not path.is_dir():
-        return sha256(path)
-    lines = (f"{digest(each)}  {each.relative_to(path).as_posix()}\n" for each in files_of(path))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)

@@ -6,27 +6,23 @@ Besides models.py and trash.py the only module that imports MLflow.  Only the re
 # mypy: disallow-untyped-calls=False
 # MLflow gives types to half of its functions.
 
-import getpass
 import hashlib
 import json
 import os
-import re
 import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlflow
-import psutil
 from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.yaml_utils import read_yaml
 
-from kd import git
-from kd.tracking import models, recorder, views
+from kd.tracking import contact, models, provenance, views
+from kd.tracking.address import sqlite_path, without_password
 
 T = TypeVar("T")
 
@@ -45,11 +41,11 @@ class Store:
         """Args: the store's URI, and the repository whose commit and dvc.lock are recorded."""
         self.uri = uri
         self.root = root
-        if path := recorder.sqlite_path(uri):
+        if path := sqlite_path(uri):
             make_tables(path)
         mlflow.set_tracking_uri(uri)
         self.client = mlflow.MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-        self.registry_lock = recorder.folder() / f"{recorder.digest(uri)}.registry.lock"
+        self.registry_lock = contact.folder() / f"{contact.digest(uri)}.registry.lock"
 
     def begin(self, start: Mapping[str, Any]) -> "Session":
         """Begin a run, after ending those that dead processes of this machine left RUNNING."""
@@ -63,10 +59,7 @@ class Store:
             "kd.name": start["name"] or start["stage"],
             "mlflow.source.name": " ".join(filter(None, ("kd", start["stage"], start["name"]))),
             "mlflow.source.type": "LOCAL",
-            "mlflow.user": _user(),
-            **_process_tags(start["pid"]),
-            **_git_tags(self.root),
-            **_dvc_tags(self.root, start["stage"], start["name"]),
+            **provenance.tags(self.root, start["stage"], start["name"], start["pid"]),
             **start["tags"],
             **_note(start["tags"]),
             **({"mlflow.parentRunId": start["parent"]} if start["parent"] else {}),
@@ -116,7 +109,7 @@ class Store:
         """Where artifacts go: next to a SQLite file, else .kd; None leaves it to a server."""
         if self.uri.startswith(("http://", "https://", "databricks")):
             return None
-        path = recorder.sqlite_path(self.uri)
+        path = sqlite_path(self.uri)
         return str((path.parent if path else self.root / ".kd") / "mlruns")
 
     def _reap(self, experiment: str) -> None:
@@ -127,7 +120,7 @@ class Store:
         )
         for run in running:
             tags = run.data.tags
-            if "kd.pid" in tags and not _lives(tags):
+            if "kd.pid" in tags and not provenance.lives(tags):
                 reason = f"process {tags['kd.pid']} is gone; a later run found this one RUNNING"
                 self.client.set_tag(run.info.run_id, "kd.end_reason", reason)
                 self.client.set_terminated(run.info.run_id, "KILLED")
@@ -149,14 +142,14 @@ class Session:
     @property
     def url(self) -> str:
         """The run's page."""
-        uri = recorder.without_password(self.store.uri)
+        uri = without_password(self.store.uri)
         pages = uri if uri.startswith("http") else LOCAL_PAGES
         path = f"#/experiments/{self.experiment}/runs/{self.run_id}"
         return f"{pages.rstrip('/')}/{path}?{views.TRAINING}"
 
-    def do(self, do: str, **fields: Any) -> None:
-        """Carry out a stage's message: metrics, tags, file, model, export or end."""
-        getattr(self, do if do == "end" else f"log_{do}")(**fields)
+    def do(self, do: str, **fields: Any) -> Any:
+        """Carry out a stage's message `do`, by the method on_<do>; returns the answer, if any."""
+        return getattr(self, f"on_{do}")(**fields)
 
     def resume(self) -> None:
         """Restart the sampling of system metrics, which MLflow stops when its store fails."""
@@ -174,21 +167,17 @@ class Session:
         monitor.start()
         return monitor
 
-    def answer(self, do: str, **fields: Any) -> Any:
-        """Answer a stage's question: registered, champion, fetch or promote."""
-        return getattr(self, f"answer_{do}")(**fields)
-
     def log_params(self, params: Mapping[str, str]) -> None:
         """Log params; MLflow does not allow changing them later."""
         for part in _parts([Param(k, v[:LONGEST_PARAM]) for k, v in params.items()], MOST_TAGS):
             self.store.client.log_batch(self.run_id, params=part)
 
-    def log_tags(self, tags: Mapping[str, str]) -> None:
+    def on_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
         for part in _parts([RunTag(k, str(v)[:LONGEST_TAG]) for k, v in tags.items()], MOST_TAGS):
             self.store.client.log_batch(self.run_id, tags=part)
 
-    def log_metrics(self, points: Sequence[tuple[int, Mapping[str, float]]], time: float) -> None:
+    def on_metrics(self, points: Sequence[tuple[int, Mapping[str, float]]], time: float) -> None:
         """Log points of each metric."""
         at = int(time * 1000)
         every = [
@@ -197,11 +186,11 @@ class Session:
         for part in _parts(every, MOST_METRICS):
             self.store.client.log_batch(self.run_id, metrics=part)
 
-    def log_file(self, path: str, folder: str) -> None:
+    def on_file(self, path: str, folder: str) -> None:
         """Upload a file or folder."""
         self.store.client.log_artifact(self.run_id, path, folder or None)
 
-    def log_model(
+    def on_model(
         self,
         folder: str,
         registered_name: str,
@@ -218,7 +207,7 @@ class Session:
             "kd.val_hash": val_hash,
         }
         client = self.store.client
-        with recorder.locked(self.store.registry_lock):
+        with contact.locked(self.store.registry_lock):
             if not client.search_registered_models(f"name = '{registered_name}'"):
                 client.create_registered_model(registered_name)
             if _version_of(client, registered_name, manifest["sha256"]) is None:
@@ -230,19 +219,19 @@ class Session:
                 figures = {"val_accuracy": val_accuracy}
                 self._log_of_model(model_id, figures, val_hash, time.time())
 
-    def answer_registered(self, name: str, sha256: str) -> dict[str, Any] | None:
+    def on_registered(self, name: str, sha256: str) -> dict[str, Any] | None:
         """A student's version."""
         return _plain(_version_of(self.store.client, name, sha256))
 
-    def answer_champion(self, name: str) -> dict[str, Any] | None:
+    def on_champion(self, name: str) -> dict[str, Any] | None:
         """The champion's version."""
         return _plain(_champion(self.store.client, name))
 
-    def answer_fetch(self, uri: str, folder: str) -> dict[str, str]:
+    def on_fetch(self, uri: str, folder: str) -> dict[str, str]:
         """Download a logged model; returns the folder with its files."""
         return {"folder": models.fetch(uri, folder)}
 
-    def answer_promote(
+    def on_promote(
         self, name: str, number: str, over: str | None, decision: str, wins: bool
     ) -> dict[str, bool]:
         """Record a decision, unless the champion has changed since.
@@ -251,7 +240,7 @@ class Session:
         is set before the tag, so that a version whose tag says champion really was champion.
         """
         client = self.store.client
-        with recorder.locked(self.store.registry_lock):
+        with contact.locked(self.store.registry_lock):
             holder = _champion(client, name)
             if (str(holder.version) if holder else None) != over:
                 return {"done": False}
@@ -262,7 +251,7 @@ class Session:
                 client.set_model_version_tag(name, number, "kd.decision", decision)
         return {"done": True}
 
-    def log_export(
+    def on_export(
         self,
         folder: str,
         registered_name: str,
@@ -307,13 +296,13 @@ class Session:
         ready = [model for model in found if model.status == "READY"]
         return str(ready[0].model_id) if ready else None
 
-    def end(self, status: str, reason: str) -> None:
+    def on_end(self, status: str, reason: str) -> None:
         """End the run as FINISHED, FAILED or KILLED; a resumed one keeps its status."""
         if self._monitor is None:
             return
         self._monitor.finish()
         if reason:
-            self.log_tags({"kd.end_reason": reason})
+            self.on_tags({"kd.end_reason": reason})
         self.store.client.set_terminated(self.run_id, status)
 
 
@@ -327,7 +316,7 @@ def make_tables(path: Path) -> None:
     from sqlalchemy import create_engine
     from sqlalchemy.pool import StaticPool
 
-    with recorder.locked(path.with_name(f"{path.name}.lock")):
+    with contact.locked(path.with_name(f"{path.name}.lock")):
         engine = create_engine(f"sqlite:///{path}")
         if utils._is_empty_database(engine):
             blank = create_engine("sqlite://", poolclass=StaticPool)
@@ -375,75 +364,10 @@ def _export_tags(folder: Path) -> dict[str, str]:
     }
 
 
-def _process_tags(pid: int) -> dict[str, str]:
-    """Tags that identify the process; its start time is included because pids are reused."""
-    tags = {"kd.host": socket.gethostname(), "kd.pid": str(pid)}
-    with suppress(psutil.NoSuchProcess):
-        tags["kd.pid_born"] = str(psutil.Process(pid).create_time())
-    return tags
-
-
-def _lives(tags: Mapping[str, str]) -> bool:
-    """Whether the process in a run's tags still exists (start times may differ a little)."""
-    try:
-        born = psutil.Process(int(tags["kd.pid"])).create_time()
-    except psutil.NoSuchProcess:
-        return False
-    return bool(abs(born - float(tags.get("kd.pid_born", 0))) < 5)
-
-
 def _note(tags: Mapping[str, str]) -> dict[str, str]:
     """A description with a link to Prefect, as MLflow's page shows tags as plain text."""
     page = tags.get("prefect.task_run_url")
     return {"mlflow.note.content": f"[Task run in Prefect]({page})"} if page else {}
-
-
-def _user() -> str:
-    """The user's name, or the number of a user without one, as in containers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
-
-
-def _git_tags(root: Path) -> dict[str, str]:
-    """The commit, and whether files other than dvc.lock (which the pipeline writes) differ."""
-    found = git.state(root)
-    if found is None:
-        return {}
-    commit, dirty = found
-    return {"git.commit": commit, "git.dirty": str(dirty).lower()}
-
-
-def _dvc_tags(root: Path, stage: str, name: str | None) -> dict[str, str]:
-    """Hashes of the stage's dependencies: dvc.lock has them as outputs of earlier stages."""
-    try:
-        lock, pipeline = (
-            read_yaml(str(root), file)["stages"] for file in ("dvc.lock", "dvc.yaml")
-        )
-        made = {o["path"]: o["md5"] for made_by in lock.values() for o in made_by.get("outs", ())}
-        deps = [_filled_in(dep, name or "") for dep in _deps(pipeline[stage])]
-    except Exception:
-        return {}  # no DVC pipeline here, or another stage's DVC is writing dvc.lock
-    return {f"dvc.dep.{dep}": read for dep in deps if (read := _read_of(dep, made))}
-
-
-def _read_of(dep: str, made: Mapping[str, str]) -> str:
-    """The hash of a dependency; for a folder filled by several stages, the hash of each output."""
-    inside = (
-        f"{out[len(dep) + 1 :]} {md5}" for out, md5 in made.items() if out.startswith(f"{dep}/")
-    )
-    return made.get(dep) or ", ".join(inside)
-
-
-def _filled_in(dep: str, name: str) -> str:
-    return re.sub(r"\$\{(item|key)\b[^}]*\}", name, dep)
-
-
-def _deps(entry: Mapping[str, Any]) -> Iterator[str]:
-    """The dependencies of a stage in dvc.yaml (plain, matrix or foreach)."""
-    for dep in entry.get("do", entry).get("deps", ()):
-        yield dep if isinstance(dep, str) else next(iter(dep))
 
 
 def _parts(items: list[T], most: int) -> Iterator[list[T]]:

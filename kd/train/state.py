@@ -36,7 +36,7 @@ class Stopped(Refused):
 
 
 class Checkpoint(Protocol):
-    """Where fit() keeps its state between steps; kd.artifacts has the one on disk."""
+    """Where fit() keeps its state between steps; kd.checkpoint has the one on disk."""
 
     def load(self) -> tuple[dict[str, Tensor], list[Epoch]] | None:
         """The last saved state and the epochs it covers; None to start from scratch."""

@@ -371,7 +371,6 @@ def minimise(
     evolution: Evolution,
     generations: int,
     *,
-    relative: float = 0.0,
     absolute: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Evolve until the population has converged, or for `generations`.
@@ -380,7 +379,6 @@ def minimise(
         objective: rows (P, D) -> values (P,), smaller is better.
         evolution: the population, without values so far.
         generations: maximum number to draw.
-        relative: see `has_converged`.
         absolute: see `has_converged`.
 
     Returns:
@@ -397,7 +395,7 @@ def minimise(
         usable = ~np.isnan(told_P)
         whole = (slots, drawn.rows_PD, told_P, feasible, drawn.F_P, drawn.CR_P)
         evolution.absorb(Evaluated(*(each[usable] for each in whole)), generation=generation + 1)
-        if has_converged(evolution.values_P, evolution.violations_P, relative, absolute):
+        if has_converged(evolution.values_P, evolution.violations_P, 0.0, absolute):
             break
     return np.concatenate(tried), np.concatenate(values)
 

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from kd.component import ConfigError
+from kd.disk import digest
 from kd.exporters import CoreML, ExecuTorch, Exporter, Int8, LiteRT, Onnx, Tolerance
-from kd.exporters.parity import digest
 from kd.models import CifarResNet, PlainCNN, build_model
 from tests.checks_exporters import (
     CHECKS,

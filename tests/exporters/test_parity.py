@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from kd.bundle.checksums import passing
 from kd.component import ConfigError
+from kd.disk import digest
 from kd.exporters import ExportRefused, Parity, Runner, Tolerance, Trained, export_and_check
-from kd.exporters.parity import HELD_TO, digest
+from kd.exporters.format import HELD_TO
 
 PROJECT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from flows import garbage, locks
 from kd import tracking
 from kd.component import ConfigError
 from kd.tables import TARGETS, DiskTables
-from kd.tracking import recorder
+from kd.tracking import contact
 from tests.flows.test_upstream import commit
 from tests.flows.toys import Toy
 
@@ -110,7 +110,7 @@ def test_recorders_that_run_or_were_asked_lately_keep_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    own = recorder.folder()
+    own = contact.folder()
     left(own / "killed.sock")
     for name in ("gone.lock", "gone.log", "killed.lock", "runs.lock", "runs.log", "new.lock"):
         (own / name).touch()
@@ -121,12 +121,12 @@ def test_recorders_that_run_or_were_asked_lately_keep_their_files(
         assert garbage.old_recorders(9) == [own / name for name in names]
         assert garbage.old_recorders(11) == []
         for name in ("gone.lock", "killed.lock"):
-            with recorder.locked(own / name):  # as each stage does
+            with contact.locked(own / name):  # as each stage does
                 pass
         assert garbage.old_recorders(9) == []
 
 
-@pytest.mark.parametrize("needs_it", [recorder.folder, locks.slots])
+@pytest.mark.parametrize("needs_it", [contact.folder, locks.slots])
 def test_a_temporary_folder_that_others_made_or_may_write_to_is_refused(
     needs_it: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

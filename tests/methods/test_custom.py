@@ -16,7 +16,7 @@ import torch
 from dvc.utils.serialize import modify_yaml
 from torch import nn
 
-from kd import artifacts, params
+from kd import artifacts, build
 from kd.component import ConfigError, component, load_object, own_sources
 from kd.ensemble import Ensemble
 from kd.methods import KD, CustomMethod, Labels, Learner, Members, Method, Shown, label_probs
@@ -111,10 +111,10 @@ def test_what_the_pages_put_into_params_survives_an_experiment_of_dvcs(tmp_path,
     for number, each in enumerate(blocks):
         file = tmp_path / f"{number}.yaml"
         file.write_text(each)
-        before = params.read_yaml(file)
+        before = build.read_yaml(file)
         with modify_yaml(str(file)) as raw:
             raw["seed"] = 1
-        assert params.read_yaml(file) == {**before, "seed": 1}
+        assert build.read_yaml(file) == {**before, "seed": 1}
 
 
 @component
@@ -153,8 +153,8 @@ def test_the_battery_says_what_is_required(method, said):
 
 
 def test_params_name_it_and_a_student_learns_by_it(project):
-    method = params.build(
-        params.Method,
+    method = build.build(
+        Method,
         {"kind": "custom", "path": "mine.methods:Reverse", "args": {"alpha": 1.0}},
         "",
     )

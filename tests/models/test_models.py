@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from kd import params
+from kd.build import build
 from kd.models import CifarResNet, CustomModel, Model, PlainCNN, TorchvisionModel
 from tests.checks_models import check_model
 
@@ -50,7 +50,7 @@ def test_the_pages_examples_are_read_as_one_of_each_kind() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
     raw = yaml.safe_load(block)
     sections = [raw["teacher"], *raw["assistants"].values(), raw["student"]]
-    models = [params.build(Model, each["model"], "model") for each in sections]
+    models = [build(Model, each["model"], "model") for each in sections]
     assert {type(each) for each in models} == set(get_args(Model))
     for each in models:
         if isinstance(each, TorchvisionModel):
