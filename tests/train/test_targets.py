@@ -111,7 +111,7 @@ def test_members_asked_all_at_once_say_what_they_say_one_by_one():
 
 
 class AsOnAGpu(nn.Module):
-    """Asks for its input as a GPU's batch norm does: contiguous in the order its strides suggest."""
+    """Asks for its input as a GPU's batch norm does: contiguous as its strides suggest."""
 
     def forward(self, images):
         return images.contiguous(memory_format=suggest_memory_format(images))
