@@ -110,7 +110,7 @@ def main() -> None:
     for name, times in seconds.items():
         bar = BAR if name == "cached" else ""
         each = 1e3 * statistics.median(times) / arguments.steps
-        print(f"| {name} | {each:.1f} | {ratios(seconds, name, 'labels')} | {bar} |")
+        print(f"| {name} | {each:.2f} | {ratios(seconds, name, 'labels')} | {bar} |")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ def one_by_one(
 
 def stacked(networks: list[nn.Module], images_B: Tensor, labels_B: Tensor) -> Callable[[], None]:
     """Steps of all networks at once; the sum of losses gives each of them its own gradient."""
+    if images_B.is_cuda:  # whose batch norms refuse channels_last under vmap
+        for each in networks:
+            each.to(memory_format=torch.contiguous_format)
+        images_B = images_B.clone(memory_format=torch.contiguous_format)
     parameters, buffers = stack_module_state(networks)
     leaves = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
     form = copy.deepcopy(networks[0]).to("meta")

@@ -150,6 +150,7 @@ def report(
                 network(teacher), network(student), images, targets, precision
             )
     seconds = in_turns(cases, arguments.rounds)
+    peers = [peer for peer in peers if peer in seconds]
     best = min(peers, key=lambda peer: statistics.median(seconds[peer]))
     print(f"**{name}**, {num} images\n")
     print(f"| loop | CPU s | {best} / it | bar |\n| --- | --- | --- | --- |")

@@ -3,7 +3,9 @@
 import os
 import platform
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,12 +16,21 @@ Case = Callable[[], object]
 def in_turns(
     cases: Mapping[str, Case], rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
-    """Seconds (CPU seconds by default) of each case in each round, after one not counted."""
+    """Seconds (CPU seconds by default) of each case in each round, after one not counted.
+
+    A case that fails is left out, and the others are measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 1):
-        for name, case in cases.items():
+        for name in list(seconds):
             started = clock()
-            case()
+            try:
+                cases[name]()
+            except Exception:  # such as what cannot be compiled here
+                traceback.print_exc()
+                print(f"\n{name}: failed, see above\n", file=sys.stderr, flush=True)
+                del seconds[name]
+                continue
             if turn:
                 seconds[name].append(clock() - started)
     return seconds

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from flows import child, server
 from kd import tracking
-from kd.tracking import views
-from kd.tracking.address import without_password
+from kd.tracking import address, views
 
 PAGES = {"Prefect": server.PAGES, "MLflow": "http://127.0.0.1:5000"}
 HEALTH = {"Prefect": "/api/health", "MLflow": "/health"}
@@ -34,7 +33,7 @@ def main() -> int:
         commands["Prefect"] = [sys.executable, "-m", "prefect", "server", "start"]
     uri = tracking.tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow: {without_password(uri)}")
+        print(f"MLflow: {address.without_password(uri)}")
     else:
         # The default takes 14 processes and 3 GB.
         commands["MLflow"] = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]

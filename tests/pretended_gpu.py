@@ -6,10 +6,12 @@ nothing here), compiled networks, and whether a GPU has a kernel for all that is
 
     python -m pytest -p tests.pretended_gpu tests/train/test_devices.py
     python -m tests.pretended_gpu STAGE [NAME]     # `python -m kd` where there is a GPU
+    python -m tests.pretended_gpu benchmarks/grouped.py --device cuda     # any script
 
 For processes of their own: PyTorch has one more kind of device once this is imported.
 """
 
+import runpy
 import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
@@ -224,5 +226,10 @@ if __name__ == "__main__":
     from kd.__main__ import main
 
     with gpu():
-        ended = main()
+        if sys.argv[1].endswith(".py"):
+            del sys.argv[0]
+            ended = 0
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            ended = main()
     sys.exit(ended)

@@ -85,12 +85,14 @@ def home(tmp_path_factory):
     (root / "dvc.yaml").write_text(
         "stages:\n  student:\n    deps: [artifacts/data/train, kd/train]\n"
         "  assistants:\n    foreach: ${assistants}\n    do:\n"
-        "      deps: [artifacts/data, 'artifacts/${key}/model']\n"
+        "      deps: [artifacts/data, 'artifacts/${key}/model', 'artifacts/${item.taught_by}']\n"
     )
+    (root / "params.yaml").write_text("assistants: {a0: {taught_by: assistants/large}}\n")
     (root / "dvc.lock").write_text(
         "stages:\n  data:\n    outs:\n    - {path: artifacts/data/train, md5: aa.dir}\n"
         "    - {path: artifacts/data/val, md5: bb.dir}\n"
         "  other:\n    outs:\n    - {path: artifacts/a0/model, md5: cc}\n"
+        "    - {path: artifacts/assistants/large, md5: dd}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -202,6 +204,7 @@ def test_a_stage_of_several_is_tagged_with_what_its_own_name_reads(in_home):
     assert read == {
         "dvc.dep.artifacts/data": "train aa.dir, val bb.dir",
         "dvc.dep.artifacts/a0/model": "cc",
+        "dvc.dep.artifacts/assistants/large": "dd",
     }
 
 

@@ -64,7 +64,8 @@ def _dvc_tags(root: Path, stage: str, name: str | None) -> dict[str, str]:
     try:
         lock, pipeline = (read_yaml(root / file)["stages"] for file in ("dvc.lock", "dvc.yaml"))
         made = {o["path"]: o["md5"] for made_by in lock.values() for o in made_by.get("outs", ())}
-        deps = [_filled_in(dep, name or "") for dep in _deps(pipeline[stage])]
+        items = read_yaml(root / "params.yaml").get(stage) if name else None
+        deps = [_filled_in(dep, name, items) for dep in _deps(pipeline[stage])]
     except Exception:
         return {}  # no DVC pipeline here, or another stage's DVC is writing dvc.lock
     return {f"dvc.dep.{dep}": read for dep in deps if (read := _read_of(dep, made))}
@@ -78,11 +79,16 @@ def _read_of(dep: str, made: Mapping[str, str]) -> str:
     return made.get(dep) or ", ".join(inside)
 
 
-def _filled_in(dep: str, name: str) -> str:
-    return re.sub(r"\$\{(item|key)\b[^}]*\}", name, dep)
+def _filled_in(dep: str, name: str | None, items: Any) -> str:
+    """A dependency of a foreach stage, with the `name` that it runs for and its item's values."""
+
+    def value(found: re.Match[str]) -> str:
+        return str(items[name][found[1]] if found[1] else name)
+
+    return re.sub(r"\$\{(?:key|item)(?:\.(\w+))?\}", value, dep)
 
 
 def _deps(entry: Mapping[str, Any]) -> Iterator[str]:
-    """The dependencies of a stage in dvc.yaml (plain, matrix or foreach)."""
+    """The dependencies of a stage in dvc.yaml (plain or foreach)."""
     for dep in entry.get("do", entry).get("deps", ()):
         yield dep if isinstance(dep, str) else next(iter(dep))

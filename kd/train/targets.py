@@ -138,10 +138,13 @@ class Online:
 def as_asked(member: nn.Module, images: Images, recipe: Recipe) -> nn.Module:
     """The network evaluated for a member: its folded copy, on the device of the images.
 
-    Members to be stacked are not folded: folded copies differ in class.
+    Members to be stacked are not folded: folded copies differ in class.  And they are contiguous:
+    under vmap, a GPU's batch norms refuse channels_last.
     """
     device, memory_format = images.labels_N.device, FORMATS[recipe.memory_format]
-    if recipe.targets != "stacked":
+    if recipe.targets == "stacked":
+        memory_format = torch.contiguous_format
+    else:
         few_B = images.batch(torch.arange(2) % len(images)).to(next(member.parameters()).device)
         member = folded(member, few_B)
     return member.to(device).to(memory_format=memory_format)
@@ -166,7 +169,9 @@ def stacked(ensemble: Ensemble) -> Callable[[Tensor], Tensor]:
         return logits_BC.float()
 
     of_all = vmap(of_member, in_dims=(0, 0, None))
-    return lambda images_B: of_all(parameters, buffers, images_B)
+    # Cloned, since of one channel `contiguous` would leave the strides of channels_last.
+    plain = torch.contiguous_format
+    return lambda images_B: of_all(parameters, buffers, images_B.clone(memory_format=plain))
 
 
 class Cached:

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._prims_common import suggest_memory_format
 
 from kd.component import ConfigError
 from kd.data import Augment
@@ -106,6 +108,24 @@ def test_members_asked_all_at_once_say_what_they_say_one_by_one():
     found = together.rows(batch, shown)
     torch.testing.assert_close(found, online(images, who).rows(batch, shown))
     assert not found.requires_grad
+
+
+class AsOnAGpu(nn.Module):
+    """Asks for its input as a GPU's batch norm does: contiguous as its strides suggest."""
+
+    def forward(self, images):
+        return images.contiguous(memory_format=suggest_memory_format(images))
+
+
+def test_members_asked_all_at_once_can_be_normalised_on_a_gpu():
+    """vmap refuses to be asked for channels_last, which cuDNN does."""
+    networks = [network(seed) for seed in (0, 1)]
+    members = [nn.Sequential(*net[:4], AsOnAGpu(), *net[4:]) for net in networks]
+    who, images = Ensemble(members, WEIGHTS), pictures()
+    settings = recipe(targets="stacked", memory_format="channels_last")
+    together = targets_of(who, soft_targets(who, 4.0), images, settings, CLASSES)
+    shown = batch_of(0, 8, len(images), images.augment, seed=0)
+    together.rows(images.batch(shown.indices_B, shown.views_B), shown)
 
 
 def test_members_of_two_architectures_cannot_be_asked_all_at_once():
