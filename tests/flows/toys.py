@@ -37,8 +37,14 @@ class Toy:
         return self.root / name
 
     def dvc(self, *arguments: str) -> str:
+        own = Path(sys.executable).parent  # the stages' `python`, even where it is not activated
         return subprocess.run(
-            [*DVC, *arguments], cwd=self.root, check=True, text=True, capture_output=True
+            [*DVC, *arguments],
+            cwd=self.root,
+            env={**os.environ, "PATH": f"{own}:{os.environ['PATH']}"},
+            check=True,
+            text=True,
+            capture_output=True,
         ).stdout
 
     def status(self) -> dict[str, Any]:
