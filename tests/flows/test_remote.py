@@ -173,7 +173,7 @@ def test_a_worker_refuses_a_folder_that_somebody_works_in(project: Toy, prefect:
 
 @pytest.fixture
 def distillation(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
-    """This project up to the weights, of two assistants that train for a while."""
+    """This project up to the weights, of two assistants, which train for a while."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("KD_CPUS", "2")
@@ -191,8 +191,9 @@ def distillation(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
     params = yaml.safe_load((root / "params.yaml").read_text())
     params["recipe"] |= {"epochs": 2, "checkpoint_steps": 5}
     del params["assistants"]["small"]
-    for each in params["assistants"].values():
-        each["recipe"] = {"epochs": 150}
+    # The large one has to outlast two uploads of its state, 10 s apart, on a fast machine too.
+    for name, epochs in {"large": 500, "medium": 150}.items():
+        params["assistants"][name]["recipe"] = {"epochs": epochs}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     project = Toy(root)
     workers.with_remote(project, str(tmp_path / "remote"))
@@ -218,11 +219,12 @@ def test_workers_in_clones_end_as_one_machine_does_though_one_is_killed(
         def at_work(name: str) -> list[workers.Worker]:
             return [each for each in pool if saved(each.clone / ".kd", name)]
 
-        # Both train, and one's last state can be had elsewhere.
+        # Both train at once, and then one's last state can be had elsewhere.
         wait_until(lambda: at_work("large") and at_work("medium"), patience=600)
-        wait_until(lambda: saved(tmp_path / "remote", "large"), patience=120)
         (killed,) = at_work("large")
         assert at_work("medium") != [killed]
+        wait_until(lambda: saved(tmp_path / "remote", "large"), patience=120)
+        assert at_work("large") == [killed], "it ended too soon to be killed"
         left = killed.kill()
         wait_until(lambda: not any(map(lives, left)), patience=20)
         said, _ = flow.communicate(timeout=600)
