@@ -143,7 +143,7 @@ def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path,
     ) as run:
         for epoch in (1, 2, 3):
             run.log_epoch(epoch, {"val_nll": np.float32(1 / epoch)})
-        run.log_final({"size_mb": 0.5})
+        run.log_final({"size_mb": 0.5, "val_nll": 0.75})
         run.log_curve({g: {"search/best": 10.0 - g} for g in range(1500)})
         run.log_file(model, "export")
         page = f"http://127.0.0.1:5000/#/experiments/1/runs/{run.id}"
@@ -152,13 +152,16 @@ def test_a_run_holds_flat_params_curves_finals_files_and_tags(in_home, tmp_path,
     stored = in_home.client.get_run(run_id)
     assert stored.info.run_name == "student"
     assert stored.data.params == {"model.kind": "plain_cnn", "seed": "0"}
-    assert stored.data.metrics["size_mb"] == 0.5
+    assert (stored.data.metrics["size_mb"], stored.data.metrics["val_nll"]) == (0.5, 0.75)
     history = in_home.client.get_metric_history(run_id, "val_nll")
     assert [(point.step, point.value) for point in history] == [
         (1, 1.0),
         (2, 0.5),
         (3, pytest.approx(1 / 3)),
+        (3, 0.75),
     ]
+    (size,) = in_home.client.get_metric_history(run_id, "size_mb")
+    assert size.step == 0  # which MLflow draws as a bar
     assert len(in_home.client.get_metric_history(run_id, "search/best")) == 1500
     assert (
         stored.data.tags.items()

@@ -72,7 +72,8 @@ class Run:
         """What the run is found by; runs below it should have the same."""
         self._started: dict[str, Any] | None = None
         self._count = itertools.count()
-        self._step = 0
+        self._last_steps: dict[str, int] = {}
+        """The last step of each metric that has a curve."""
         self.error: str | None = None
         """Why the record is incomplete, if it is; losing MLflow mid-run does not stop training."""
 
@@ -99,14 +100,23 @@ class Run:
     def log_final(self, metrics: Mapping[str, float]) -> None:
         """Log the figures that runs are compared by, under names shared by all runs.
 
-        They are logged at the last step so far, because MLflow shows a metric's value at its
-        highest step: log curves first.
+        A metric that has a curve is logged at its last step, because MLflow shows a metric's value
+        at its highest step: log curves first.  Any other is logged at step 0, because MLflow draws
+        bars, not curves, where all runs have nothing but that.
         """
-        self.log_curve({self._step: metrics})
+        points: dict[int, dict[str, float]] = {}
+        for name, value in metrics.items():
+            points.setdefault(self._last_steps.get(name, 0), {})[name] = value
+        self._log(points)
 
     def log_curve(self, points: Mapping[int, Mapping[str, float]]) -> None:
         """Log whole curves at once: metrics by step."""
-        self._step = max(self._step, *points)
+        for step, metrics in points.items():
+            for name in metrics:
+                self._last_steps[name] = max(step, self._last_steps.get(name, 0))
+        self._log(points)
+
+    def _log(self, points: Mapping[int, Mapping[str, float]]) -> None:
         floats = [(step, _floats(metrics)) for step, metrics in points.items()]
         self._tell("metrics", points=floats, time=time.time())
 
@@ -323,7 +333,7 @@ class NullRun(Run):
     def __init__(self) -> None:
         self.tags = {}
         self.error = None
-        self._step = 0
+        self._last_steps = {}
 
     def _begun(self) -> dict[str, Any]:
         return {}
