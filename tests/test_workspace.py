@@ -134,6 +134,31 @@ print("ALIASES" + json.dumps(mlflow.MlflowClient().get_registered_model("kd-stud
     assert set(json.loads(aliases)) >= {"champion"}
 
 
+def test_the_views_in_mlflow_show_what_the_flow_logged(by_flow):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{by_flow[0]}/.kd/mlflow.db")
+    saved = {
+        key.removeprefix("mlflow.sharedViewState."): json.loads(json.loads(value)["state"])
+        for key, value in client.get_experiment_by_name("kd").tags.items()
+        if key.startswith("mlflow.sharedViewState.")
+    }
+    found = {}
+    for name, view in saved.items():
+        runs = client.search_runs(["1"], view["searchFilter"])
+        found[name] = {run.info.run_name for run in runs}
+        for column in view["selectedColumns"]:
+            kind, key = column.replace("`", "").split(".", 1)
+            assert any(key in getattr(run.data, kind) for run in runs), column
+        charts = view.get("compareRunCharts", ())
+        axes = {chart[axis]["key"] for chart in charts for axis in ("xaxis", "yaxis")}
+        assert all(axes <= run.data.metrics.keys() for run in runs), axes
+    assert found["networks"] >= {"teacher", "assistants/large", "student", "baselines/uniform"}
+    assert found["weights"] >= {"weights/chosen", "weights/uniform"}
+    assert "weights" not in found["weights"], "MLflow would hide the sets below it"
+    assert found["exports"] >= {"exports/executorch_int8", "exports/onnx"}
+
+
 @pytest.mark.parametrize("name", ["teacher", "assistants/large", "student"])
 @pytest.mark.parametrize(
     "command", [["dvc", "repro"], [sys.executable, "-m", "flows.pipeline"]], ids=["dvc", "flow"]

@@ -1,4 +1,4 @@
-"""Saved views of an experiment's page: which runs and columns to show, in which order.
+"""Saved views of an experiment's page: which runs, columns and charts to show, in which order.
 
 MLflow stores a view as a tag of the experiment.  They are written only when the experiment is
 created, so that later changes by users are kept.
@@ -35,15 +35,18 @@ def _views() -> Iterator[tuple[str, dict[str, object]]]:
             "metrics.params_m > 0",
             metrics=("val_accuracy", "val_nll", "params_m", "size_mb"),
             params=("teachers", "model.kind", "model.depth", "method.kind"),
+            scatters=(("size_mb", "val_accuracy"), ("multiply_adds_m", "val_accuracy")),
         ),
     )
     yield (
         "weights",
         _view(
             "Weight sets",
-            "tags.`kd.stage` = 'weights'",
+            "tags.`kd.stage` = 'weights' and tags.`mlflow.parentRunId` LIKE '%'",
             metrics=("held_out_nll", "held_out_accuracy", "val_nll", "gap"),
             params=("weighting.kind",),
+            # By date, MLflow would hide the sets below the stage's own run.
+            lowest_first="held_out_nll",
         ),
     )
     yield (
@@ -53,12 +56,18 @@ def _views() -> Iterator[tuple[str, dict[str, object]]]:
             "tags.`kd.stage` = 'exports'",
             metrics=("val_accuracy", "parity_top1_agreement", "size_mb", "latency_ms"),
             params=("export.kind", "export.precision"),
+            scatters=(("size_mb", "val_accuracy"), ("latency_ms", "val_accuracy")),
         ),
     )
 
 
 def _view(
-    name: str, runs: str, metrics: tuple[str, ...], params: tuple[str, ...]
+    name: str,
+    runs: str,
+    metrics: tuple[str, ...],
+    params: tuple[str, ...],
+    scatters: tuple[tuple[str, str], ...] = (),
+    lowest_first: str | None = None,
 ) -> dict[str, object]:
     columns = [
         "tags.`kd.pipeline_run`",
@@ -67,8 +76,8 @@ def _view(
     ]
     state = {
         "searchFilter": f"{runs} and {OF_A_PIPELINE}",
-        "orderByKey": "attributes.start_time",
-        "orderByAsc": False,
+        "orderByKey": f"metrics.`{lowest_first}`" if lowest_first else "attributes.start_time",
+        "orderByAsc": lowest_first is not None,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
@@ -76,6 +85,33 @@ def _view(
         "selectedColumns": columns,
         "runsHiddenMode": "FIRST_20_RUNS",
         "hideEmptyCharts": True,
+        **_charts(scatters),
     }
     now = int(time.time() * 1000)
     return {"name": name, "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+
+
+def _charts(scatters: tuple[tuple[str, str], ...]) -> dict[str, object]:
+    """The page's charts: first one metric against another, then MLflow's own of each metric."""
+    if not scatters:
+        return {}
+    first, *own = "Trade-offs", "Model metrics", "System metrics"
+    charts = [
+        {
+            "type": "SCATTER",
+            "uuid": f"{across}-{up}",
+            "metricSectionId": first,
+            "xaxis": {"key": across, "type": "METRIC"},
+            "yaxis": {"key": up, "type": "METRIC"},
+            "runsCountToCompare": 100,
+            "deleted": False,
+            "isGenerated": False,
+        }
+        for across, up in scatters
+    ]
+    # MLflow adds charts of the metrics that have none, but drops its own sections if not named.
+    sections = [
+        {"uuid": each, "name": each, "display": True, "isReordered": False}
+        for each in (first, *own)
+    ]
+    return {"compareRunCharts": charts, "compareRunSections": sections}
