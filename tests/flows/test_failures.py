@@ -236,13 +236,19 @@ def test_a_lock_of_dvcs_that_somebody_holds_is_waited_for(
     hold = (
         "import time; from dvc.repo import Repo\n"
         "with Repo('.') as repo, repo.lock:\n"
-        "    open('held', 'w').close(); time.sleep(12)\n"
+        "    open('held', 'w').close(); time.sleep(8)\n"
         "open('free', 'w').close()"
     )
-    toy.write({"train": timed("train", 3), "next": timed("next", 0, deps=["train.txt"])})
+    # It ends while the lock is held, and DVC's own patience of three seconds is over before 8 s.
+    train = "touch at; until test -e held; do sleep 0.1; done; echo > train.txt"
+    toy.write(
+        {
+            "train": {"cmd": train, "outs": ["train.txt"]},
+            "next": timed("next", 0, deps=["train.txt"]),
+        }
+    )
     process = flow(toy, prefect_server)
-    wait_until(lambda: "starts on" in process.stdout.readline())  # type: ignore[union-attr]
-    time.sleep(1.5)
+    wait_until(toy.path("at").exists)
     holder = subprocess.Popen([sys.executable, "-c", hold], cwd=toy.root)
     said = said_by(process)
     assert holder.wait() == 0

@@ -1,7 +1,6 @@
 """The flow in this process, against a real server that started on a fresh database."""
 
 import hashlib
-import itertools
 import json
 import re
 import threading
@@ -45,24 +44,16 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def overlap(toy: Toy, one: str, other: str) -> float:
-    """Seconds that two `timed` stages ran at the same time."""
-    (start, end), (start_other, end_other) = toy.times(one), toy.times(other)
-    return min(end, end_other) - max(start, start_other)
-
-
-def test_independent_stages_run_at_once_and_dvc_finds_nothing_left_to_do(
+def test_stages_run_after_those_that_they_read_and_dvc_finds_nothing_left_to_do(
     toy: Toy, run: Callable[[], "State"]
 ) -> None:
     names = [f"part{number}" for number in range(3)]
-    stages = {name: timed(name, 4, deps=["first.txt"]) for name in names}
+    stages = {name: timed(name, 0, deps=["first.txt"]) for name in names}
     stages["first"] = timed("first", 0)
     stages["last"] = timed("last", 0, deps=[f"{name}.txt" for name in names])
     toy.write(stages)
     state = run()
     assert state.is_completed(), state.message
-    # DVC starts them one after the other, a second apart and more on a busy machine.
-    assert any(overlap(toy, *pair) > 1 for pair in itertools.combinations(names, 2))
     assert toy.times("last")[0] > max(toy.times(name)[1] for name in names)
     assert toy.status() == {}
     assert "Running" not in toy.dvc("repro")
@@ -71,6 +62,7 @@ def test_independent_stages_run_at_once_and_dvc_finds_nothing_left_to_do(
 def test_eight_stages_that_end_at_one_instant_are_all_recorded(
     toy: Toy, run: Callable[[], "State"]
 ) -> None:
+    """None would end if independent stages did not run at once."""
     wait = "touch at{0}; while [ $(ls | grep -c ^at) -lt 8 ]; do sleep 0.05; done; echo > {0}"
     names = [f"out{number}" for number in range(8)]
     toy.write({name: {"cmd": wait.format(name), "outs": [name]} for name in names})
@@ -135,8 +127,11 @@ def test_a_failed_stage_is_run_again_as_often_as_its_meta_says(
 
 
 def test_a_stage_that_takes_too_long_is_ended(toy: Toy, run: Callable[[], "State"]) -> None:
-    toy.write({"train": endless("train", meta={"timeout": 6})})
-    assert run().is_failed()
+    timeout = 3
+    while not toy.path("PID").exists():  # a busy machine may take longer to start it
+        timeout *= 2
+        toy.write({"train": endless("train", meta={"timeout": timeout})})
+        assert run().is_failed()
     assert not lives(pid_in(toy.path("PID")))
 
 

@@ -71,12 +71,13 @@ def test_changed_inputs_outputs_and_commands_are_named(done: Toy) -> None:
     done.path("last.txt").unlink()
     stages = json.loads(json.dumps(FAMILY))
     stages["each"]["do"]["cmd"] += " && true"
+    stages["last"]["params"] = ["model.depth"]
     done.write(stages, model={"depth": 4, "method": {"temperature": 4.0}})
     assert graph.read(done.root).reasons == {
         "prep": "input source changed",
         "each@small": "command changed",
         "each@large": "command changed",
-        "last": "output last.txt missing",
+        "last": "params model.depth absent -> 4 and output last.txt missing",
     }
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 
 from flows import locks
 from flows.child import Stopped
-from tests.flows.toys import SOURCES, wait_until
+from tests.flows.toys import SOURCES, pid_in, wait_until
 
 NEVER = threading.Event()
 HOLDER = """
@@ -20,10 +21,21 @@ from flows import locks
 slots = locks.Slots(pathlib.Path(sys.argv[1]), (), 1)
 with slots.take(threads=1, gpu=False, stop=threading.Event()) as slot:
     if sys.argv[2:]:
-        print(subprocess.Popen(["sleep", sys.argv[2]], pass_fds=slot.descriptors).pid, flush=True)
+        open(sys.argv[2], "w").write(
+            str(subprocess.Popen(["sleep", "600"], pass_fds=slot.descriptors).pid)
+        )
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+class OneAttempt(threading.Event):
+    """Ends the wait for a slot after one attempt, however fast the machine is."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        tried = self.is_set()
+        self.set()
+        return tried
 
 
 def hold(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -71,15 +83,12 @@ def test_a_gpu_is_handed_out_once_and_its_number_goes_to_the_stage(tmp_path: Pat
             {},
         ]
         assert (one.name, cpu.name) == ("GPU 0", "4 threads")
-        stop = threading.Event()
-        threading.Timer(0.3, stop.set).start()
-        with pytest.raises(Stopped), slots.take(threads=1, gpu=True, stop=stop):
+        with pytest.raises(Stopped), slots.take(threads=1, gpu=True, stop=OneAttempt()):
             pass
 
 
 def test_stages_that_take_a_share_of_a_gpu_sit_on_it_together(tmp_path: Path) -> None:
     slots = locks.Slots(tmp_path, ("0", "1"), 4)
-    stop = threading.Event()
     with contextlib.ExitStack() as running:
         taken = [
             running.enter_context(slots.take(threads=1, gpu=share, stop=NEVER))
@@ -87,8 +96,7 @@ def test_stages_that_take_a_share_of_a_gpu_sit_on_it_together(tmp_path: Path) ->
         ]
         # Each goes where most is free, and two thirds of a GPU are not free for a whole one.
         assert [each.env["CUDA_VISIBLE_DEVICES"] for each in taken] == ["0", "1", "0", "1"]
-        threading.Timer(0.5, stop.set).start()
-        with pytest.raises(Stopped), slots.take(threads=1, gpu=0.5, stop=stop):
+        with pytest.raises(Stopped), slots.take(threads=1, gpu=0.5, stop=OneAttempt()):
             pass
     with (
         slots.take(threads=1, gpu=1, stop=NEVER) as one,
@@ -103,9 +111,7 @@ def test_several_whole_gpus_are_taken_at_once_or_none(tmp_path: Path) -> None:
         with slots.take(threads=1, gpu=2, stop=NEVER) as two:
             assert half.env == {"CUDA_VISIBLE_DEVICES": "0"}
             assert (two.name, two.env) == ("GPU 3,5", {"CUDA_VISIBLE_DEVICES": "3,5"})
-        stop = threading.Event()
-        threading.Timer(0.5, stop.set).start()
-        with pytest.raises(Stopped), slots.take(threads=1, gpu=3, stop=stop):
+        with pytest.raises(Stopped), slots.take(threads=1, gpu=3, stop=OneAttempt()):
             pass
         with slots.take(threads=1, gpu=2, stop=NEVER):  # who wants three holds none of them
             pass
@@ -189,9 +195,14 @@ def test_a_slot_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_stage_keeps_its_slot_when_only_the_flow_is_killed(tmp_path: Path) -> None:
-    holder = hold(tmp_path, "2.5")
+    slots = locks.Slots(tmp_path, (), 1)
+    holder = hold(tmp_path, str(tmp_path / "PID"))
     holder.kill()
-    assert seconds_until_free(locks.Slots(tmp_path, (), 1)) > 1
+    holder.wait()
+    with pytest.raises(Stopped), slots.take(threads=1, gpu=False, stop=OneAttempt()):
+        pass
+    os.kill(pid_in(tmp_path / "PID"), signal.SIGKILL)
+    assert seconds_until_free(slots) < 5
     holder.communicate()
 
 
@@ -217,8 +228,9 @@ def test_otherwise_the_gpus_are_those_that_the_driver_lists(
 
 
 def test_the_number_of_threads_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KD_CPUS", "3")
-    assert locks.slots().threads == 3
+    for number in (1, 3):
+        monkeypatch.setenv("KD_CPUS", str(number))
+        assert locks.slots().threads == number
     for wrong in ("0", "-1", "two"):
         monkeypatch.setenv("KD_CPUS", wrong)
         with pytest.raises(ValueError, match=f"KD_CPUS is '{wrong}'; it must be a positive"):

@@ -183,10 +183,11 @@ def test_a_flow_killed_by_force_leaves_no_training_and_the_next_one_runs(
 
 def test_a_server_that_does_not_answer_is_named_at_once(toy: Toy) -> None:
     toy.write(TWO)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.socket() as taken:  # so that nobody else can listen there
+        taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    process = toy.start(PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
-    said, _ = process.communicate(timeout=30)
+        process = toy.start(PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
+        said, _ = process.communicate(timeout=30)
     assert process.returncode == 1
     assert f"PREFECT_API_URL is http://127.0.0.1:{port}/api, and no Prefect server" in said
     assert not toy.path("one.txt").exists()

@@ -45,8 +45,11 @@ def test_what_is_committed_and_can_be_fetched_will_do(project: Toy) -> None:
 
 def test_what_workers_cannot_see_is_named(project: Toy) -> None:
     project.write({"one": timed("one", 1)}, tracking=False)
-    project.path("notes").write_text("")
-    assert "dvc.yaml, notes: commit" in refused(project)
+    project.path("my notes").write_text("")
+    assert 'dvc.yaml, "my notes": commit' in refused(project)
+    for name in ("one", "three", "two"):
+        project.path(name).touch()
+    assert 'dvc.yaml, "my notes", one and 2 more: commit' in refused(project)
 
 
 def test_a_commit_that_nobody_can_fetch_is_named(project: Toy) -> None:
@@ -75,6 +78,7 @@ def test_a_remote_without_a_run_cache_is_refused(project: Toy) -> None:
     ("uri", "said"),
     [
         ("", "set MLFLOW_TRACKING_URI to a server's address"),
+        ("file:///mlruns", "set MLFLOW_TRACKING_URI to a server's address"),
         ("sqlite:///mlflow.db", "set MLFLOW_TRACKING_URI to a server's address"),
         ("https://me:secret@example.org", "holds a password"),
         ("https://example.org", None),

@@ -125,7 +125,13 @@ class Stage:
         self.run(*words, "create", "--replace", "--accept-yes", "--interval", "30", name)
         self.finished(deployment, count)
         self.run(*words, "clear", "--accept-yes", name)
-        wait_until(lambda: all(run["end_time"] for run in self.runs(deployment)), patience=120)
+        # The worker may have taken another one, which begins only now: see that it ends before
+        # anything changes upstream.
+        under_way = {
+            "deployments": {"name": {"any_": [deployment]}},
+            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}},
+        }
+        wait_until(lambda: not self.ask("flow_runs/filter", **under_way), patience=600)
         return self.runs(deployment)
 
 
