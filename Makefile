@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LITERT := .venv-litert
+OLDEST := .venv-oldest
 QUIETLY := --quiet --disable-pip-version-check
 # Older versions do not see that sqlalchemy==2.0.58 pins sqlalchemy[asyncio], too.
 PIP := 'pip>=23.3'
@@ -18,7 +19,7 @@ RESOLVE := uv pip compile --universal --python-version 3.11 --generate-hashes --
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK := true
 
-.PHONY: help install litert demo test test-slow lint types contracts check coverage ui stack stack-status stack-stop lock clean
+.PHONY: help install litert demo test test-slow lint types contracts check test-oldest coverage ui stack stack-status stack-stop lock clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -41,11 +42,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 litert: install $(LITERT)/.installed  ## Create the separate environment that LiteRT's converter needs
 
-$(LITERT)/.installed: requirements-litert.lock
-	@test -x $(LITERT)/bin/pip || $(PYTHON) -m venv --clear $(LITERT)
-	@echo "installing LiteRT's converter into $(LITERT): 7 GB"
-	@$(LITERT)/bin/python -m pip install $(QUIETLY) $(PIP)
-	@$(LITERT)/bin/python -m pip install $(QUIETLY) --require-hashes -r $<
+.venv-%/.installed: requirements-%.lock
+	@test -x $(@D)/bin/pip || $(PYTHON) -m venv --clear $(@D)
+	@echo "installing $< into $(@D): 5 to 7 GB"
+	@$(@D)/bin/python -m pip install $(QUIETLY) $(PIP)
+	@$(@D)/bin/python -m pip install $(QUIETLY) --require-hashes -r $<
 	@touch $@
 
 demo: install  ## Run the whole pipeline on the embedded data, and show the results
@@ -69,6 +70,10 @@ contracts: install  ## Check that imports respect the layers
 
 check: lint types contracts  ## Run all static checks
 
+test-oldest: $(OLDEST)/.installed  ## Run what needs the core alone, in the oldest versions allowed
+	@PYTHONWARNINGS=ignore $(OLDEST)/bin/python -m pip install $(QUIETLY) --no-deps --no-build-isolation $(EDITABLE) .
+	$(OLDEST)/bin/python -m pytest -m "not slow" -p tests.core_alone
+
 coverage: install  ## Measure the tests' line and branch coverage
 	python -m pytest -m "not slow" --cov --cov-report=term
 
@@ -88,6 +93,7 @@ lock: install  ## Resolve pyproject.toml again, keeping current pins where possi
 	python -m pip install --quiet uv
 	$(RESOLVE) pyproject.toml --all-extras --output-file requirements.lock
 	$(RESOLVE) --group litert --output-file requirements-litert.lock
+	$(RESOLVE) pyproject.toml --group oldest --resolution lowest-direct --output-file requirements-oldest.lock
 
 # A flow, a comparison or a `dvc repro` may be using newer files, and lock files of any age.
 clean:  ## Delete checkpoints and cached targets not used for an hour; all else stays

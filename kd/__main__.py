@@ -34,7 +34,7 @@ def main() -> int:
 
 def run(argv: list[str]) -> int:
     """Run a command; return 0, 2 for invalid input or 1 for another failure."""
-    from kd.component import ConfigError, Refused
+    from kd.component import ConfigError, Refused, missing_package
 
     arguments = parser().parse_args(argv)
     signals.end_quietly()
@@ -54,6 +54,10 @@ def run(argv: list[str]) -> int:
     except OSError as error:
         if said := disk.remedy(error):
             return refused(said, 1)
+        raise
+    except ModuleNotFoundError as error:
+        if said := missing_package(error):
+            return refused(said, 2)
         raise
     except Refused as error:
         return refused(str(error), 1)

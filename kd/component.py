@@ -30,6 +30,8 @@ from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_ori
 from kd.disk import sha256
 
 C = TypeVar("C")
+PIPELINE = {"PIL", "matplotlib", "optuna", "psutil", "scipy", "sklearn", "torchvision"}
+"""What stages and comparisons import of the extra `pipeline`, each where it is first needed."""
 
 
 class ConfigError(ValueError):
@@ -147,6 +149,17 @@ def import_failure(module_name: str, error: Exception) -> str:
         place = f"{error.filename}, line {error.lineno}"
         return f"cannot import {module_name} ({type(error).__name__} in {place}: {error.msg})"
     return f"cannot import {module_name} ({raised(error)})"
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to install after a failed import; None if the package is not in PIPELINE."""
+    package = (error.name or "").partition(".")[0]
+    if package not in PIPELINE:
+        return None
+    return (
+        f"this needs the package {package!r}, which is not installed; "
+        "run: pip install 'kd[pipeline]'"
+    )
 
 
 def raised(error: Exception) -> str:

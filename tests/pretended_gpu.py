@@ -187,6 +187,7 @@ PATCHES = {
     "torch.cuda.memory_allocated": lambda device=None: 0,
     "torch.cuda.mem_get_info": lambda device=None: (2**37, 2**37),
     "torch.cuda.set_sync_debug_mode": Gpu.set_sync_debug_mode,
+    "torch.cuda.is_current_stream_capturing": lambda: False,  # what AdamW of PyTorch 2.11 asks
     "torch.autocast": Autocast,
     # In inference mode, vmap could wrap none of its tensors.
     "torch.inference_mode": lambda mode=True: torch.no_grad() if mode else nullcontext(),

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from kd import evaluate
@@ -133,6 +132,8 @@ def test_discordant_samples_are_counted_as_by_the_plain_loop() -> None:
     ("gained", "lost"), [(0, 0), (1, 0), (0, 1), (5, 0), (4, 4), (30, 12), (12, 30), (900, 700)]
 )
 def test_mcnemars_test_is_the_exact_one_sided_binomial(gained: int, lost: int) -> None:
+    from scipy.stats import binomtest
+
     tossed = gained + lost
     expected = binomtest(gained, tossed, alternative="greater").pvalue if tossed else 1.0
     assert evaluate.mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)

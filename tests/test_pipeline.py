@@ -522,6 +522,28 @@ def test_bad_input_ends_with_status_2_and_one_clear_line(tmp_path, changes, argu
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("package", "module", "arguments"),
+    [
+        ("torchvision", "kd", ["check"]),
+        ("scipy", "kd.compare", [str(PROJECT / "params.compare.yaml")]),
+    ],
+)
+def test_the_extra_of_a_package_that_is_not_installed_is_named(
+    tmp_path, package, module, arguments
+):
+    experiment(tmp_path, **{
+        "student.model": {"kind": "torchvision", "name": "resnet18"},
+        "data.channels": 3,
+    })  # fmt: skip
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    done = kd(tmp_path, *arguments, module=module)
+    assert done.stderr == (
+        f"error: this needs the package {package!r}, which is not installed; "
+        "run: pip install 'kd[pipeline]'\n"
+    )
+
+
 def test_images_that_are_learned_and_tested_on_are_named(tmp_path, monkeypatch, capsys):
     root = make_pictures(tmp_path / "pictures", {"ant": 10, "bee": 10})
     experiment(tmp_path, **{

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kd.progress import Progress
 from kd.train import Epoch
 
@@ -33,6 +35,7 @@ def test_elsewhere_an_epoch_is_a_plain_line(capsys):
 
 
 def test_on_a_terminal_a_bar_moves_below_the_lines():
+    pytest.importorskip("rich", reason="of the extra pipeline")
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     shown = subprocess.Popen(

@@ -58,6 +58,7 @@ def reachable():
 
 
 def test_a_flow_names_the_folder(reachable):
+    pytest.importorskip("dvc", reason="of the extra pipeline")
     (reachable / "dvc.yaml").touch()
     reachable.chmod(0o555)
     (line,) = said_by(reachable, FLOW)
@@ -67,6 +68,7 @@ def test_a_flow_names_the_folder(reachable):
 
 @pytest.mark.parametrize("name", ["artifacts", "artifacts/teacher"])
 def test_a_flow_names_a_folder_of_artifacts_before_dvc_tries_to_empty_it(reachable, name):
+    pytest.importorskip("dvc", reason="of the extra pipeline")
     experiment(reachable)
     stages = {stage: {"cmd": f"touch {stage}", "outs": [stage]} for stage in STAGES}
     (reachable / "dvc.yaml").write_text(json.dumps({"stages": stages}))

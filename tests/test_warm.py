@@ -246,6 +246,7 @@ FORK_OF = (
 @pytest.fixture
 def toy(tmp_path: Path) -> Toy:
     """A pipeline whose stages ask for a warm process that imports in no time."""
+    pytest.importorskip("dvc", reason="of the extra pipeline")
     shutil.copytree(SOURCES / "kd", tmp_path / "code" / "kd")
     source = tmp_path / "code" / "kd" / "warm.py"
     source.write_text(

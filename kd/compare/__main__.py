@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from kd import disk, signals
-from kd.compare import locks, report, work
+from kd.compare import locks, work
 from kd.compare.plan import Comparison
-from kd.component import ConfigError, Refused
+from kd.component import ConfigError, Refused, missing_package
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.unit:
             work.do(comparison, comparison.units[given.unit])
             return 0
+        from kd.compare import report  # needs SciPy, of an extra; units do not
+
         with locks.held(comparison.folder / "run.lock", f"works in {comparison.folder}"):
             work.do_all(comparison, given.processes, lambda line: print(line, flush=True))
             table = report.write(comparison, comparison.folder)
@@ -41,8 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
                 report.write(comparison, given.record)
             if given.into:
                 report.into(given.into, comparison.about.name, table)
-    except (ConfigError, Refused, OSError) as error:
-        said = disk.remedy(error) if isinstance(error, OSError) else str(error)
+    except (ConfigError, Refused, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            said = missing_package(error)
+        else:
+            said = disk.remedy(error) if isinstance(error, OSError) else str(error)
         if said is None:
             raise
         print(f"error: {said}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)

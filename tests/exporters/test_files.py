@@ -38,9 +38,10 @@ def test_lines_follow_also_where_the_code_raises(capfd):
     assert capfd.readouterr().err == "[b] the reason\n"
 
 
-def test_of_pytorchs_log_only_the_line_about_torchao_is_dropped(caplog):
+def test_of_pytorchs_log_only_the_line_about_torchao_is_dropped(caplog, monkeypatch):
     log = logging.getLogger("torch.utils._pytree")
-    log.propagate = True
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "propagate", False)  # PyTorch keeps some of its log to itself
     with ignoring():
         log.warning("%s is an Enum subclass", "<enum 'KernelPreference'>")
         log.warning("%s is an Enum subclass", "<enum 'Colour'>")

@@ -13,7 +13,6 @@ from typing import get_args
 
 import pytest
 import torch
-from dvc.utils.serialize import modify_yaml
 from torch import nn
 
 from kd import artifacts, build
@@ -105,6 +104,8 @@ def test_the_pages_library_calls_train_a_student():
 @pytest.mark.parametrize("page", ["extending", "data"])
 def test_what_the_pages_put_into_params_survives_an_experiment_of_dvcs(tmp_path, page):
     """`dvc exp run -S` writes the file anew, as `modify_yaml` does."""
+    from dvc.utils.serialize import modify_yaml
+
     text = (PROJECT / f"docs/{page}.md").read_text()
     blocks = [each for each in re.findall(r"```yaml\n(.*?)```", text, re.S) if "custom" in each]
     assert blocks
