@@ -214,7 +214,8 @@ def test_a_stage_of_several_is_tagged_with_what_its_own_name_reads(in_home):
 def test_the_experiment_has_views_that_find_runs_and_name_columns_as_runs_do(in_home):
     params = {"model": {"kind": "plain_cnn"}}
     runs = []
-    for tags in ({"kd.pipeline": "kd-test"}, {"kd.comparison": "digits"}):
+    shared = {"kd.comparison": "digits", "kd.cell": ""}  # a teacher, that is
+    for tags in ({"kd.pipeline": "kd-test"}, {**shared, "kd.cell": "dist"}, shared):
         with tracking.run("student", params=params, tags=tags) as run:
             run.log_final({"val_accuracy": 0.9, "params_m": 0.1})
         runs.append(run.id)
@@ -226,13 +227,15 @@ def test_the_experiment_has_views_that_find_runs_and_name_columns_as_runs_do(in_
         if key.startswith(prefix)
     }
     assert views.NETWORKS in views.address("1")
-    assert saved.keys() == {views.NETWORKS, "weights", "exports"}
+    assert saved.keys() == {views.NETWORKS, "weights", "exports", "comparisons"}
     found = {
         key: {each.info.run_id for each in in_home.client.search_runs(["1"], view["searchFilter"])}
         for key, view in saved.items()
     }
-    assert [key for key in saved if runs[0] in found[key]] == [views.NETWORKS]
-    assert not [key for key in saved if runs[1] in found[key]], "a comparison has hundreds"
+    networks, cell, teacher = runs
+    assert [key for key in saved if networks in found[key]] == [views.NETWORKS]
+    assert [key for key in saved if cell in found[key]] == ["comparisons"]
+    assert not [key for key in saved if teacher in found[key]], "no mean over cells has it"
     assert {"metrics.`val_accuracy`", "params.`model.kind`"} <= set(
         saved[views.NETWORKS]["selectedColumns"]
     )

@@ -7,14 +7,12 @@ created, so that later changes by users are kept.
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 TRAINING = "workflowType=machine_learning"
 """Selects the mode of MLflow's pages that shows runs; their default is the one for agents."""
 NETWORKS = "networks"
 """The view that links open."""
-
-OF_A_PIPELINE = "tags.`kd.pipeline` LIKE '%'"
-"""Leaves out the runs of comparisons, which can be hundreds."""
 
 
 def address(experiment: str) -> str:
@@ -28,56 +26,78 @@ def tags() -> dict[str, str]:
 
 
 def _views() -> Iterator[tuple[str, dict[str, object]]]:
+    # The runs of comparisons, which can be hundreds, have a view of their own.
+    pipeline, comparison = "tags.`kd.pipeline` LIKE '%'", "tags.`kd.comparison` LIKE '%'"
     yield (
         NETWORKS,
         _view(
             "Networks: teacher, assistants, student, baselines",
-            "metrics.params_m > 0",
+            f"metrics.params_m > 0 and {pipeline}",
             metrics=("val_accuracy", "val_nll", "params_m", "size_mb"),
             params=("teachers", "model.kind", "model.depth", "method.kind"),
-            scatters=(("size_mb", "val_accuracy"), ("multiply_adds_m", "val_accuracy")),
+            **_charts(("size_mb", "val_accuracy"), ("multiply_adds_m", "val_accuracy")),
         ),
     )
     yield (
         "weights",
         _view(
             "Weight sets",
-            "tags.`kd.stage` = 'weights' and tags.`mlflow.parentRunId` LIKE '%'",
+            f"tags.`kd.stage` = 'weights' and tags.`mlflow.parentRunId` LIKE '%' and {pipeline}",
             metrics=("held_out_nll", "held_out_accuracy", "val_nll", "gap"),
             params=("weighting.kind",),
             # By date, MLflow would hide the sets below the stage's own run.
-            lowest_first="held_out_nll",
+            orderByKey="metrics.`held_out_nll`",
+            orderByAsc=True,
         ),
     )
     yield (
         "exports",
         _view(
             "Exports",
-            "tags.`kd.stage` = 'exports'",
+            f"tags.`kd.stage` = 'exports' and {pipeline}",
             metrics=("val_accuracy", "parity_top1_agreement", "size_mb", "latency_ms"),
             params=("export.kind", "export.precision"),
-            scatters=(("size_mb", "val_accuracy"), ("latency_ms", "val_accuracy")),
+            **_charts(("size_mb", "val_accuracy"), ("latency_ms", "val_accuracy")),
+        ),
+    )
+    yield (
+        "comparisons",
+        _view(
+            "Comparisons: means over seeds",
+            f"tags.`kd.cell` LIKE '_%' and {comparison}",
+            metrics=("val_accuracy", "val_nll", "val_worst_class_accuracy"),
+            params=(),
+            groupBy={
+                "aggregateFunction": "average",
+                "groupByKeys": [
+                    {"mode": "tag", "groupByData": each} for each in ("kd.cell", "kd.comparison")
+                ],
+            },
         ),
     )
 
 
 def _view(
-    name: str,
-    runs: str,
-    metrics: tuple[str, ...],
-    params: tuple[str, ...],
-    scatters: tuple[tuple[str, str], ...] = (),
-    lowest_first: str | None = None,
+    name: str, runs: str, metrics: tuple[str, ...], params: tuple[str, ...], **state: object
 ) -> dict[str, object]:
+    """A view.
+
+    Args:
+        name: Its name in the menu.
+        runs: The filter that finds its runs.
+        metrics: Columns.
+        params: Columns.
+        state: What else differs from the page's defaults, under MLflow's keys.
+    """
     columns = [
         "tags.`kd.pipeline_run`",
         *(f"metrics.`{each}`" for each in metrics),
         *(f"params.`{each}`" for each in params),
     ]
     state = {
-        "searchFilter": f"{runs} and {OF_A_PIPELINE}",
-        "orderByKey": f"metrics.`{lowest_first}`" if lowest_first else "attributes.start_time",
-        "orderByAsc": lowest_first is not None,
+        "searchFilter": runs,
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
@@ -85,16 +105,14 @@ def _view(
         "selectedColumns": columns,
         "runsHiddenMode": "FIRST_20_RUNS",
         "hideEmptyCharts": True,
-        **_charts(scatters),
+        **state,
     }
     now = int(time.time() * 1000)
     return {"name": name, "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
 
 
-def _charts(scatters: tuple[tuple[str, str], ...]) -> dict[str, object]:
+def _charts(*scatters: tuple[str, str]) -> dict[str, Any]:
     """The page's charts: first one metric against another, then MLflow's own of each metric."""
-    if not scatters:
-        return {}
     first, *own = "Trade-offs", "Model metrics", "System metrics"
     charts = [
         {
