@@ -19,7 +19,7 @@ from kd.weightings.evolution import Evaluated, Offspring, Rules, has_converged
 REMEMBERED = 3  # generations whose rows are kept, for trials that finish late
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of dictionaries, by identity
 class Generation:
     """A whole generation, for drivers that evaluate it at once."""
 
