@@ -53,7 +53,7 @@ def _quiet():
 class TestConformance(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
     """Optuna's own battery."""
 
-    @pytest.fixture(params=["shade", "rand1"])
+    @pytest.fixture(params=STRATEGIES)
     def sampler(self, request) -> Callable[[], DESampler]:
         return lambda: DESampler(strategy=request.param)
 
