@@ -521,10 +521,12 @@ def test_hyperband_does_not_hide_trials_from_the_population():
 def test_the_generation_tells_its_trials_in_advance():
     study = new_study()
     study.optimize(single, n_trials=20)
+    for _ in range(25):
+        study.enqueue_trial({})  # waits for its turn, and then takes all from its row
     generation = study.sampler.generation(study)
     assert (generation.number, generation.first_trial) == (2, 20)
     study.optimize(single, n_trials=10)
-    assert [list(p.values()) for p in params(study)[20:]] == generation.rows
+    assert [list(p.values()) for p in params(study)[20:30]] == generation.rows
     np.testing.assert_array_equal(generation.params, generation.rows)
 
 
