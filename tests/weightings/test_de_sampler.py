@@ -538,15 +538,18 @@ def test_reading_a_search_whose_trials_are_running_does_not_change_it(given):
         storage = optuna.storages.InMemoryStorage()
         study = new_study(storage, simplex=None, search_space=space if given else None)
         study.optimize(single, n_trials=20)
+        delayed: list[optuna.Trial] = []
         for generation in range(6):
-            trials = [study.ask(space) for _ in range(10)]
-            if look:
-                study.sampler.population(study)
-                study.sampler.generation(study)
-                assert not DEConvergedCallback().holds(study)
+            *trials, late = (study.ask(space) for _ in range(10))
+            trials += delayed[:-1]  # those that take two generations longer
+            delayed = [*delayed[-1:], late]
             for trial in trials:
+                if look:  # with none, some or most of them finished
+                    study.sampler.population(study)
+                    study.sampler.generation(study)
+                    assert not DEConvergedCallback().holds(study)
                 study.tell(trial, batch(np.array([list(trial.params.values())]))[0])
-            if look and generation == 2:
+            if generation == 2:
                 study = new_study(storage, simplex=None, search_space=space if given else None)
         return study
 
