@@ -3,6 +3,7 @@
 import math
 import pickle
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import get_args
@@ -30,6 +31,7 @@ from kd.weightings.de_sampler import (
     PrefetchObjective,
     optimize_population,
 )
+from kd.weightings.de_sampler.space import Space
 from kd.weightings.evolution import Strategy
 
 STRATEGIES = get_args(Strategy)
@@ -261,7 +263,9 @@ def test_infinite_values_are_values():
 
 def test_pruned_trials_compete_when_asked_to():
     def pruned(trial: optuna.Trial) -> float:
-        trial.report(single(trial), 0)
+        value = single(trial)
+        if trial.number:  # the first one is pruned before it has a value
+            trial.report(value, 0)
         raise optuna.TrialPruned
 
     for considered in (True, False):
@@ -286,10 +290,11 @@ def test_enqueued_and_added_trials_join_the_population_and_are_improved_on():
     for trial in study.trials:
         warm.add_trial(trial)
     foreign = optuna.create_trial(params={"w0": 1.0}, distributions={"w0": space["w0"]}, value=-9)
-    warm.add_trial(foreign)
+    for _ in range(11):  # a whole generation of them, and one more
+        warm.add_trial(foreign)
     warm.optimize(PrefetchObjective(batch), n_trials=89)
     assert warm.sampler.population(warm)[1].min() >= 0, "what lacks parameters does not compete"
-    assert min(t.value for t in warm.trials[11:]) < values.min()
+    assert min(t.value for t in warm.trials[21:]) < values.min()
 
 
 def test_enqueued_trials_of_a_mixed_space_join_the_population():
@@ -473,6 +478,33 @@ def test_no_trial_gets_a_system_attribute_and_each_generation_reads_the_storage_
     study.optimize(single, n_trials=200)
     assert 0 < storage.reads <= 20
     assert not any(trial.system_attrs for trial in study.trials)
+
+
+@pytest.mark.parametrize("generations", [1, 5])
+def test_every_trial_is_absorbed_once_however_late_it_finishes(generations, monkeypatch):
+    absorbed, row_of = [], Space.row_of
+
+    def noted(space, trial):
+        absorbed.append(trial.number)
+        return row_of(space, trial)
+
+    monkeypatch.setattr(Space, "row_of", noted)
+    study = new_study()
+    late = study.ask({name: FloatDistribution(0, 1) for name in SIMPLEX})
+    study.optimize(single, n_trials=9 + 10 * generations)
+    study.tell(late, -1)
+    study.optimize(single, n_trials=10)
+    rows, values = study.sampler.population(study)
+    assert [values[0], *rows[0]] == pytest.approx([-1, *late.params.values()], abs=1e-15)
+    assert sorted(absorbed) == list(range(len(study.trials)))
+
+
+def test_a_long_search_does_not_keep_its_old_generations():
+    study, objective = new_study(), PrefetchObjective(batch)
+    study.optimize(objective, n_trials=5)
+    old = weakref.ref(study.sampler.generation(study))
+    study.optimize(objective, n_trials=50)
+    assert old() is None
 
 
 def test_a_sampler_survives_pickling_and_serves_another_study():
