@@ -422,6 +422,21 @@ def test_an_independent_sampler_can_be_given():
     assert params(study) == [{"x": 0.5}] * 3
 
 
+@pytest.mark.filterwarnings("ignore:PartialFixedSampler is experimental")
+def test_the_other_parameters_are_searched_where_optuna_fixes_one():
+    space = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    study = new_study(simplex=None, search_space=space)
+    free = study.sampler
+    study.sampler = optuna.samplers.PartialFixedSampler({"x": 0.25}, free)
+    study.optimize(
+        lambda t: abs(t.suggest_float("x", 0, 1) - t.suggest_float("y", 0, 1)), n_trials=200
+    )
+    assert {trial.params["x"] for trial in study.trials} == {0.25}
+    study.sampler = free
+    rows, _ = free.population(study)
+    np.testing.assert_allclose(rows, 0.25, atol=0.01)
+
+
 def test_reseeding_reaches_the_independent_sampler():
     sampler = new_study(independent_sampler=optuna.samplers.RandomSampler(seed=1)).sampler
     twins = [pickle.loads(pickle.dumps(sampler)) for _ in range(2)]
@@ -507,7 +522,7 @@ def test_a_long_search_does_not_keep_its_old_generations():
     assert old() is None
 
 
-def test_a_sampler_survives_pickling_and_serves_another_study():
+def test_a_sampler_survives_pickling_and_serves_other_studies():
     study = new_study()
     study.optimize(single, n_trials=25)
     expected = new_study()
@@ -516,10 +531,11 @@ def test_a_sampler_survives_pickling_and_serves_another_study():
     study.optimize(single, n_trials=35)
     assert params(study) == params(expected)
 
-    other = new_study()
-    other.sampler = study.sampler
-    other.optimize(single, n_trials=60)
-    assert params(other) == params(expected)
+    beside = optuna.create_study(storage=study._storage)
+    for other in (beside, new_study()):
+        other.sampler = study.sampler
+        other.optimize(single, n_trials=60)
+        assert params(other) == params(expected)
     objective = pickle.loads(pickle.dumps(PrefetchObjective(batch)))
     third = new_study()
     third.optimize(objective, n_trials=60)
@@ -764,8 +780,13 @@ def test_helpers_say_what_they_need():
     with pytest.raises(ValueError, match="it must be a DESampler"):
         optimize_population(random, batch, 1)
     unknown = optuna.create_study(sampler=DESampler())
-    with pytest.raises(ValueError, match="give DESampler a search_space"):
-        optimize_population(unknown, batch, 1)
+    for needs_the_space in (
+        unknown.sampler.population,
+        DEConvergedCallback().holds,
+        lambda study: optimize_population(study, batch, 1),
+    ):
+        with pytest.raises(ValueError, match="give DESampler a search_space"):
+            needs_the_space(unknown)
     with pytest.raises(ValueError, match="neither may be negative"):
         DEConvergedCallback(-1)
     with pytest.raises(ValueError, match="trials_per_commit is 0"):
