@@ -1,5 +1,6 @@
 """Ranks that start and end as one: with toys here, with the real `kd` below."""
 
+import logging
 import os
 import shutil
 import signal
@@ -32,13 +33,32 @@ def toy(script: str) -> list[str]:
     ],
     ids=["good", "first", "one", "killed"],
 )
-def test_the_status_is_that_of_the_rank_that_failed_first(script, status):
+def test_the_status_is_that_of_the_rank_that_failed_first_and_nothing_else_changes(script, status):
+    def surroundings():
+        handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+        return dict(os.environ), handlers, logging.root.isEnabledFor(logging.CRITICAL)
+
+    before = surroundings()
     assert launch.run(toy(script), 2) == status
+    assert surroundings() == before
 
 
 def test_one_rank_alone_tells_of_an_error_that_nobody_caught(capfd):
     assert launch.run(toy("launch.become_rank()\nraise ValueError('why')"), 3) == 1
     assert capfd.readouterr().err.count("ValueError: why") == 1
+
+
+TELLS_SLOWLY = """
+if launch.falls_first(1):
+    time.sleep(2)  # the other one is gone by now, for which torchrun ends this one
+    print("why", file=sys.stderr)
+sys.exit(1)
+"""
+
+
+def test_the_rank_that_failed_first_is_given_the_time_to_tell_why(capfd):
+    assert launch.run(toy(TELLS_SLOWLY), 2) == 1
+    assert capfd.readouterr().err == "why\n"
 
 
 def test_who_waits_for_a_rank_that_failed_is_ended():
@@ -72,6 +92,21 @@ def test_a_signal_reaches_all_ranks(number):
     assert launcher.stdout.read() == ""  # which the ranks held open
     launcher.stdout.close()
     assert launcher.wait(60) == 128 + number
+
+
+def test_a_signal_that_the_launcher_was_started_to_ignore_ends_nothing():
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", ignored + SIGNALLED.replace("sleep(99)", "sleep(1)")],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")

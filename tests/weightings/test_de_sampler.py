@@ -3,6 +3,7 @@
 import math
 import pickle
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import get_args
@@ -30,6 +31,7 @@ from kd.weightings.de_sampler import (
     PrefetchObjective,
     optimize_population,
 )
+from kd.weightings.de_sampler.space import Space
 from kd.weightings.evolution import Strategy
 
 STRATEGIES = get_args(Strategy)
@@ -53,7 +55,7 @@ def _quiet():
 class TestConformance(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
     """Optuna's own battery."""
 
-    @pytest.fixture(params=["shade", "rand1"])
+    @pytest.fixture(params=STRATEGIES)
     def sampler(self, request) -> Callable[[], DESampler]:
         return lambda: DESampler(strategy=request.param)
 
@@ -261,7 +263,9 @@ def test_infinite_values_are_values():
 
 def test_pruned_trials_compete_when_asked_to():
     def pruned(trial: optuna.Trial) -> float:
-        trial.report(single(trial), 0)
+        value = single(trial)
+        if trial.number:  # the first one is pruned before it has a value
+            trial.report(value, 0)
         raise optuna.TrialPruned
 
     for considered in (True, False):
@@ -286,10 +290,11 @@ def test_enqueued_and_added_trials_join_the_population_and_are_improved_on():
     for trial in study.trials:
         warm.add_trial(trial)
     foreign = optuna.create_trial(params={"w0": 1.0}, distributions={"w0": space["w0"]}, value=-9)
-    warm.add_trial(foreign)
+    for _ in range(11):  # a whole generation of them, and one more
+        warm.add_trial(foreign)
     warm.optimize(PrefetchObjective(batch), n_trials=89)
     assert warm.sampler.population(warm)[1].min() >= 0, "what lacks parameters does not compete"
-    assert min(t.value for t in warm.trials[11:]) < values.min()
+    assert min(t.value for t in warm.trials[21:]) < values.min()
 
 
 def test_enqueued_trials_of_a_mixed_space_join_the_population():
@@ -417,6 +422,21 @@ def test_an_independent_sampler_can_be_given():
     assert params(study) == [{"x": 0.5}] * 3
 
 
+@pytest.mark.filterwarnings("ignore:PartialFixedSampler is experimental")
+def test_the_other_parameters_are_searched_where_optuna_fixes_one():
+    space = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    study = new_study(simplex=None, search_space=space)
+    free = study.sampler
+    study.sampler = optuna.samplers.PartialFixedSampler({"x": 0.25}, free)
+    study.optimize(
+        lambda t: abs(t.suggest_float("x", 0, 1) - t.suggest_float("y", 0, 1)), n_trials=200
+    )
+    assert {trial.params["x"] for trial in study.trials} == {0.25}
+    study.sampler = free
+    rows, _ = free.population(study)
+    np.testing.assert_allclose(rows, 0.25, atol=0.01)
+
+
 def test_reseeding_reaches_the_independent_sampler():
     sampler = new_study(independent_sampler=optuna.samplers.RandomSampler(seed=1)).sampler
     twins = [pickle.loads(pickle.dumps(sampler)) for _ in range(2)]
@@ -459,7 +479,8 @@ def test_a_seed_that_another_process_stored_at_the_same_time_holds_for_both():
     assert rows[0] == rows[1] == rows[2]
 
 
-def test_no_trial_gets_a_system_attribute_and_each_generation_reads_the_storage_once():
+@pytest.mark.parametrize("seed", [3, None])
+def test_no_trial_gets_a_system_attribute_and_each_generation_reads_the_storage_once(seed):
     class Spy(optuna.storages.InMemoryStorage):
         reads = 0
 
@@ -468,14 +489,41 @@ def test_no_trial_gets_a_system_attribute_and_each_generation_reads_the_storage_
             return super().get_all_trials(study_id, deepcopy, states)
 
     storage = Spy()
-    study = new_study(storage)
+    study = new_study(storage, seed=seed)
     storage.reads = 0
     study.optimize(single, n_trials=200)
-    assert 0 < storage.reads <= 20
+    assert 0 < storage.reads <= 20 + (seed is None)  # whose first generation is drawn twice
     assert not any(trial.system_attrs for trial in study.trials)
 
 
-def test_a_sampler_survives_pickling_and_serves_another_study():
+@pytest.mark.parametrize("generations", [1, 5])
+def test_every_trial_is_absorbed_once_however_late_it_finishes(generations, monkeypatch):
+    absorbed, row_of = [], Space.row_of
+
+    def noted(space, trial):
+        absorbed.append(trial.number)
+        return row_of(space, trial)
+
+    monkeypatch.setattr(Space, "row_of", noted)
+    study = new_study()
+    late = study.ask({name: FloatDistribution(0, 1) for name in SIMPLEX})
+    study.optimize(single, n_trials=9 + 10 * generations)
+    study.tell(late, -1)
+    study.optimize(single, n_trials=10)
+    rows, values = study.sampler.population(study)
+    assert [values[0], *rows[0]] == pytest.approx([-1, *late.params.values()], abs=1e-15)
+    assert sorted(absorbed) == list(range(len(study.trials)))
+
+
+def test_a_long_search_does_not_keep_its_old_generations():
+    study, objective = new_study(), PrefetchObjective(batch)
+    study.optimize(objective, n_trials=5)
+    old = weakref.ref(study.sampler.generation(study))
+    study.optimize(objective, n_trials=50)
+    assert old() is None
+
+
+def test_a_sampler_survives_pickling_and_serves_other_studies():
     study = new_study()
     study.optimize(single, n_trials=25)
     expected = new_study()
@@ -484,10 +532,12 @@ def test_a_sampler_survives_pickling_and_serves_another_study():
     study.optimize(single, n_trials=35)
     assert params(study) == params(expected)
 
-    other = new_study()
-    other.sampler = study.sampler
-    other.optimize(single, n_trials=60)
-    assert params(other) == params(expected)
+    elsewhere = new_study()
+    beside = optuna.create_study(storage=elsewhere._storage)
+    for other in (elsewhere, beside):
+        other.sampler = study.sampler
+        other.optimize(single, n_trials=60)
+        assert params(other) == params(expected)
     objective = pickle.loads(pickle.dumps(PrefetchObjective(batch)))
     third = new_study()
     third.optimize(objective, n_trials=60)
@@ -521,10 +571,12 @@ def test_hyperband_does_not_hide_trials_from_the_population():
 def test_the_generation_tells_its_trials_in_advance():
     study = new_study()
     study.optimize(single, n_trials=20)
+    for _ in range(25):
+        study.enqueue_trial({})  # waits for its turn, and then takes all from its row
     generation = study.sampler.generation(study)
     assert (generation.number, generation.first_trial) == (2, 20)
     study.optimize(single, n_trials=10)
-    assert [list(p.values()) for p in params(study)[20:]] == generation.rows
+    assert [list(p.values()) for p in params(study)[20:30]] == generation.rows
     np.testing.assert_array_equal(generation.params, generation.rows)
 
 
@@ -536,15 +588,18 @@ def test_reading_a_search_whose_trials_are_running_does_not_change_it(given):
         storage = optuna.storages.InMemoryStorage()
         study = new_study(storage, simplex=None, search_space=space if given else None)
         study.optimize(single, n_trials=20)
+        delayed: list[optuna.Trial] = []
         for generation in range(6):
-            trials = [study.ask(space) for _ in range(10)]
-            if look:
-                study.sampler.population(study)
-                study.sampler.generation(study)
-                assert not DEConvergedCallback().holds(study)
+            *trials, late = (study.ask(space) for _ in range(10))
+            trials += delayed[:-1]  # those that take two generations longer
+            delayed = [*delayed[-1:], late]
             for trial in trials:
+                if look:  # with none, some or most of them finished
+                    study.sampler.population(study)
+                    study.sampler.generation(study)
+                    assert not DEConvergedCallback().holds(study)
                 study.tell(trial, batch(np.array([list(trial.params.values())]))[0])
-            if look and generation == 2:
+            if generation == 2:
                 study = new_study(storage, simplex=None, search_space=space if given else None)
         return study
 
@@ -719,7 +774,7 @@ def test_threads_evaluate_each_generation_once():
 
     study = new_study()
     study.optimize(PrefetchObjective(counting), n_trials=200, n_jobs=8)
-    assert rows.count(10) <= 21  # one more, if a generation was drawn anew
+    assert rows.count(10) == 20
 
 
 def test_helpers_say_what_they_need():
@@ -727,8 +782,13 @@ def test_helpers_say_what_they_need():
     with pytest.raises(ValueError, match="it must be a DESampler"):
         optimize_population(random, batch, 1)
     unknown = optuna.create_study(sampler=DESampler())
-    with pytest.raises(ValueError, match="give DESampler a search_space"):
-        optimize_population(unknown, batch, 1)
+    for needs_the_space in (
+        unknown.sampler.population,
+        DEConvergedCallback().holds,
+        lambda study: optimize_population(study, batch, 1),
+    ):
+        with pytest.raises(ValueError, match="give DESampler a search_space"):
+            needs_the_space(unknown)
     with pytest.raises(ValueError, match="neither may be negative"):
         DEConvergedCallback(-1)
     with pytest.raises(ValueError, match="trials_per_commit is 0"):

@@ -5,15 +5,15 @@ Shapes: P population, A parameters.
 
 import math
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from kd.weightings.de_sampler.replay import REMEMBERED, Generation
+from kd.weightings.de_sampler.replay import Generation
 from kd.weightings.de_sampler.sampler import DESampler
 
 BatchObjective = Callable[[np.ndarray], np.ndarray]
@@ -37,8 +37,8 @@ class PrefetchObjective:
 
     def __init__(self, batch_objective: BatchObjective) -> None:
         self._batch_objective = batch_objective
-        # Threads may be on both sides of a generation's end.
-        self._evaluated: deque[tuple[Generation, list[float]]] = deque(maxlen=REMEMBERED)
+        # As long as a generation lives: a thread may fall behind the others by several.
+        self._evaluated: WeakKeyDictionary[Generation, list[float]] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def __call__(self, trial: Trial) -> float:
@@ -63,20 +63,18 @@ class PrefetchObjective:
 
     def _values(self, generation: Generation) -> list[float]:
         with self._lock:
-            for known, values in self._evaluated:
-                if known is generation:
-                    return values
-            values = _values_of(self._batch_objective, generation.params)
-            self._evaluated.append((generation, values))
-            return values
+            if generation not in self._evaluated:
+                values = _values_of(self._batch_objective, generation.params)
+                self._evaluated[generation] = values
+            return self._evaluated[generation]
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock and the evaluated generations."""
-        return {**self.__dict__, "_lock": None, "_evaluated": deque(maxlen=REMEMBERED)}
+        return {**self.__dict__, "_lock": None, "_evaluated": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make a new lock."""
-        self.__dict__.update(state, _lock=threading.Lock())
+        """Make a new lock; generations are evaluated again."""
+        self.__dict__.update(state, _lock=threading.Lock(), _evaluated=WeakKeyDictionary())
 
 
 def optimize_population(

@@ -4,7 +4,9 @@ Shapes: P population, D dimensions of the search space.
 """
 
 import copy
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from kd.weightings.evolution import Evaluated, Offspring, Rules, has_converged
 REMEMBERED = 3  # generations whose rows are kept, for trials that finish late
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of dictionaries, by identity
 class Generation:
     """A whole generation, for drivers that evaluate it at once."""
 
@@ -143,16 +145,13 @@ class Replay:
         if self._space is None or self._evolution is None:
             return
         size = self.rules.population_size
-        by_generation: dict[int, list[FrozenTrial]] = {}
-        for trial in trials:
-            by_generation.setdefault(trial.number // size, []).append(trial)
         groups = [
             self._evaluated(number, group, self._space)
-            for number, group in sorted(by_generation.items())
+            for number, group in itertools.groupby(trials, lambda trial: trial.number // size)
         ]
         self._evolution.absorb(*groups, generation=self.drawn)
 
-    def _evaluated(self, number: int, trials: list[FrozenTrial], space: Space) -> Evaluated:
+    def _evaluated(self, number: int, trials: Iterable[FrozenTrial], space: Space) -> Evaluated:
         """The finished trials of one generation that may challenge the occupants of their slots.
 
         A trial that this process did not draw so earns the strategy no credit: it was enqueued or
@@ -164,10 +163,11 @@ class Replay:
         for trial in trials:
             slot = trial.number % size
             shown = space.row_of(trial)
-            as_drawn = drawn is not None and drawn.rows[slot] == shown
-            if shown is None or not (as_drawn or space.contains(shown)):
+            offspring = None
+            if drawn is not None and drawn.rows[slot] == shown:
+                offspring = drawn.offspring
+            if shown is None or (offspring is None and not space.contains(shown)):
                 continue
-            offspring = drawn.offspring if drawn is not None and as_drawn else None
             slots.append(slot)
             rows.append(space.encoded(shown) if offspring is None else offspring.rows_PD[slot])
             F.append(math.nan if offspring is None else offspring.F_P[slot])
@@ -198,7 +198,6 @@ class Replay:
             shared = {n: d for (n, d), keep in zip(ours.items(), kept, strict=True) if keep}
             searched_A = self._space.searched_A
             self._space = Space(shared, ())
-            self._recent.clear()  # their rows have other columns
             if self._evolution is not None:
                 self._evolution.keep_columns(np.array(kept)[searched_A])
                 self._evolution.visible = self._space.visible

@@ -182,7 +182,6 @@ class DESampler(optuna.samplers.BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """One parameter on its own: stratum `slot` of a Latin hypercube over the generation."""
-        self._replay_of(study)
         if self._independent_sampler is not None:
             return self._independent_sampler.sample_independent(
                 study, trial, param_name, param_distribution
