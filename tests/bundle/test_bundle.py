@@ -133,7 +133,7 @@ def test_sha256sum_agrees(made):
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     subprocess.run(command, cwd=made.folder, check=True)
     written = {path.name for path in made.folder.iterdir() if path.is_file()}
-    assert set(checksums.check(made.folder)) == written - {"SHA256SUMS"}
+    assert list(checksums.check(made.folder)) == sorted(written - {"SHA256SUMS"})
 
 
 @pytest.mark.parametrize(
@@ -199,8 +199,9 @@ def test_a_class_name_that_is_not_one_line_is_refused(spare, name):
         bundle.write(spare.folder, spare.parity, named, DATA)
 
 
-def test_another_file_than_the_compared_one_is_not_bundled(spare):
-    (spare.folder / "model.onnx").write_bytes(b"another")
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"another"), Path.unlink])
+def test_another_file_than_the_compared_one_is_not_bundled(spare, spoil):
+    spoil(spare.folder / "model.onnx")
     with pytest.raises(ArtifactError, match=r"model\.onnx is not the file that was compared"):
         bundle.write(spare.folder, spare.parity, spare.student, DATA)
 
@@ -252,9 +253,18 @@ def test_a_spoilt_bundle_is_told_by_the_file_at_fault(spare, spoil, reason):
         checksums.check(spare.folder)
 
 
-def test_a_benchmark_beside_does_not_count(spare):
-    (spare.folder / "benchmark.json").write_text("{}")
-    assert "benchmark.json" not in checksums.check(spare.folder)
+@pytest.mark.parametrize(
+    "name", ["benchmark.json", "__pycache__/classify.cpython-311.pyc", ".labels.txt.part"]
+)
+def test_a_benchmark_python_s_cache_and_hidden_files_beside_do_not_count(spare, name):
+    written = checksums.check(spare.folder)
+    (spare.folder / name).parent.mkdir(exist_ok=True)
+    (spare.folder / name).write_text("{}")
+    assert checksums.check(spare.folder) == written
+    checksums.write(spare.folder)
+    assert checksums.check(spare.folder) == written
+    bundle.clear(spare.folder)
+    assert not list(spare.folder.iterdir())
 
 
 def test_the_files_of_an_export_that_is_a_folder_count_one_by_one(tmp_path):

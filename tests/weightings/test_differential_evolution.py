@@ -257,10 +257,14 @@ def _answer(url: str) -> dict:
     raise TimeoutError(url)
 
 
-def test_a_study_cut_short_is_resumed_to_the_same_weights_and_a_finished_one_is_read(tmp_path):
+@pytest.mark.parametrize(("generations", "tolerance"), [(10, 0.0), (500, 1e-3)])
+def test_a_study_cut_short_is_resumed_to_the_same_weights_and_a_finished_one_is_read(
+    generations, tolerance, tmp_path
+):
     given = *random_logits(3, 100, 4), names(3), 0
-    weighting = DifferentialEvolution(generations=10)
+    weighting = DifferentialEvolution(generations=generations, tolerance=tolerance)
     whole = weighting.find(*given, study_path=tmp_path / "whole")
+    assert (whole.evaluations < 20 * generations) == (tolerance > 0)  # it converges
     lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
     (tmp_path / "cut").write_bytes(b"".join(lines[:343])[:-9])
     resumed = weighting.find(*given, study_path=tmp_path / "cut")
