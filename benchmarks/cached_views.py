@@ -27,14 +27,14 @@ from kd.data import Augment, Cifar10, Images, Splits, prepare  # noqa: E402
 from kd.ensemble import Ensemble  # noqa: E402
 from kd.evaluate import predict, scores  # noqa: E402
 from kd.methods import KD  # noqa: E402
-from kd.models import CifarResNet, PlainCNN, build_model  # noqa: E402
+from kd.models import CifarResNet, Model, PlainCNN, build_model  # noqa: E402
 from kd.recipe import SGD, Cosine, Recipe  # noqa: E402
 from kd.tables import DiskTables  # noqa: E402
 from kd.train import fit  # noqa: E402
 
-TEACHER = PlainCNN(depth=8)
-ASSISTANTS = (PlainCNN(depth=6), CifarResNet(depth=8), PlainCNN(depth=4))
-STUDENT = PlainCNN(depth=2)
+TEACHER: Model = PlainCNN(depth=8)
+ASSISTANTS: tuple[Model, ...] = (PlainCNN(depth=6), CifarResNet(depth=8), PlainCNN(depth=4))
+STUDENT: Model = PlainCNN(depth=2)
 METHOD = KD(temperature=4.0, alpha=0.9)
 
 
@@ -97,7 +97,7 @@ def train_all(arguments: argparse.Namespace) -> None:
 
 def trained(
     path: Path,
-    model: PlainCNN | CifarResNet,
+    model: Model,
     images: Images,
     recipe: Recipe,
     ensemble: Ensemble | None = None,
@@ -140,7 +140,12 @@ def student(
         tables=DiskTables(),
     )
     seconds = time.process_time() - started
-    found = {"views": views, "seed": seed, "accuracy": accuracy(network, val), "cpu_s": seconds}
+    found: dict[str, object] = {
+        "views": views,
+        "seed": seed,
+        "accuracy": accuracy(network, val),
+        "cpu_s": seconds,
+    }
     print(found, file=sys.stderr, flush=True)
     return found
 

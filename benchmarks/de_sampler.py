@@ -30,14 +30,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import optuna
 import scipy
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.storages import InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -55,7 +55,7 @@ from kd.weightings.simplex import from_cube
 
 ROOT = Path(__file__).parents[1]
 NAMES = tuple(f"w{k}" for k in range(5))
-SPACE = {name: FloatDistribution(0.0, 1.0) for name in NAMES}
+SPACE: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in NAMES}
 TARGET = np.array([0.4, 0.3, 0.2, 0.1, 0.0])
 STRATEGIES: tuple[Strategy, ...] = ("rand1", "best1", "current-to-best1", "jade", "shade")
 TOLERANCE = 1e-6
@@ -103,7 +103,8 @@ def wall(work: Callable[[], object]) -> float:
 
 def batch(rows_PK: np.ndarray) -> np.ndarray:
     """A bowl whose bottom is on a face of the simplex."""
-    return ((rows_PK - TARGET) ** 2).sum(axis=1)
+    values_P: np.ndarray = ((rows_PK - TARGET) ** 2).sum(axis=1)
+    return values_P
 
 
 def single(trial: optuna.Trial) -> float:
@@ -377,13 +378,11 @@ def _objective_rows(classes: int, nll_bar: float, repeats: int) -> Iterator[Row]
     def plain_errors() -> list[float]:
         return [float((mix(w_K).argmax(axis=1) != labels_N).mean()) for w_K in single_PK[:20]]
 
-    fast = MixtureNLL(logits_KNC, labels_N, np.float32)
-    exact = MixtureNLL(logits_KNC, labels_N)
+    nll = MixtureNLL(logits_KNC, labels_N)
     errors = ErrorRate(np.exp(log_probs(logits_KNC)), labels_N)
     works: dict[str, tuple[Callable[[], object], int]] = {
         "nll": (plain_nll, 20),
-        "fast nll": (lambda: [fast(weights_PK) for _ in range(10)], 500),
-        "float64 nll": (lambda: [exact(weights_PK) for _ in range(10)], 500),
+        "fast nll": (lambda: [nll(weights_PK) for _ in range(10)], 500),
         "accuracy": (plain_errors, 20),
         "fast accuracy": (lambda: [errors(weights_PK) for _ in range(10)], 500),
     }
@@ -600,8 +599,7 @@ def _replay_seconds(size: int, trials: int) -> float:
     study = study_with(de_sampler(size))
     study.optimize(PrefetchObjective(batch), n_trials=trials)
     return statistics.median(
-        cpu(lambda fresh=fresh: fresh.generation(study))
-        for fresh in (de_sampler(size) for _ in range(3))
+        cpu(partial(fresh.generation, study)) for fresh in (de_sampler(size) for _ in range(3))
     )
 
 

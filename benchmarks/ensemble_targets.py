@@ -13,7 +13,9 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -21,7 +23,7 @@ sys.path.insert(0, str(PROJECT))
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 
 import torch  # noqa: E402
-from side_by_side import in_turns, machine, ratios  # noqa: E402
+from side_by_side import Case, in_turns, machine, ratios  # noqa: E402
 
 from kd.data import Augment, Images  # noqa: E402
 from kd.ensemble import Ensemble  # noqa: E402
@@ -38,7 +40,7 @@ BAR = 1.05
 BATCH = 128
 
 
-def network(depth: int) -> torch.nn.Module:
+def network(depth: Any) -> torch.nn.Module:
     """A plain CNN for 10 classes."""
     return build_model(PlainCNN(depth=depth), channels=3, image_size=32, num_classes=10)
 
@@ -70,7 +72,7 @@ def main() -> None:
     )
     members = tuple(network(depth) for depth in arguments.members)
     ensemble = Ensemble(members, (1 / len(members),) * len(members))
-    forms = {
+    forms: dict[str, Any] = {
         "labels": None,
         "cached": "cached",
         "on-line": "online",
@@ -78,7 +80,7 @@ def main() -> None:
     }
     if len(set(arguments.members)) == 1 < len(members):
         forms["on-line, all at once"] = "stacked"
-    cases, trainings = {}, {}
+    cases: dict[str, Case] = {}
     for name, targets in forms.items():
         recipe = Recipe(
             epochs=1,
@@ -92,7 +94,7 @@ def main() -> None:
         with mock.patch("kd.train.targets.folded", as_it_is if "unfolded" in name else folded):
             lesson = Lesson(images, recipe, 0, 10, *taught)
         plan = Plan(recipe, arguments.steps)
-        training = trainings[name] = Training(network(2).to(device), lesson, plan)
+        training = Training(network(2).to(device), lesson, plan)
 
         def steps(training: Training = training) -> None:
             for step in range(arguments.steps):
@@ -101,7 +103,7 @@ def main() -> None:
 
         cases[name] = steps
     making = Recipe(epochs=1, targets="cached", views=1, precision=arguments.precision)
-    cases["making a table of one view"] = lambda: Lesson(images, making, 0, 10, KD(), ensemble)
+    cases["making a table of one view"] = partial(Lesson, images, making, 0, 10, KD(), ensemble)
     seconds = in_turns(cases, arguments.rounds, clock)
     depths = " ".join(f"CNN-{depth}" for depth in arguments.members)
     print(f"{machine()}; {arguments.precision}, batch {BATCH}, n = {arguments.rounds}; {depths}\n")

@@ -29,7 +29,7 @@ from kd.exporters import (
     export_and_check,
     latency,
 )
-from kd.models import CifarResNet, PlainCNN, build_model
+from kd.models import CifarResNet, Model, PlainCNN, build_model
 from kd.recipe import SGD, Recipe
 from kd.train import fit
 
@@ -71,9 +71,13 @@ def networks(folder: Path, epochs: int, large: bool) -> Iterator[tuple[str, Trai
     record = prepare(Digits(), splits, image_size=16, channels=1, seed=0, folder=folder)
     train = Images.load(folder, "train", augment=Augment(shift=1))
     val = Images.load(folder, "val")
-    about = {"class_names": tuple(record["class_names"]), "mean": train.mean, "std": train.std}
+    about: dict[str, Any] = {
+        "class_names": tuple(record["class_names"]),
+        "mean": train.mean,
+        "std": train.std,
+    }
     recipe = Recipe(epochs=epochs, optimizer=SGD(lr=0.05))
-    models = {
+    models: dict[str, Model] = {
         "plain CNN": PlainCNN(depth=2),
         "ResNet-8": CifarResNet(depth=8),
         "ResNet-20": CifarResNet(depth=20),

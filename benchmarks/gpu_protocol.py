@@ -82,8 +82,15 @@ def learn(task: Task, ensemble: Ensemble | None = None) -> nn.Module:
         teacher.load_state_dict(task.teacher)
         ensemble = Ensemble((teacher,), (1.0,))
     # Seeds differ: a seed's order of images is kept on the device, for the stream that made it.
-    given = {"seed": task.depth, "num_classes": 10, "method": KD() if ensemble else None}
-    trained, _ = fit(network(task.depth), images, task.recipe, ensemble=ensemble, **given)
+    trained, _ = fit(
+        network(task.depth),
+        images,
+        task.recipe,
+        seed=task.depth,
+        num_classes=10,
+        method=KD() if ensemble else None,
+        ensemble=ensemble,
+    )
     finish(images.labels_N.device)
     return trained
 
@@ -117,7 +124,7 @@ def in_streams(tasks: list[Task]) -> list[nn.Module]:
     """All at once, a thread and a stream each."""
 
     def alone(task: Task) -> nn.Module:
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(torch.cuda.Stream()):
             return learn(task)
 
     with ThreadPoolExecutor(len(tasks)) as pool:

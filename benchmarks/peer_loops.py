@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,7 +28,7 @@ from kd.data import Images
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 BATCH = 128
 TEMPERATURE, HARD, SOFT = 4, 0.1, 0.9
-SGD = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -29,18 +30,23 @@ from torch import nn  # noqa: E402
 from kd.data import Augment, Images  # noqa: E402
 from kd.ensemble import Ensemble  # noqa: E402
 from kd.methods import KD  # noqa: E402
-from kd.models import CifarResNet, PlainCNN, build_model  # noqa: E402
+from kd.models import CifarResNet, Model, PlainCNN, build_model  # noqa: E402
 from kd.recipe import SGD, Recipe  # noqa: E402
 from kd.train import fit  # noqa: E402
 from kd.train.targets import InMemory  # noqa: E402
 
 CHECKOUTS = ("mdistiller", "repdistiller")
-PAIRS = {
+Targets = Literal["cached", "online"]
+Precision = Literal["fp32", "bf16"]
+PAIRS: dict[str, tuple[Model, Model, int]] = {
     "CNN-10 -> CNN-2": (PlainCNN(depth=10), PlainCNN(depth=2), 2560),
     "ResNet-56 -> ResNet-8": (CifarResNet(depth=56), CifarResNet(depth=8), 1280),
 }
-BARS = {("cached", "fp32"): 6.0, ("cached", "bf16"): 9.0, ("online", "fp32"): 1.5} | {
-    ("online", "bf16"): 2.4
+BARS = {
+    "kd, cached, fp32": 6.0,
+    "kd, cached, bf16": 9.0,
+    "kd, online, fp32": 1.5,
+    "kd, online, bf16": 2.4,
 }
 
 
@@ -58,7 +64,7 @@ class Kept(InMemory):
 
 
 def ours(
-    teacher: nn.Module, student: nn.Module, images: Images, targets: str, precision: str
+    teacher: nn.Module, student: nn.Module, images: Images, targets: Targets, precision: Precision
 ) -> Callable[[], object]:
     """fit() for one epoch."""
     tables = Kept()
@@ -97,7 +103,9 @@ def main() -> None:
     """Time every pair, and print tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns that are counted")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"]
+    )
     parser.add_argument("--small", action="store_true", help="a tenth of the images: a trial")
     parser.add_argument(
         "--checkout",
@@ -119,8 +127,8 @@ def main() -> None:
 
 def report(
     name: str,
-    teacher: PlainCNN | CifarResNet,
-    student: PlainCNN | CifarResNet,
+    teacher: Model,
+    student: Model,
     num: int,
     arguments: argparse.Namespace,
 ) -> None:
@@ -134,7 +142,7 @@ def report(
         augment=Augment(shift=4, flip=True),
     )
 
-    def network(model: PlainCNN | CifarResNet) -> nn.Module:
+    def network(model: Model) -> nn.Module:
         return build_model(model, channels=3, image_size=32, num_classes=10)
 
     peers, cases = [], {}
@@ -144,7 +152,8 @@ def report(
             peers.append(peer)
         except ImportError as error:
             print(f"{peer} is absent: {error}")
-    for targets in ("cached", "online"):
+    both: tuple[Targets, ...] = ("cached", "online")
+    for targets in both:
         for precision in arguments.precisions:
             cases[f"kd, {targets}, {precision}"] = ours(
                 network(teacher), network(student), images, targets, precision
@@ -155,9 +164,8 @@ def report(
     print(f"**{name}**, {num} images\n")
     print(f"| loop | CPU s | {best} / it | bar |\n| --- | --- | --- | --- |")
     for case, times in seconds.items():
-        bar = BARS.get(tuple(case.split(", ")[1:]), "")  # type: ignore[call-overload]
         ratio = ratios(seconds, best, case)
-        print(f"| {case} | {statistics.median(times):.2f} | {ratio} | {bar} |")
+        print(f"| {case} | {statistics.median(times):.2f} | {ratio} | {BARS.get(case, '')} |")
     print()
 
 

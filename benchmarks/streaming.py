@@ -73,8 +73,13 @@ def main() -> None:
         file = str(Path(folder) / "images")
         mapped = torch.from_file(file, shared=True, size=numel, dtype=torch.uint8).view(shape)
         mapped.random_(256)
-        form = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "augment": augment}
-        streamed = Images(pixels_NHWC=mapped, labels_N=labels_N, **form)
+        streamed = Images(
+            pixels_NHWC=mapped,
+            labels_N=labels_N,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            augment=augment,
+        )
         held = dataclasses.replace(streamed, pixels_NHWC=mapped.clone().to(device))
         cases = {
             "held on the device": steps_of(held, recipe, arguments.steps),

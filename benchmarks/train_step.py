@@ -29,14 +29,14 @@ import torch._dynamo  # noqa: E402
 from side_by_side import in_turns, machine, ratios  # noqa: E402
 
 from kd.data import Augment, Images  # noqa: E402
-from kd.models import CifarResNet, PlainCNN, build_model, count  # noqa: E402
+from kd.models import CifarResNet, Model, PlainCNN, build_model, count  # noqa: E402
 from kd.recipe import SGD, Recipe  # noqa: E402
 from kd.train import Lesson, Plan  # noqa: E402
 from kd.train.device import prepare  # noqa: E402
 from kd.train.loop import Training  # noqa: E402
 from kd.train.speed import finish, let_go  # noqa: E402
 
-MODELS = {
+MODELS: dict[str, Model] = {
     "CNN-2": PlainCNN(depth=2),
     "CNN-4": PlainCNN(depth=4),
     "CNN-8": PlainCNN(depth=8),
@@ -48,7 +48,7 @@ MODELS = {
 BATCH = 128
 
 
-def prepared(model: PlainCNN | CifarResNet, recipe: Recipe, device: str) -> Training:
+def prepared(model: Model, recipe: Recipe, device: str) -> Training:
     """A network about to take its first step."""
     torch.manual_seed(0)
     network = build_model(model, channels=3, image_size=32, num_classes=10).to(device)

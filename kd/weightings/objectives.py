@@ -87,12 +87,14 @@ class MixtureNLL:
         top_N = true_KN.max(axis=0)
         self.offset = float(-top_N.mean())
         self.likelihoods_KN = np.exp(true_KN - top_N)
+        # Copied: multiplying by a view of some columns takes half as long again.
+        self.blocks = [self.likelihoods_KN[:, part].copy() for part in chunks(len(labels_N))]
 
     def __call__(self, weights_PK: np.ndarray) -> np.ndarray:
         """Values of the candidates, whose rows are on the simplex."""
         total_P = np.zeros(len(weights_PK))
-        for part in chunks(self.likelihoods_KN.shape[1]):
-            total_P -= _sum_of_logs(weights_PK @ self.likelihoods_KN[:, part])
+        for block_KN in self.blocks:
+            total_P -= _sum_of_logs(weights_PK @ block_KN)
         mean_P: np.ndarray = total_P / self.likelihoods_KN.shape[1]
         return mean_P + self.offset
 
@@ -234,19 +236,17 @@ def _score(
 
 
 def _sum_of_logs(values_PN: np.ndarray) -> np.ndarray:
-    """Sum over samples of log(values), values in [0, 1]: (P,) float64.
+    """Sum over samples of log(values), values in [0, 1]: (P,).
 
     One logarithm per product of 8 values, which is 3 times faster; one per value if a product
     is near underflow.
     """
-    width = values_PN.shape[1] // FACTORS
-    tiny = np.finfo(values_PN.dtype).tiny
-    rest_PN = values_PN[:, width * FACTORS :]
-    products_PN = values_PN[:, :width].copy()
-    for factor in range(1, FACTORS):
-        products_PN *= values_PN[:, factor * width : (factor + 1) * width]
-    if width and products_PN.min() < tiny / np.finfo(values_PN.dtype).eps:
-        products_PN, rest_PN = np.maximum(values_PN, tiny), rest_PN[:, :0]
-    total_P: np.ndarray = np.log(np.maximum(rest_PN, tiny)).sum(axis=1, dtype=np.float64)
-    total_P += np.log(products_PN).sum(axis=1, dtype=np.float64)
+    tiny, eps = np.finfo(float).tiny, np.finfo(float).eps
+    grouped = values_PN.shape[1] // FACTORS * FACTORS
+    factors_PFN = values_PN[:, :grouped].reshape(len(values_PN), FACTORS, -1)
+    products_PN = np.multiply.reduce(factors_PFN, axis=1)
+    if grouped and products_PN.min() < tiny / eps:
+        grouped, products_PN = 0, products_PN[:, :0]
+    total_P: np.ndarray = np.log(np.maximum(values_PN[:, grouped:], tiny)).sum(axis=1)
+    total_P += np.log(products_PN).sum(axis=1)
     return total_P
