@@ -1,4 +1,7 @@
-"""The benchmarks that docs/training.md has one run on the first GPU, on a pretended one."""
+"""The benchmarks still run: those of a GPU (docs/training.md) on a pretended one, others in small.
+
+Not benchmarks/orchestration.py, which takes minutes, nor cached_views.py, which needs CIFAR-10.
+"""
 
 import re
 import runpy
@@ -30,6 +33,16 @@ COMMANDS = dict(
     )
 )
 COMMANDS = {script: command.replace(" --compile", "") for command, script in COMMANDS.items()}
+
+
+ELSEWHERE = {
+    "de_sampler.py --quick": f"Bars measured: {[*range(1, 12)]};",  # held or not
+    "peers.py --small --rounds 1 --precisions fp32": "| kd, online, fp32 | ",
+    "exports.py --epochs 1 --seconds 0.05 --skip-224": "| ResNet-20 | coreml int8 | ",
+    "seeds.py --seeds 2": "| student - teacher | ",
+    "servers.py --flows 2 --tasks 2 --rounds 1": "| 2 | PostgreSQL | ",
+}
+"""Those without a GPU, and how what they print last begins."""
 
 
 def run(script, small):
@@ -69,6 +82,20 @@ def test_the_protocol_keeps_its_figures_where_assistants_cannot_be_trained_at_on
     start = rows.index("---") + 1
     assert rows[start:] == ["teacher", "assistants in turn", "student", "all of these", *at_once]
     assert said.count("failed:") == 2
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_the_other_benchmarks_run(command):
+    done = subprocess.run(
+        [sys.executable, *shlex.split(f"benchmarks/{command}")],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert last.startswith(ELSEWHERE[command]), done.stdout + done.stderr
 
 
 def test_a_case_that_fails_is_left_out_and_the_others_are_timed(capsys):
