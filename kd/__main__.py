@@ -29,7 +29,13 @@ def main() -> int:
     if "KD_PIPELINE_RUN" not in os.environ and (name := warm.pipeline_run()):
         os.environ["KD_PIPELINE_RUN"] = name
     status = warm.delegate(argv)
-    return run(argv) if status is None else status
+    if status is not None:
+        return status
+    if "DVC_STAGE" in os.environ and "KD_FLOW_RUN_ID" not in os.environ:
+        # As forks of the warm process do; else the next run trains beside us.  A flow's leash
+        # ends us, too, but lets us save first.
+        signals.end_with(os.getppid())
+    return run(argv)
 
 
 def run(argv: list[str]) -> int:

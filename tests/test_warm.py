@@ -309,6 +309,25 @@ def test_a_dvc_killed_by_force_leaves_neither_the_stage_nor_the_warm_process(toy
     running.communicate()
 
 
+ALONE = """
+import sys
+from kd import __main__
+__main__.run = lambda argv: exec(argv[0])
+__main__.main()
+"""
+
+
+def test_a_dvc_killed_by_force_takes_a_stage_along_that_no_warm_process_runs(toy: Toy) -> None:
+    toy.path("alone.py").write_text(ALONE)
+    command = shlex.join([sys.executable, "alone.py", ENDLESS])
+    toy.write({"train": {"cmd": command, "outs": ["train.txt"]}})
+    running = repro(toy, KD_WARM="0", PYTHONPATH=str(SOURCES))
+    pid = pid_in(toy.path("PID"))
+    running.kill()
+    wait_until(lambda: not lives(pid), patience=10)
+    running.communicate()
+
+
 def test_a_socket_that_a_killed_warm_process_left_is_swept_by_the_next_dvc(toy: Toy) -> None:
     server = "open('SERVER', 'w').write(str(__import__('os').getppid())); "
     toy.write({"train": stage("train", server + ENDLESS)})
