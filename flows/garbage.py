@@ -3,10 +3,7 @@
 Listing and deleting are separate calls; hold the workspace's lock for both.
 """
 
-import os
-import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from flows.stage import DVC, environment
-from kd import warm
 from kd.tracking import contact
 
 Keep = Literal["commits", "branches"]
@@ -77,23 +73,6 @@ def old_recorders(days: float) -> list[Path]:
         for path in (lock.with_suffix(".log"), lock.with_suffix(".sock"), lock)
         if path.exists()
     ]
-
-
-def old_warm_folders(days: float) -> list[Path]:
-    """This user's warm-process socket folders, `days` old, left behind by killed flows."""
-    before = time.time() - days * 86_400
-    return [
-        folder
-        for folder in sorted(Path(tempfile.gettempdir()).glob(f"{warm.FOLDER}*"))
-        if _is_own_folder(found := folder.lstat())
-        and found.st_mtime < before
-        and not any(contact.listens(path) for path in folder.iterdir())
-    ]
-
-
-def _is_own_folder(found: os.stat_result) -> bool:
-    """Whether it is a folder, not a link, and belongs to this user."""
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _passing(own: Path) -> Iterator[Path]:

@@ -3,7 +3,6 @@
 infra/prefect.yaml deploys `flows/housekeeping_flow.py:housekeeping`.
 """
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -61,14 +60,12 @@ def clean_checkpoints(root: Path, dry_run: bool, days: float) -> list[Item]:
 
 @task(task_run_name="temporary folder", cache_policy=NO_CACHE, persist_result=False)
 def clean_temporary(dry_run: bool, days: float) -> list[Item]:
-    """Clean up what recorders and warm processes left behind, even those of deleted clones."""
-    files, folders = garbage.old_recorders(days), garbage.old_warm_folders(days)
-    items = [Item(str(path), path.stat().st_size) for path in [*files, *folders]]
+    """Clean up what recorders left behind, even those of deleted clones."""
+    files = garbage.old_recorders(days)
+    items = [Item(str(path), path.stat().st_size) for path in files]
     if not dry_run:
         for path in files:
             path.unlink(missing_ok=True)
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)  # its flow may be deleting it too
     return items
 
 
@@ -86,8 +83,8 @@ def housekeeping(
         dry_run: Only list, delete nothing.
         keep: What to keep in DVC's cache besides the workspace's files: those of all commits, or
             of branch heads and tags; in both cases those of queued and finished experiments.
-        days: Minimum days since something was deleted in MLflow, a checkpoint or recorder was
-            last used, or a warm process's folder was created.
+        days: Minimum days since something was deleted in MLflow, or a checkpoint or recorder was
+            last used.
 
     Returns:
         Completed, with a message on how much was or would be deleted.

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from flows import child, display, graph, locks, needs, server, timeline
 from flows.stage import ERROR, environment
-from kd import SETTINGS, STAGES, disk, warm, workspace
+from kd import SETTINGS, STAGES, disk, workspace
 
 
 class PipelineStoppedError(Exception):
@@ -222,7 +221,7 @@ def warm_process(root: Path) -> Iterator[None]:
     if os.environ.get("KD_WARM") == "0" or sys.platform != "linux":
         yield
         return
-    with tempfile.TemporaryDirectory(prefix=warm.FOLDER) as folder:
+    with disk.temporary() as folder:
         path = str(Path(folder, "socket"))
         log = (root / ".kd" / "warm.log").open("w")
         command = [sys.executable, "-m", "kd.warm", path]

@@ -1,12 +1,16 @@
-"""Atomic writes, files and folders alike, checksums, and remedies for disk errors."""
+"""Atomic writes, temporary folders, checksums of files and folders, remedies for disk errors."""
 
 import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+TEMPORARY = "kd-run-"
+"""Prefix of temporary folders; the number of the process that made it follows."""
 
 
 @contextmanager
@@ -26,6 +30,17 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary() -> tempfile.TemporaryDirectory[str]:
+    """Make a temporary folder, and remove those of processes that were killed."""
+    for left_over in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*-*"):
+        with suppress(ValueError, OverflowError):  # a name that anybody may have given
+            if not lives(int(left_over.name.split("-")[2])):
+                shutil.rmtree(left_over, ignore_errors=True)  # another user's stays
+    return tempfile.TemporaryDirectory(
+        prefix=f"{TEMPORARY}{os.getpid()}-", ignore_cleanup_errors=True
+    )
 
 
 def lives(process: int) -> bool:

@@ -9,12 +9,11 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from kd import signals
+from kd import disk, signals
 
 PATIENCE = 7 * 24 * 3600
 """Seconds before torchrun kills ranks that were told to stop; torch 2.11's default is 30."""
@@ -36,7 +35,7 @@ def run(command: Sequence[str], count: int) -> int:
     usual = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     heeded = [each.name for each, handler in usual.items() if handler != signal.SIG_IGN]
     logging.disable()  # torchrun would report each failure again
-    with tempfile.TemporaryDirectory(prefix="kd-ranks-", ignore_cleanup_errors=True) as folder:
+    with disk.temporary() as folder:
         os.environ["KD_RANKS"] = folder
         os.environ["KD_LAUNCHER"] = str(os.getpid())
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(PATIENCE)

@@ -33,8 +33,6 @@ READ_ON_LOAD = (
     *("TORCH_", "PYTORCH_", "PYTHON", "LD_"),
 )
 """Prefixes of variables that took effect when the warm process started."""
-FOLDER = "kd-warm-"
-"""Prefix of the temporary folder that holds the socket of a flow's warm process."""
 PARENT, BORN = 1, 19
 """Their positions in /proc/PID/stat, counted from the process's state, after its name."""
 

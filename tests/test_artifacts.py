@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import artifacts
+from kd import artifacts, disk
 from kd.__main__ import run
 from kd.artifacts import ArtifactError
 from kd.component import ConfigError
@@ -69,6 +69,27 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(workspace):
     left_over.write_text("{")
     artifacts.write_json(workspace / "r.json", {})
     assert [path.name for path in workspace.iterdir()] == ["r.json"]
+
+
+def test_temporary_folders_of_killed_processes_go_and_those_of_others_stay(workspace, monkeypatch):
+    script = (
+        "import os, signal; from kd.disk import temporary; folder = temporary(); "
+        "open(f'{folder.name}/file', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {
+        **os.environ,
+        "TMPDIR": str(workspace),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    (left_over,) = workspace.iterdir()
+    monkeypatch.setattr("tempfile.tempdir", str(workspace))
+    mine = {workspace / f"kd-run-{name}" for name in ("x-y", f"{10**30}-y", f"{os.getppid()}-y")}
+    for folder in mine:
+        folder.mkdir()
+    with disk.temporary() as made, disk.temporary() as other:
+        assert {*workspace.iterdir()} == {*mine, Path(made), Path(other)}
+    assert not left_over.exists()
 
 
 def test_a_full_disk_is_told_in_one_line(workspace, monkeypatch, capsys):

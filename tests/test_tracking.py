@@ -314,7 +314,7 @@ def test_a_killed_process_leaves_no_run_running(in_home, sent, short_temporary):
     assert run.info.status == "KILLED"
     assert run.data.tags["kd.end_reason"]
     assert run.data.metrics["val_accuracy"] == 0.75
-    assert not list(short_temporary.glob("kd-tracking-*"))
+    assert not list(short_temporary.glob("kd-run-*"))
 
 
 def test_a_stopped_stage_names_the_signal(in_home):

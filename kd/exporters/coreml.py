@@ -16,14 +16,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kd.component import ConfigError, component
-from kd.disk import remove
+from kd.disk import remove, temporary
 from kd.exporters.files import (
     AT_IMPORT,
     Runner,
@@ -82,7 +81,7 @@ class CoreML:
             ConfigError: the package is not installed, or the network cannot be exported.
         """
         self.check()
-        with _coremltools(), exporting("a Core ML program"), TemporaryDirectory() as folder:
+        with _coremltools(), exporting("a Core ML program"), temporary() as folder:
             saved, staged = Path(folder) / "saved.mlpackage", path.with_name(f".{path.name}")
             try:
                 self._save(trained, saved)

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kd.component import ConfigError, component
+from kd.disk import temporary
 from kd.exporters.files import (
     Runner,
     captured,
@@ -162,8 +162,8 @@ def _converted(program: torch.export.ExportedProgram, images: Tensor | None) -> 
     """Have the worker convert a graph, calibrated on `images` if given."""
     import numpy
 
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with temporary() as named:
+        folder = Path(named)
         torch.export.save(program, folder / "program.pt2")
         if images is not None:
             numpy.save(folder / "calibration.npy", in_canonical_memory(images).numpy())

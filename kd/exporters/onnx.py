@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kd.component import component
+from kd.disk import temporary
 from kd.exporters.files import (
     Runner,
     counted,
@@ -122,7 +122,7 @@ class Onnx:
                 image = next(self.rest, None)
                 return None if image is None else {"image": image.numpy()}
 
-        with TemporaryDirectory() as folder, ignoring("Please consider to run pre-processing"):
+        with temporary() as folder, ignoring("Please consider to run pre-processing"):
             names = ("fp32", "prepared", "int8")
             fp32, prepared, made = (Path(folder) / f"{name}.onnx" for name in names)
             onnx.save(model, fp32)

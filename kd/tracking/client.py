@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd import disk
 from kd.tracking import contact
 from kd.tracking.address import TrackingError, prepare_store, repository, without_password
 from kd.tracking.wire import Line
@@ -79,8 +80,8 @@ class Run:
 
     @cached_property
     def _scratch(self) -> "tempfile.TemporaryDirectory[str]":
-        """Created on first use, so that a stage killed during training leaves none behind."""
-        return tempfile.TemporaryDirectory(prefix="kd-tracking-")
+        """Created on first use: few stages need it."""
+        return disk.temporary()
 
     @property
     def id(self) -> str | None:

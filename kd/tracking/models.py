@@ -8,7 +8,6 @@ neither torch nor any format's runtime.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,8 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 from numpy.typing import NDArray
+
+from kd import disk
 
 # N pictures, C classes, H W picture
 
@@ -97,7 +98,7 @@ def log(client: mlflow.MlflowClient, experiment: str, run_id: str, saved: Saved)
     tags = dict(saved.tags or {})
     logged = client.create_logged_model(experiment, saved.name, run_id, tags)
     pictures = TensorSpec(np.dtype(np.uint8), (-1, *saved.example_NHWc.shape[1:]))
-    with tempfile.TemporaryDirectory() as temporary:
+    with disk.temporary() as temporary:
         data = Path(temporary, "data")
         data.mkdir()
         for path in saved.files:

@@ -143,32 +143,6 @@ def test_a_temporary_folder_that_others_made_or_may_write_to_is_refused(
         needs_it()
 
 
-def test_folders_of_warm_processes_go_when_their_flow_was_killed_long_ago(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folders = {name: tmp_path / f"kd-warm-{name}" for name in ("killed", "runs", "new", "empty")}
-    for folder in folders.values():
-        folder.mkdir()
-    left(folders["killed"] / "socket")
-    left(folders["new"] / "socket")
-    (tmp_path / "kd-warm-link").symlink_to(folders["new"])
-    with listening(folders["runs"] / "socket"):
-        for name in ("killed", "runs", "empty"):
-            os.utime(folders[name], (time.time() - 10 * 86400,) * 2)
-        assert garbage.old_warm_folders(9) == [folders["empty"], folders["killed"]]
-        assert garbage.old_warm_folders(11) == []
-        from flows.housekeeping_flow import clean_temporary
-
-        listed = clean_temporary.fn(dry_run=True, days=9)
-        assert [item.name for item in listed] == [str(folders[n]) for n in ("empty", "killed")]
-        assert folders["killed"].exists()
-        assert clean_temporary.fn(dry_run=False, days=9) == listed
-    assert {path.name for path in tmp_path.glob("kd-warm-*")} == {
-        *("kd-warm-runs", "kd-warm-new", "kd-warm-link")
-    }
-
-
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 def test_mlflows_trash_is_listed_and_emptied_but_not_what_a_version_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
