@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.scm import SCMError
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from flows import child, display, graph, locks, needs, server, timeline
 from flows.stage import ERROR, environment
-from kd import SETTINGS, STAGES, disk, workspace
+from kd import SETTINGS, STAGES, disk, signals, workspace
 
 
 class PipelineStoppedError(Exception):
@@ -48,7 +49,9 @@ def main() -> int:
         help="run the stages on the workers of a Prefect server (docs/orchestration.md)",
     )
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # same clean-up as for Ctrl-C
+    for number in signals.ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     root = Path.cwd()
     if sys.__stdout__:  # sys.stdout itself may have been wrapped by DVC's colorama
         sys.__stdout__.reconfigure(errors="replace")  # not every locale has the timeline's blocks
@@ -81,6 +84,23 @@ def main() -> int:
     except KeyboardInterrupt:
         complaints.print("stopped; finished stages are kept, and the next run continues from them")
         return INTERRUPTED
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """On Ctrl-C or SIGTERM, end the run in good order; on another one, at once."""
+    for each in signals.ENDING:
+        signal.signal(each, leave)
+    raise KeyboardInterrupt
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """Exit as if killed, after which nothing is left behind (flows/leash.py).
+
+    Prefect, interrupted while it cleans up, would print a traceback for each task.
+    """
+    cursor = b"\x1b[?25h" if os.isatty(2) else b""  # which the progress display hides
+    os.write(2, cursor + b"stopped at once; the next run continues from what is saved\n")
+    os._exit(INTERRUPTED)
 
 
 def read(root: Path) -> graph.Plan:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -138,6 +139,28 @@ def test_a_flow_told_to_end_leaves_no_training_and_starts_none(
     assert not lives(pid)
     assert "Traceback" not in said
     assert "the next run continues from them" in said
+
+
+STUBBORN = (
+    "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "open('PID', 'w').write(str(os.getpid())); time.sleep(600)"
+)
+
+
+@pytest.mark.slow
+def test_a_flow_told_twice_to_end_does_so_at_once_and_says_so(toy: Toy, prefect: str) -> None:
+    stages = {name: timed(name, 0, deps=["train.txt"]) for name in ("one", "two")}
+    toy.write({"train": {"cmd": f'python -c "{STUBBORN}"', "outs": ["train.txt"]}, **stages})
+    process = toy.start(PREFECT_API_URL=prefect)
+    pid = pid_in(toy.path("PID"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "stopped at once; the next run continues from what is saved"
+    wait_until(lambda: not lives(pid), patience=20)
 
 
 def test_a_flow_cancelled_in_prefect_ends_like_one_told_to_end_here(
