@@ -5,6 +5,7 @@ process inherits its slot: if a flow is killed, its training keeps the slot unti
 """
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -60,9 +61,20 @@ def workspace(root: Path) -> Iterator[int]:
                 f"{path.read_text().strip() or 'another flow'} is running in {root}: "
                 "wait for it, or stop it"
             )
+        _mend(root / ".dvc" / "tmp" / "rwlock")
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"a flow (process {os.getpid()}, since {time.ctime()})".encode(), 0)
         yield descriptor
+
+
+def _mend(path: Path) -> None:
+    """Delete DVC's lock file if a `dvc` was killed while it wrote it, else DVC fails for ever."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            json.loads(path.read_text())
+        except ValueError:
+            if path.stat().st_mtime < time.time() - 1:  # else it may just be being written
+                path.unlink()
 
 
 def _taken(descriptor: int, path: Path) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from flows import locks
 from flows.child import Stopped
-from tests.flows.toys import SOURCES, pid_in, wait_until
+from tests.flows.toys import SOURCES, Toy, pid_in, timed, wait_until
 
 NEVER = threading.Event()
 HOLDER = """
@@ -68,6 +68,17 @@ def test_a_second_flow_is_told_who_works_there(tmp_path: Path) -> None:
     assert str(tmp_path) in str(refused.value)
     with locks.workspace(tmp_path):
         pass
+
+
+def test_a_lock_file_that_a_killed_dvc_left_empty_does_not_stop_the_next(toy: Toy) -> None:
+    toy.write({"one": timed("one", 0)})
+    left = toy.path(".dvc/tmp/rwlock")
+    left.write_text("")
+    with locks.workspace(toy.root):
+        assert left.exists(), "a dvc may be writing it"
+    os.utime(left, (time.time() - 5,) * 2)
+    with locks.workspace(toy.root):
+        toy.dvc("repro")
 
 
 def test_a_gpu_is_handed_out_once_and_its_number_goes_to_the_stage(tmp_path: Path) -> None:
