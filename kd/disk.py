@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = "kd-run-"
-"""Prefix of temporary folders; the number of the process that made it follows."""
+"""Prefix of temporary folders; the numbers of a namespace and of a process in it follow."""
 
 
 @contextmanager
@@ -34,13 +34,20 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def temporary() -> tempfile.TemporaryDirectory[str]:
     """Make a temporary folder, and remove those of processes that were killed."""
-    for left_over in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*-*"):
+    ours = f"{TEMPORARY}{_namespace()}-"
+    for left_over in Path(tempfile.gettempdir()).glob(f"{ours}*-*"):
         with suppress(ValueError, OverflowError):  # a name that anybody may have given
-            if not lives(int(left_over.name.split("-")[2])):
+            if not lives(int(left_over.name.removeprefix(ours).split("-")[0])):
                 shutil.rmtree(left_over, ignore_errors=True)  # another user's stays
-    return tempfile.TemporaryDirectory(
-        prefix=f"{TEMPORARY}{os.getpid()}-", ignore_cleanup_errors=True
-    )
+    return tempfile.TemporaryDirectory(prefix=f"{ours}{os.getpid()}-", ignore_cleanup_errors=True)
+
+
+def _namespace() -> int:
+    """Tells apart processes of one number, in containers that share a folder; 0 if unknown."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def lives(process: int) -> bool:

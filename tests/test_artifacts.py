@@ -84,11 +84,13 @@ def test_temporary_folders_of_killed_processes_go_and_those_of_others_stay(works
     subprocess.run([sys.executable, "-c", script], env=environment, check=False)
     (left_over,) = workspace.iterdir()
     monkeypatch.setattr("tempfile.tempdir", str(workspace))
-    mine = {workspace / f"kd-run-{name}" for name in ("x-y", f"{10**30}-y", f"{os.getppid()}-y")}
-    for folder in mine:
+    prefix, killed = left_over.name.rsplit("-", 2)[:2]
+    named = (f"{prefix}-x-y", f"{prefix}-{10**30}-y", f"{prefix}-{os.getppid()}-y")
+    stay = {workspace / name for name in (*named, f"kd-run-1-{killed}-in-another-container")}
+    for folder in stay:
         folder.mkdir()
     with disk.temporary() as made, disk.temporary() as other:
-        assert {*workspace.iterdir()} == {*mine, Path(made), Path(other)}
+        assert {*workspace.iterdir()} == {*stay, Path(made), Path(other)}
     assert not left_over.exists()
 
 
