@@ -1,4 +1,4 @@
-"""The keys and defaults that the pages list are those of the components."""
+"""The keys and defaults that the pages list are those of the components; their links lead there."""
 
 import json
 import re
@@ -12,7 +12,9 @@ from kd.methods import Method
 from kd.methods.trust import Trust
 from kd.weightings import Weighting
 
-DOCS = Path(__file__).parents[1] / "docs"
+PROJECT = Path(__file__).parents[1]
+DOCS = PROJECT / "docs"
+PAGES = [*PROJECT.glob("*.md"), *DOCS.rglob("*.md"), PROJECT / "samples/README.md"]
 SHARED = {"kind", "standardize", "trust", "pool"}
 """Keys that methods.md states once, with their defaults, for all kinds that have them."""
 
@@ -60,3 +62,20 @@ def test_what_the_page_of_methods_states_once_holds_for_all():
     for each in get_args(Method):
         given = {it.name: default(it) for it in fields(each) if it.name in stated}
         assert given == {name: stated[name] for name in given}
+
+
+def anchors(page: Path) -> set[str]:
+    """What links can name in a page: its headings, as GitHub writes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_a_pages_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in link:
+            name, _, heading = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not heading or heading in anchors(target), link
