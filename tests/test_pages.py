@@ -1,4 +1,4 @@
-"""The keys and defaults that the pages list are those of the components; their links lead there."""
+"""The pages: their keys and defaults are those of the components; their links exist."""
 
 import json
 import re
