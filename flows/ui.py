@@ -1,5 +1,6 @@
 """`python -m flows.ui`: show this project's runs in the browser, in MLflow and Prefect."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -23,7 +24,11 @@ POLL = 0.5
 
 def main() -> int:
     """Start both servers, print their addresses, and stop them on Ctrl-C."""
+    argparse.ArgumentParser(prog="python -m flows.ui", description=main.__doc__).parse_args()
     root = Path.cwd()
+    if not (root / "dvc.yaml").exists():
+        raise SystemExit(f"error: no dvc.yaml is in {root}: run from the project's root")
+    (root / ".kd").mkdir(exist_ok=True)  # for the logs
     server.configure(root)
     commands = {}
     api = os.environ.pop("PREFECT_API_URL", None)

@@ -91,9 +91,13 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("check", help="check params.yaml without running a stage")
     bench = commands.add_parser("bench", help="measure an exported file on this machine")
     bench.add_argument("file", type=Path, help="an exported file: .onnx, .pte, ...")
-    bench.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="images per call")
-    bench.add_argument("--threads", type=positive, nargs="+", default=[1], help="runtime threads")
-    bench.add_argument("--seconds", type=float, default=1.0, help="spent on each row")
+    bench.add_argument(
+        "--batch", type=positive, nargs="+", default=[1, 8], help="images per call (1 8)"
+    )
+    bench.add_argument(
+        "--threads", type=positive, nargs="+", default=[1], help="runtime threads (1)"
+    )
+    bench.add_argument("--seconds", type=float, default=1.0, help="spent on each row (1)")
     lineage = commands.add_parser("lineage", help="trace a file to its student, teachers and data")
     lineage.add_argument(
         "file", type=Path, help="an exported file, a bundle, a model.safetensors, or a SHA-256"

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import grimp
@@ -218,6 +219,15 @@ def test_every_stage_watches_the_users_own_code(dag):
 def test_a_manifests_code_version_covers_the_code_that_dvc_watches(dag):
     watched = {path for path in dag["teacher"]["deps"] if path.startswith("kd/")}
     assert watched == {f"kd/{name}" for name in artifacts.LEARNING}
+
+
+def test_the_page_shows_the_layers_that_are_enforced():
+    page = (PROJECT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^flows|^kd\.\w+(?: \| \w+)*", page, re.M)
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    shown = [set(row.removeprefix("kd.").split(" | ")) for row in rows]
+    assert shown == [set(layer.replace("kd.", "").split(" | ")) for layer in layers]
 
 
 def test_imports_go_down_only():

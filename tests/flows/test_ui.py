@@ -20,7 +20,9 @@ from tests.flows.toys import SOURCES
 START = """
 import sys
 from flows import ui
-ui.PAGES = {"Prefect": f"http://127.0.0.1:{sys.argv[1]}", "MLflow": f"http://127.0.0.1:{sys.argv[2]}"}
+ports = sys.argv[1:]
+sys.argv[1:] = []
+ui.PAGES = {"Prefect": f"http://127.0.0.1:{ports[0]}", "MLflow": f"http://127.0.0.1:{ports[1]}"}
 ui.main()
 """
 
@@ -32,7 +34,7 @@ def opened(tmp_path: Path) -> Iterator[tuple[psutil.Process, str]]:
     for _ in range(2):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             ports.append(str(probe.getsockname()[1]))
-    (tmp_path / ".kd").mkdir()
+    (tmp_path / "dvc.yaml").touch()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     env = {
         **kept,
@@ -74,6 +76,7 @@ def test_its_servers_keep_passwords_to_themselves_and_heed_no_other_web_page(
 
 @pytest.mark.parametrize("name", ["Prefect", "MLflow"])
 def test_another_programs_pages_are_not_taken_for_ours(name: str, tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").touch()
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         code = (
@@ -94,3 +97,14 @@ def test_another_programs_pages_are_not_taken_for_ours(name: str, tmp_path: Path
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {name} needs port {port}, which another program uses")
     assert not list(tmp_path.rglob("*.log"))  # nothing was started
+
+
+def test_elsewhere_than_in_a_project_it_starts_nothing(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    command = [sys.executable, "-m", "flows.ui"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: no dvc.yaml is in {tmp_path}: run from the project's root\n"
+    assert not list(tmp_path.iterdir())
