@@ -39,13 +39,15 @@ def made(toy: Toy, text: str) -> None:
 def test_only_what_neither_commits_nor_the_workspace_name_goes_from_dvcs_cache(toy: Toy) -> None:
     made(toy, "committed")
     commit(toy)
+    made(toy, "tried")
+    toy.dvc("exp", "save")
     made(toy, "forgotten")
     made(toy, "present")
     (item,) = garbage.unused_in_dvc(toy.root, "commits")
     assert item.size == len("forgotten\n")
     cache = toy.path(".dvc/cache/files/md5")
     before = {path for path in cache.rglob("*") if path.is_file()}
-    assert len(before) == 3
+    assert len(before) == 4
     garbage.empty_dvc(toy.root, "commits")
     gone = before - {path for path in cache.rglob("*") if path.is_file()}
     assert [f"{path.parent.name}{path.name}" for path in gone] == [item.name]
