@@ -25,21 +25,20 @@ TOLD = threading.Lock()
 
 def main(command: list[str]) -> int:
     """Run `command` in its own process group; return its exit code."""
+    told, tell = os.pipe()
+    # Before the command starts: a SIGTERM in between would leave it running without a leash.
+    signal.signal(signal.SIGTERM, lambda *_: os.write(tell, b"."))
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    threading.Thread(target=_hold, args=(child.pid,), daemon=True).start()
-
-    def let_go(*_: object) -> None:
-        # In a thread: the main thread must stay in wait(), or the child remains a zombie.
-        threading.Thread(target=_end_group, args=(child.pid,), daemon=True).start()
-
-    signal.signal(signal.SIGTERM, let_go)
+    for end in (0, told):
+        # In threads: the main thread must stay in wait(), or the child remains a zombie.
+        threading.Thread(target=_hold, args=(end, child.pid), daemon=True).start()
     code = child.wait()
     _end_group(child.pid)  # the command may have been killed and left children behind
     return code if code >= 0 else 128 - code
 
 
-def _hold(group: int) -> None:
-    os.read(0, 1)
+def _hold(end: int, group: int) -> None:
+    os.read(end, 1)
     _end_group(group)
 
 

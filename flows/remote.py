@@ -121,7 +121,7 @@ class Workers:
                 parameters={"order": asdict(order)},
                 state=Scheduled(scheduled_time=datetime.now(UTC) - timedelta(seconds=ahead)),
                 name=order.stage.name,
-                tags=["kd", str(order.env.get("KD_PIPELINE_RUN", ""))],
+                tags=["kd", order.env["KD_PIPELINE_RUN"]],
                 idempotency_key=f"{key}-{number}",
             )
             if not (run.state and run.state.is_final()):

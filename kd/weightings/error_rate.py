@@ -40,7 +40,7 @@ class ErrorRate:
         self.num_lost = sum(lost)
         counts_N = np.bincount(sample_M, minlength=self.num_samples)
         place_N = np.empty(self.num_samples, dtype=np.int64)
-        place_N[np.argsort(-counts_N, kind="stable")] = np.arange(self.num_samples)
+        place_N[np.argsort(-counts_N)] = np.arange(self.num_samples)
         place_M = place_N[sample_M]
         rank_M = np.arange(len(sample_M)) - (np.cumsum(counts_N) - counts_N)[sample_M]
         self.blocks = []
@@ -119,7 +119,7 @@ def _rivals(
     can_win_NC = leads_KNC.any(axis=0) & ~lost_N[:, None]
     kept_NC = np.zeros_like(can_win_NC)
     widths_N = can_win_NC.sum(axis=1)
-    line_N = np.argsort(-widths_N, kind="stable")
+    line_N = np.argsort(-widths_N)
     begun = 0
     while begun < len(line_N) and (widest := int(widths_N[line_N[begun]])):
         # Samples with about as many rivals together: one with hundreds must not widen all others.
@@ -142,7 +142,7 @@ def _undominated(
         can_win_NC: the rivals.
         widest: R, the largest number of rivals of a sample.
     """
-    rivals_NR = np.argsort(~can_win_NC, axis=1, kind="stable")[:, :widest]
+    rivals_NR = np.argsort(~can_win_NC, axis=1)[:, :widest]
     kept_NR = np.take_along_axis(can_win_NC, rivals_NR, axis=1)
     ties_NR = np.take_along_axis(ties_NC, rivals_NR, axis=1)
     # [n, a, b]: in any mixture, whenever rival a beats the label, so does b.
@@ -150,9 +150,8 @@ def _undominated(
     for margins_NR in np.take_along_axis(margins_KNC, rivals_NR[None], axis=2):
         implied_NRR &= margins_NR[:, None, :] <= margins_NR[:, :, None]
     implied_NRR &= kept_NR[:, None, :]
-    equal_NRR = implied_NRR & implied_NRR.transpose(0, 2, 1)
-    later_RR = np.arange(widest)[:, None] > np.arange(widest)
-    kept_NR &= ~(implied_NRR & (~equal_NRR | later_RR)).any(axis=2)
+    # Rivals that imply each other are all kept: with real logits they hardly ever occur.
+    kept_NR &= ~(implied_NRR & ~implied_NRR.transpose(0, 2, 1)).any(axis=2)
     kept_NC = np.zeros_like(can_win_NC)
     np.put_along_axis(kept_NC, rivals_NR, kept_NR, axis=1)
     return kept_NC

@@ -189,10 +189,8 @@ class _AtTemperature:
         self, logits_KNC: np.ndarray, labels_N: np.ndarray, measure: Measure, mixing: Mixing
     ) -> None:
         self.given = (logits_KNC.astype(np.float64), labels_N, measure, mixing)
-        self.uniform_nll = 0.0
-        if measure == "accuracy":
-            uniform_K = np.full(len(logits_KNC), 1 / len(logits_KNC))
-            self.uniform_nll = _score(uniform_K, self.given[0], labels_N, "nll", mixing)
+        uniform_K = np.full(len(logits_KNC), 1 / len(logits_KNC))
+        self.uniform_nll = _score(uniform_K, self.given[0], labels_N, "nll", mixing)
 
     def __call__(self, points_PD: np.ndarray) -> np.ndarray:
         return np.array([self._value(point_D[:-1], point_D[-1]) for point_D in points_PD])

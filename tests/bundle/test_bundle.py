@@ -169,6 +169,11 @@ def test_every_card_has_lines_for_every_language(made, suffix, outputs):
     assert "$" not in text
     inside = "image, CGImage" if suffix == ".mlpackage" else "uint8, NHWC"
     assert (inside in text) == ("probabilities" in outputs)
+    if suffix != ".mlpackage":  # whose lines need neither type nor shape
+        code = "".join(re.findall(r"^```.*?^```", text, re.M | re.S))
+        assert ("pixels" in code) == ("probabilities" in outputs)
+        assert "1, 3, 8, 8" in code
+    assert ("FloatArray(3)" in text) == (suffix == ".tflite")
 
 
 def test_a_card_says_so_where_the_files_own_runtime_did_not_run(made):

@@ -38,8 +38,10 @@ def test_a_line_is_heard_when_it_comes_not_when_the_command_ends(tmp_path: Path)
     assert run(script, tmp_path, hear=lambda _: (tmp_path / "HEARD").touch(), timeout=30)[0] == 0
 
 
-def test_death_by_a_signal_is_not_success(tmp_path: Path) -> None:
-    assert run("kill -9 $$", tmp_path)[0] == 128 + signal.SIGKILL
+def test_death_by_a_signal_is_not_success_and_leaves_no_children_behind(tmp_path: Path) -> None:
+    script = "sleep 600 & echo $! > PID; kill -9 $$"
+    assert run(script, tmp_path)[0] == 128 + signal.SIGKILL
+    assert not lives(pid_in(tmp_path / "PID"))
 
 
 def test_a_daemon_left_behind_does_not_hold_us_up(tmp_path: Path) -> None:
@@ -69,6 +71,13 @@ def test_a_stage_is_told_once_though_its_command_ends_before_it(tmp_path: Path) 
     (tmp_path / "stage.sh").write_text(stage)
     stop_when_heard("sh stage.sh & sleep 600 & wait", tmp_path)
     assert (tmp_path / "TOLD").read_text() == "told\n"
+
+
+def test_a_leash_that_is_told_to_end_ends_its_command_even_at_once(tmp_path: Path) -> None:
+    """As supervisord tells the programs of the stack."""
+    script = "trap 'sleep 0.3; echo closed > closed; exit 3' TERM; kill $PPID; sleep 600 & wait"
+    assert run(script, tmp_path)[0] == 3
+    assert (tmp_path / "closed").exists()
 
 
 @pytest.mark.slow

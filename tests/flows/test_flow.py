@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flows import locks
-from tests.flows.toys import FOREIGN_WARNINGS, Toy, endless, lives, pid_in, timed, wait_until
+from tests.flows.toys import (
+    FOREIGN_WARNINGS,
+    SOURCES,
+    Toy,
+    endless,
+    lives,
+    pid_in,
+    timed,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -38,6 +47,14 @@ def task_runs(state: "State") -> dict[str, list[Any]]:
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
         )
     return {each.name: [each.state_name, each.run_count] for each in found}
+
+
+def flow_state(state: "State") -> str | None:
+    """The name of the flow run's state as the server has it."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(state.state_details.flow_run_id).state_name  # type: ignore[arg-type]
 
 
 def md5(path: Path) -> str:
@@ -108,6 +125,21 @@ def test_a_full_disk_costs_the_timeline_and_hides_no_reason(
     )
 
 
+def test_a_student_that_cannot_be_promoted_fails_the_run_and_says_why(
+    toy: Toy, run: Callable[[], "State"], caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.write({"student": timed("student", 0)})
+    toy.path("params.yaml").write_bytes((SOURCES / "params.yaml").read_bytes())
+    state = run()
+    missing = "artifacts/student/manifest.json is missing: run `dvc repro student`"
+    assert (state.message or "").endswith(
+        "promote: every stage is up to date, but `kd promote` ended with exit code 2; "
+        f"run it again: {missing}"
+    )
+    assert f"error: {missing}" in caplog.messages
+    assert toy.status() == {}
+
+
 def test_a_result_that_dvcs_cache_has_no_room_for_is_named(
     toy: Toy, run: Callable[[], "State"]
 ) -> None:
@@ -143,13 +175,17 @@ def test_inputs_edited_during_a_run_are_caught_and_the_stage_is_not_accepted(
     toy.write(
         {"train": {"cmd": edit, "deps": ["code"], "params": ["lr"], "outs": ["trained"]}}, lr=0.1
     )
-    assert run().is_failed()
+    first = run()
+    assert first.is_failed()
     assert "train: edited while it ran: code, lr." in caplog.text
     assert "train" in toy.status()
     # What DVC alone would have certified must not come back from the run-cache either.
     assert run().is_completed()
     assert toy.path("trained").read_text() == "edited\n"
     assert toy.status() == {}
+    # The second run found the first one ended, and so left its state as it was.
+    assert task_runs(first) == {"train": ["Failed", 1]}
+    assert flow_state(first) == "Failed"
 
 
 def test_a_second_flow_is_refused(toy: Toy, run: Callable[[], "State"]) -> None:
@@ -216,12 +252,15 @@ def test_the_report_and_the_tracked_runs_can_be_reached_from_the_flow_run(
 ) -> None:
     runs = toy.path("artifacts/runs")
     (runs / "assistants").mkdir(parents=True)
-    for name in ("student", "teacher", "assistants/Large_1"):
+    for name in ("student", "teacher"):
         (runs / f"{name}.json").write_text(json.dumps({"url": f"http://there/{name}"}))
     (runs / "report.json").write_text(json.dumps({"run_id": None, "url": None}))
+    read, made = "read.json", "artifacts/runs/assistants/Large_1.json"
+    toy.path(read).write_text(json.dumps({"url": "http://there/assistants/Large_1"}))
     toy.path("artifacts/report").mkdir()
     toy.path("artifacts/report/report.md").write_text("| student | 0.9 |")
-    toy.write({"one": timed("one", 0)})
+    one = {"cmd": f"cp {read} {made}", "deps": [read], "outs": [made]}
+    toy.write({"assistants": {"foreach": ["Large_1"], "do": one}})
     state = run()
 
     from prefect.client.orchestration import get_client
@@ -238,10 +277,17 @@ def test_the_report_and_the_tracked_runs_can_be_reached_from_the_flow_run(
         f"| {name} | [open](http://there/{name}) |"
         for name in ("teacher", "assistants/Large_1", "student")
     ]
-    assert str(found.pop("plan")).splitlines()[2:] == ["| one | never run |"]
-    assert re.match(r"```\none +░*█+ +1 thread +\d+\.\d s\n\n", str(found.pop("timeline")))
-    hashed = str(found.pop("stage-one")).splitlines()
-    assert hashed[2] == f"| made `one.txt` | {md5(toy.path('one.txt'))} |"
+    assert str(found.pop("plan")).splitlines()[2:] == ["| assistants@Large_1 | never run |"]
+    drawn = r"```\nassistants@Large_1 +░*█+ +1 thread +\d+\.\d s\n\n"
+    assert re.match(drawn, str(found.pop("timeline")))
+    assert str(found.pop("stage-assistants-large-1")).splitlines() == [
+        "[Its run in MLflow](http://there/assistants/Large_1)",
+        "",
+        "|  | DVC hash, or value |",
+        "| --- | --- |",
+        f"| made `{made}` | {md5(toy.path(made))} |",
+        f"| read `{read}` | {md5(toy.path(read))} |",
+    ]
     assert not found
 
 

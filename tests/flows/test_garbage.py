@@ -36,21 +36,26 @@ def made(toy: Toy, text: str) -> None:
     toy.dvc("repro", "-q")
 
 
-def test_only_what_neither_commits_nor_the_workspace_name_goes_from_dvcs_cache(toy: Toy) -> None:
+def test_only_what_neither_commits_nor_the_workspace_name_goes_from_dvcs_cache(
+    toy: Toy, prefect: str
+) -> None:
+    from flows.housekeeping_flow import clean_dvc  # after `prefect` has set its environment
+
     made(toy, "committed")
     commit(toy)
+    made(toy, "tried")
+    toy.dvc("exp", "save")
     made(toy, "forgotten")
     made(toy, "present")
-    (item,) = garbage.unused_in_dvc(toy.root, "commits")
+    (item,) = clean_dvc.fn(toy.root, dry_run=True, keep="commits")
     assert item.size == len("forgotten\n")
     cache = toy.path(".dvc/cache/files/md5")
     before = {path for path in cache.rglob("*") if path.is_file()}
-    assert len(before) == 3
-    garbage.empty_dvc(toy.root, "commits")
+    assert len(before) == 4
+    assert clean_dvc.fn(toy.root, dry_run=False, keep="commits") == [item]
     gone = before - {path for path in cache.rglob("*") if path.is_file()}
     assert [f"{path.parent.name}{path.name}" for path in gone] == [item.name]
     assert toy.status() == {}
-    assert garbage.unused_in_dvc(toy.root, "commits") == []
     commit(toy)
     (item,) = garbage.unused_in_dvc(toy.root, "branches")
     assert item.size == len("committed\n")
@@ -84,11 +89,28 @@ def test_checkpoints_that_were_used_lately_stay(tmp_path: Path) -> None:
     read_lately = tmp_path / ".kd/targets/read.npy"
     read_lately.touch()
     os.utime(read_lately, (time.time(), time.time() - 10 * 86400))
-    found = {str(path.relative_to(tmp_path)) for path in garbage.old_checkpoints(tmp_path, 9)}
+    from flows.housekeeping_flow import clean_checkpoints
+
+    items = clean_checkpoints.fn(tmp_path, dry_run=True, days=9)
+    found = {item.name for item in items}
     names = ("checkpoints/a/old", "targets/old.npy")
     prefix = ".kd/compare/digits/seed-0/.kd"
     assert found == {f"{parent}/{name}" for parent in (".kd", prefix) for name in names}
     assert garbage.old_checkpoints(tmp_path, 11) == []
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert clean_checkpoints.fn(tmp_path, dry_run=False, days=9) == items
+    assert files - set(tmp_path.rglob("*")) == {tmp_path / name for name in found}
+
+
+def test_the_largest_are_listed_and_the_others_summed_up() -> None:
+    from flows.housekeeping_flow import SHOWN, table
+
+    items = [garbage.Item(f"{size}.npy", size) for size in range(SHOWN + 3)]
+    lines = table({"DVC's cache": [], "checkpoints": items})[2:]
+    assert lines[0] == f"| checkpoints | `{SHOWN + 2}.npy` | {SHOWN + 2} |"
+    assert len(lines) == SHOWN + 1
+    assert lines[-1] == "| checkpoints | 3 more | 3 |"
+    assert len(table({"checkpoints": items[:SHOWN]})) == SHOWN + 2
 
 
 def test_a_table_that_is_read_stays_where_reading_leaves_no_trace(

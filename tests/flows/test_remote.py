@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import needs
+from flows import graph, needs
 from flows.checkpoints import OLD, Checkpoints
 from flows.child import Stopped
+from flows.stage import StageFailedError
 from tests.flows import servers, workers
 from tests.flows.toys import FOREIGN_WARNINGS, SOURCES, Toy, lives, timed, wait_until
 
@@ -166,6 +167,65 @@ def test_a_stage_that_no_worker_is_left_for_says_so_and_waits(
         "waits, but no worker of work pool left is online: start one, in a clone of its own, "
         "by `python -m flows.worker left`"
     ]
+
+
+def test_a_stage_whose_workers_die_is_handed_out_anew_but_not_for_ever(
+    project: Toy, prefect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client  # reads settings when imported
+    from prefect.client.schemas.actions import LogCreate, WorkPoolCreate
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+    from prefect.states import Running
+
+    from flows import remote
+
+    monkeypatch.setattr(remote, "POOLS", ("none", "deadly"))
+    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    monkeypatch.setattr(remote, "POLL", 0.05)
+    plan = graph.read(project.root)
+    ahead: list[float] = []
+    said: list[tuple[str, str]] = []
+    log = logging.getLogger("deadly")
+    log.addFilter(lambda it: said.append((it.getMessage(), it.stage_state)) is not None)  # type: ignore[attr-defined]
+    log.setLevel(logging.INFO)
+
+    def runs() -> Any:
+        ours = DeploymentFilter(id=DeploymentFilterId(any_=[*places.deployments.values()]))
+        return client.read_flow_runs(deployment_filter=ours)
+
+    def take_and_die(client: Any, pool: str) -> bool:
+        for run in runs() if said else []:
+            if run.state.is_scheduled():
+                ahead.append((run.created - run.next_scheduled_start_time).total_seconds())
+                now = {"level": logging.INFO, "timestamp": run.created, "flow_run_id": run.id}
+                lines = {"prefect.flow_runs.stage": "starts on a", "prefect.flow_runs": "begins"}
+                client.create_logs(
+                    [LogCreate(name=name, message=line, **now) for name, line in lines.items()]
+                )
+                client.set_flow_run_state(run.id, Running(), force=True)
+        return True
+
+    monkeypatch.setattr(remote, "_attended", take_and_die)
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name="deadly", type="process"))
+        places = remote.Workers(project.root, plan, {"one": 3600.0})
+        assert list(places.deployments) == ["deadly"]
+        killed = places._order(plan.stages[0], {"KD_PIPELINE_RUN": "killed"})
+        left = places._hand_out(client, killed)  # which the next flow finds under way
+        env = {"KD_PIPELINE_RUN": "next"}
+        with pytest.raises(StageFailedError, match=r"no sign of life for 0\.2 s"):
+            places.run(plan.stages[0], env=env, log=log, stop=threading.Event(), hold=[])
+        found = sorted(runs(), key=lambda run: run.created)
+    assert [run.state.name for run in found] == ["Crashed"] * remote.LIVES
+    assert found[0].id == left
+    assert [set(run.tags) for run in found] == [{"kd", "killed"}, *[{"kd", "next"}] * 2]
+    assert ahead == pytest.approx([3600] * 3, abs=60)  # long ones are taken first
+    once = [
+        ("waits for a worker of pool deadly", "waiting"),
+        ("starts on a", "running"),
+        ("lost its worker (no sign of life for 0.2 s)", "stopped"),
+    ]
+    assert said == once * remote.LIVES
 
 
 def test_a_worker_refuses_a_folder_that_somebody_works_in(project: Toy, prefect: str) -> None:

@@ -31,7 +31,7 @@ from kd.weightings.de_sampler import (
     PrefetchObjective,
     optimize_population,
 )
-from kd.weightings.de_sampler.space import Space
+from kd.weightings.de_sampler.space import Axis, Space
 from kd.weightings.evolution import Strategy
 
 STRATEGIES = get_args(Strategy)
@@ -299,7 +299,7 @@ def test_enqueued_and_added_trials_join_the_population_and_are_improved_on():
 
 def test_enqueued_trials_of_a_mixed_space_join_the_population():
     study = new_study(simplex=None, search_space=MIXED)
-    row = [1e-3, 0.25, 0.3, 5, 64, "layer"]
+    row = [1e-5, 1.0, 0.3, 9, 1, "layer"]  # ends of the ranges are in them
     study.enqueue_trial(dict(zip(MIXED, row, strict=True)))
     study.optimize(mixed_single, n_trials=10)
     rows, values = study.sampler.population(study)
@@ -326,10 +326,10 @@ def test_enqueued_weights_off_the_simplex_lend_their_value_to_no_other_point():
     np.testing.assert_allclose(values, batch(rows), atol=1e-6)
 
 
-@pytest.mark.parametrize("off", [{"n": 3, "x": 0.5}, {"n": 5, "x": 0.55}, {"n": 15, "x": 0.5}])
+@pytest.mark.parametrize("off", [{"n": 4, "x": 0.5}, {"n": 6, "x": 0.55}, {"n": 16, "x": 0.5}])
 @pytest.mark.filterwarnings("ignore:Fixed parameter")
 def test_enqueued_values_off_the_grid_lend_their_value_to_no_other_point(off):
-    space = {"n": IntDistribution(0, 10, step=5), "x": FloatDistribution(0, 1, step=0.1)}
+    space = {"n": IntDistribution(1, 11, step=5), "x": FloatDistribution(0, 1, step=0.1)}
     study = new_study(simplex=None, search_space=space)
     study.enqueue_trial(off)
     study.optimize(PrefetchObjective(lambda rows: 1 + rows.sum(axis=1)), n_trials=1)
@@ -337,6 +337,21 @@ def test_enqueued_values_off_the_grid_lend_their_value_to_no_other_point(off):
     study.optimize(PrefetchObjective(lambda rows: 100 + rows.sum(axis=1)), n_trials=19)
     assert study.trials[0].params == off
     assert study.sampler.population(study)[1].min() >= 100
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        IntDistribution(1, 9, step=2),
+        FloatDistribution(-1, 1, step=0.5),
+        CategoricalDistribution([None, "a", "b"]),
+    ],
+)
+def test_a_value_of_a_grid_is_encoded_as_the_middle_of_its_share(grid):
+    axis, num = Axis.of(grid), 3 if isinstance(grid, CategoricalDistribution) else 5
+    middles_P = (np.arange(num) + 0.5) / num
+    assert [axis.encoded(value) for value in axis.shown(axis.decoded(middles_P))] == [*middles_P]
+    assert axis.decoded(np.array([0.0, 1.0])).tolist() == [axis.low, axis.high]
 
 
 def test_parameters_with_one_value_are_columns_like_others():

@@ -314,7 +314,7 @@ def test_a_second_writer_is_refused_and_the_file_is_free_again_afterwards(folder
     path = folder / "study"
     with GenerationJournalBackend(path), pytest.raises(RuntimeError, match="another process"):
         GenerationJournalBackend(path)
-    GenerationJournalBackend(path).close()
+    GenerationJournalBackend(path, trials_per_commit=1).close()
 
 
 def test_a_closed_journal_writes_into_no_file_that_was_opened_since(folder):

@@ -12,6 +12,7 @@ from kd.weightings.objectives import (
     Mixing,
     MixtureNLL,
     TieBrokenErrors,
+    below_an_error,
     log_probs,
     mixed_log_probs,
     objective_on,
@@ -29,16 +30,17 @@ def candidates(count: int, members: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([weights_PK, np.eye(members)])
 
 
+@pytest.mark.parametrize("samples", [5, 43])  # NLLs are summed by eights, and then the rest
 @pytest.mark.parametrize("mixing", get_args(Mixing))
 @pytest.mark.parametrize("measure", get_args(Measure))
-def test_every_objective_equals_plain_loops(measure, mixing):
-    logits_KNC, labels_N = random_logits(4, 40, 5)
+def test_every_objective_equals_plain_loops(measure, mixing, samples):
+    logits_KNC, labels_N = random_logits(4, samples, 5)
     weights_PK = candidates(6, 4)
     values_P = objective_on(logits_KNC, labels_N, measure, mixing)(weights_PK)
     for weights, value in zip(weights_PK, values_P, strict=True):
         expected = score(weights, logits_KNC, labels_N, measure, mixing)
         if measure == "accuracy":  # and the tie-break, which is less than one error
-            assert expected <= value < expected + 1 / 40
+            assert expected <= value < expected + 1 / samples
         else:
             assert value == pytest.approx(expected, rel=1e-9)
 
@@ -130,11 +132,24 @@ def test_ties_between_equally_wrong_candidates_go_to_the_smaller_nll():
             assert (values_P[first] < values_P[second]) == (nll_P[first] < nll_P[second])
 
 
+@pytest.mark.parametrize("temperature", [False, True])
+def test_members_that_are_certain_of_every_label_are_all_the_best(temperature):
+    points_PD = np.array([[0.5, 0.5, 0.5], [1.0, 0.0, 0.5]])
+    certain_KNC = 1e4 * np.tile(np.eye(3), (2, 1, 1))
+    objective = objective_on(certain_KNC, np.arange(3), "accuracy", temperature=temperature)
+    np.testing.assert_array_equal(objective(points_PD if temperature else points_PD[:, :2]), 0)
+
+
+def test_the_tie_break_grows_with_the_nll_and_stays_below_an_error():
+    bent = below_an_error(np.array([0.0, 0.5, 1.0, 2.0, np.inf]))
+    np.testing.assert_allclose(bent, [0, 0.5, 1, 1.05, 1.1])
+
+
 def test_nll_survives_members_that_give_a_label_no_chance():
     """Products of eight such likelihoods underflow; their logarithms must not."""
     logits_KNC, labels_N = random_logits(2, 20, 3)
     logits_KNC[1] = -3000 * np.eye(3)[labels_N]
-    shares = [0.5, 1e-3, 1e-8, 1e-30]
+    shares = [0.5, 1e-3, 1e-8, 1e-40]
     values = MixtureNLL(logits_KNC, labels_N)(np.array([[w, 1 - w] for w in shares]))
     alone = score([1, 0], logits_KNC, labels_N, "nll", "probabilities")
     np.testing.assert_allclose(values, [alone - np.log(w) for w in shares], rtol=1e-9)
@@ -152,6 +167,7 @@ def test_nll_survives_a_sample_whose_label_no_member_gives_a_chance():
 
 def test_mixed_log_probs_are_probabilities():
     logits_KNC, _ = random_logits(3, 20, 4)
+    logits_KNC += 1e3 * np.arange(20)[:, None]  # a level of its own per sample, which cancels
     for mixing in get_args(Mixing):
         mixed_NC = mixed_log_probs(np.array([0.2, 0.3, 0.5]), logits_KNC, mixing, 2.0)
         np.testing.assert_allclose(np.exp(mixed_NC).sum(axis=1), 1)
