@@ -354,6 +354,12 @@ def test_a_value_of_a_grid_is_encoded_as_the_middle_of_its_share(grid):
     assert axis.decoded(np.array([0.0, 1.0])).tolist() == [axis.low, axis.high]
 
 
+def test_the_end_of_the_unit_interval_is_the_same_float_as_its_share():
+    axis = Axis.of(FloatDistribution(-0.8, 0.1, step=0.1))  # -0.8 + 9 * 0.1 < 0.1
+    inside, end = axis.decoded(np.array([0.99, 1.0]))
+    assert inside == end
+
+
 def test_parameters_with_one_value_are_columns_like_others():
     space = {
         "x": FloatDistribution(0, 1),

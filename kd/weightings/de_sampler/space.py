@@ -153,8 +153,9 @@ class Axis:
     def decoded(self, units_P: np.ndarray) -> np.ndarray:
         """Unit interval -> values; categories as their index."""
         if self.step is not None:
-            stepped_P: np.ndarray = np.floor(units_P * self._cells()) * self.step
-            return np.minimum(self.low + stepped_P, self.high)  # 1 is in the last share
+            cells = self._cells()
+            stepped_P: np.ndarray = np.minimum(np.floor(units_P * cells), cells - 1) * self.step
+            return np.minimum(self.low + stepped_P, self.high)
         low, high = self._ends()
         values_P = low * (1 - units_P) + high * units_P
         if self.log:
