@@ -154,11 +154,14 @@ def import_failure(module_name: str, error: Exception) -> str:
 def missing_package(error: ModuleNotFoundError) -> str | None:
     """What to install after a failed import; None if the package is not in PIPELINE."""
     package = (error.name or "").partition(".")[0]
-    if package not in PIPELINE:
-        return None
+    return to_install(package, "pipeline") if package in PIPELINE else None
+
+
+def to_install(package: str, extra: str) -> str:
+    """What to install where a package of that extra is missing."""
     return (
         f"this needs the package {package!r}, which is not installed; "
-        "run: pip install 'kd[pipeline]'"
+        f"run: pip install 'kd[{extra}]'"
     )
 
 

@@ -21,7 +21,7 @@ from kd import artifacts, bench, bundle, manifest, promotion
 from kd import report as reporting
 from kd.cast import assistant_role, baseline_role, taught_student
 from kd.component import require
-from kd.data import Images, Raw, copy_warnings, prepare
+from kd.data import Images, Raw, copy_warnings, dark_warnings, prepare
 from kd.evaluate import predict
 from kd.examine import examine, latencies, names_of
 from kd.exporters import export_and_check
@@ -85,7 +85,7 @@ def prepare_data(params: Params, raw: Raw, run: Run) -> None:
     )
     counts = {split: found["count"] for split, found in record["splits"].items()}
     print(", ".join(f"{split} {count}" for split, count in counts.items()))
-    for warning in copy_warnings(artifacts.DATA, raw):
+    for warning in (*copy_warnings(artifacts.DATA, raw), *dark_warnings(artifacts.DATA, raw)):
         print(warning)
     run.log_final({f"num_{split}": count for split, count in counts.items()})
     run.log_tags({"kd.data_hash": record["data_hash"]})

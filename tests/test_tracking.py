@@ -239,6 +239,9 @@ def test_the_experiment_has_views_that_find_runs_and_name_columns_as_runs_do(in_
     assert {"metrics.`val_accuracy`", "params.`model.kind`"} <= set(
         saved[views.NETWORKS]["selectedColumns"]
     )
+    run = "tags.`kd.pipeline_run`"
+    shows_run = {key for key, view in saved.items() if run in view["selectedColumns"]}
+    assert shows_run == saved.keys() - {"comparisons"}, "no run of the pipeline makes those"
 
 
 def test_a_user_without_a_name_is_a_number(monkeypatch):

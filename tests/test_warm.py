@@ -86,6 +86,16 @@ def test_streams_environment_and_exit_status_are_the_clients(
 
 
 @pytest.mark.usefixtures("server")
+def test_libraries_complaints_after_pythons_end_are_not_the_stages(
+    tmp_path: Path, socket_path: str
+) -> None:
+    late = "import ctypes; ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).malloc_stats)"
+    code = f"{late}; import sys; print('a word', end='', file=sys.stderr); sys.exit('and why')"
+    stage = client(tmp_path, code, socket_path)
+    assert (stage.communicate()[1], stage.returncode) == ("a wordand why\n", 1)
+
+
+@pytest.mark.usefixtures("server")
 def test_two_stages_run_at_once_and_a_death_by_signal_is_a_failure(
     tmp_path: Path, socket_path: str
 ) -> None:

@@ -43,21 +43,26 @@ def main(arguments: list[str] | None = None) -> int:
                 report.write(comparison, given.record)
             if given.into:
                 report.into(given.into, comparison.about.name, table)
-    except (ConfigError, Refused, OSError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError):
-            said = missing_package(error)
-        else:
-            said = disk.remedy(error) if isinstance(error, OSError) else str(error)
-        if said is None:
-            raise
-        print(f"error: {said}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return 1
+    except (ConfigError, Refused) as error:
+        return refused(error, str(error))
+    except OSError as error:
+        return refused(error, disk.remedy(error))
+    except ModuleNotFoundError as error:
+        return refused(error, missing_package(error))
     except SystemExit:  # SIGTERM or Ctrl-C
         print("stopped; finished work is kept, and the next run resumes from it", file=sys.stderr)
         raise
     print(table)
     print(f"{comparison.folder}: report.md has this table; each seed's networks are next to it")
     return 0
+
+
+def refused(error: Exception, reason: str | None) -> int:
+    """Print why this process exits with 1; raise the error again if nothing better can be said."""
+    if reason is None:
+        raise error
+    print(f"error: {reason}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from kd.data.custom import CustomDataset
 from kd.data.digits import Digits
 from kd.data.image_folder import ImageFolder
 from kd.data.images import Images, sent
-from kd.data.prepare import prepare
+from kd.data.prepare import dark_warnings, prepare
 from kd.data.raw import UNLABELLED, Raw
 from kd.data.splits import Splits
 from kd.data.torchvision_sets import Cifar10, Cifar100, FashionMnist
@@ -34,6 +34,7 @@ __all__ = [
     "Raw",
     "Splits",
     "copy_warnings",
+    "dark_warnings",
     "key",
     "order_for",
     "prepare",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kd.data import Dataset
 
 _CHUNK = 64  # images in memory at once: 10 MB at 224 x 224 x 3
+_DARK = 16  # what is left of 12 bits, if 16 are divided by 256
 
 
 def prepare(
@@ -86,6 +87,27 @@ def prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return record
+
+
+def dark_warnings(folder: Path, raw: Raw) -> list[str]:
+    """A warning if pictures are so dark that their grey levels were probably lost.
+
+    Args:
+        folder: what `prepare` wrote.
+        raw: the data set that it was made from.
+    """
+    import numpy as np
+
+    if not raw.files:  # arrays are bytes already
+        return []
+    files = [folder / name / "images.npy" for name in ("train", "pool")]
+    brightest = max(int(np.load(file, mmap_mode="r").max(initial=0)) for file in files)
+    if brightest >= _DARK:
+        return []
+    return [
+        f"warning: no pixel of the training images is brighter than {brightest} of 255; if they "
+        "are 12-bit greys in 16-bit files, of which the upper 8 bits are kept, scale them first"
+    ]
 
 
 def _write_raw(raw: Raw, folder: Path) -> None:

@@ -66,7 +66,7 @@ def _views() -> Iterator[tuple[str, dict[str, object]]]:
             "Comparisons: means over seeds",
             f"tags.`kd.cell` LIKE '_%' and {comparison}",
             metrics=("val_accuracy", "val_nll", "val_worst_class_accuracy"),
-            params=(),
+            tags=(),
             groupBy={
                 "aggregateFunction": "average",
                 "groupByKeys": [
@@ -78,7 +78,12 @@ def _views() -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def _view(
-    name: str, runs: str, metrics: tuple[str, ...], params: tuple[str, ...], **state: object
+    name: str,
+    runs: str,
+    metrics: tuple[str, ...],
+    params: tuple[str, ...] = (),
+    tags: tuple[str, ...] = ("kd.pipeline_run",),
+    **state: object,
 ) -> dict[str, object]:
     """A view.
 
@@ -87,10 +92,11 @@ def _view(
         runs: The filter that finds its runs.
         metrics: Columns.
         params: Columns.
+        tags: Columns.
         state: What else differs from the page's defaults, under MLflow's keys.
     """
     columns = [
-        "tags.`kd.pipeline_run`",
+        *(f"tags.`{each}`" for each in tags),
         *(f"metrics.`{each}`" for each in metrics),
         *(f"params.`{each}`" for each in params),
     ]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from kd.component import ConfigError
-from kd.data import CustomDataset, Digits, ImageFolder, Raw, Splits, prepare
+from kd.data import CustomDataset, Digits, ImageFolder, Raw, Splits, dark_warnings, prepare
 from kd.data import prepare as prepare_function
 from tests.checks_data import contents
 from tests.data.toys import make_pictures
@@ -71,6 +71,22 @@ def test_all_pictures_that_cannot_be_read_are_named_in_one_run(tmp_path: Path) -
     wrong = sorted(f"{root}/bee/{number}.jpg" for number in range(2, 25))
     assert [line.partition(" cannot be read")[0] for line in lines[:20]] == wrong[:20]
     assert lines[20:] == ["and 3 more"]
+
+
+@pytest.mark.parametrize(("bits", "brightest"), [(16, None), (12, 15)])
+def test_greys_of_twelve_bits_in_sixteen_are_warned_of(
+    tmp_path: Path, bits: int, brightest: int | None
+) -> None:
+    greys = np.linspace(0, 2**bits - 1, 64).astype(np.uint16).reshape(8, 8)
+    for number in range(16):
+        path = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(greys, number)).save(path)
+    dataset = ImageFolder(root=str(tmp_path / "pictures"))
+    _prepare(dataset, tmp_path / "data")
+    warnings = dark_warnings(tmp_path / "data", dataset.read())
+    found = [each.partition(" of 255")[0].rpartition(" ")[2] for each in warnings]
+    assert found == ([str(brightest)] if brightest else [])
 
 
 def test_what_is_wrong_with_every_image_of_an_array_is_said_once(tmp_path: Path) -> None:

@@ -38,6 +38,28 @@ def test_a_flow_after_dvc_repro_says_that_there_is_nothing_to_do(toy: Toy) -> No
     assert "Nothing to do: all 2 stages are up to date." in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        ("flows.pipeline", "prefect", "pipeline"),
+        ("flows.worker gpu", "dvc", "pipeline"),
+        ("flows.stack status", "supervisor", "stack"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(tmp_path, command, package, extra) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCES}"},
+        capture_output=True,
+        text=True,
+    )
+    said = f"this needs the package '{package}', which is not installed"
+    assert done.stderr == f"error: {said}; run: pip install 'kd[{extra}]'\n"
+    assert done.returncode == 1
+
+
 def test_a_key_that_no_stage_reads_is_refused_before_anything_runs(toy: Toy) -> None:
     toy.write({stage: timed(stage, 0) for stage in STAGES})
     text = (SOURCES / "params.yaml").read_text()

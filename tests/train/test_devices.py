@@ -71,7 +71,8 @@ EVERY_METHOD = {
 WAIT_ONCE = {"kd_min_norm", "dkd_min_norm", "dist_min_norm"}
 """The CPU finds their weights, at each step."""
 HARMLESS = {"drop": 2, "mixup": 1, "unbiased": 1}
-"""What a step may ask for: numbers that the CPU drew itself, and a zero that is filled in."""
+"""The most that a step may ask for: numbers that the CPU drew itself, and a zero that is filled in
+(PyTorch 2.15 asks for less)."""
 
 
 def learner(method, ensemble):
@@ -124,7 +125,7 @@ def test_a_step_asks_the_device_for_nothing(case):
     made.step(0)
     with Asked() as asked:
         made.step(1)
-    assert asked.found.total() == HARMLESS.get(case, 0), asked.found
+    assert asked.found.total() <= HARMLESS.get(case, 0), asked.found
 
 
 def test_asking_is_noticed():
