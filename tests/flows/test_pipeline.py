@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 
 import pytest
@@ -170,8 +169,8 @@ def test_a_flow_told_to_end_leaves_no_training_and_starts_none(
 
 
 STUBBORN = (
-    "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    "open('PID', 'w').write(str(os.getpid())); time.sleep(600)"
+    "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: open('TOLD', 'w')); "
+    "open('PID', 'w').write(str(os.getpid())); [time.sleep(1) for _ in range(600)]"
 )
 
 
@@ -182,7 +181,7 @@ def test_a_flow_told_twice_to_end_does_so_at_once_and_says_so(toy: Toy, prefect:
     process = toy.start(PREFECT_API_URL=prefect)
     pid = pid_in(toy.path("PID"))
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    wait_until(toy.path("TOLD").exists)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=5)
     assert process.returncode == 130
