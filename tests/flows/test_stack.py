@@ -204,6 +204,7 @@ def stack(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
 
 @pytest.mark.slow
 def test_the_stack_is_started_used_killed_secured_and_ended(toy: Toy, stack: Stack) -> None:
+    toy.write({})  # a project, so that flows.ui works there
     assert "not running" in stack("status", status=1)
     assert "does not answer" not in stack("start")
     assert "already running" in stack("start")
