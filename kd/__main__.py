@@ -31,10 +31,8 @@ def main() -> int:
     status = warm.delegate(argv)
     if status is not None:
         return status
-    if "DVC_STAGE" in os.environ and "KD_FLOW_RUN_ID" not in os.environ:
-        # As forks of the warm process do; else the next run trains beside us.  A flow's leash
-        # ends us, too, but lets us save first.
-        signals.end_with(os.getppid())
+    if "KD_FLOW_RUN_ID" not in os.environ:  # a flow's leash ends us, too, but lets us save first
+        warm.end_with_dvc()  # else the next run would train beside us
     return run(argv)
 
 

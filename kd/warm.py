@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -115,6 +116,23 @@ def running_dvc() -> tuple[int, int]:
     while b"\0DVC_STAGE=" in b"\0" + Path(f"/proc/{process}/environ").read_bytes():
         process = process_state(process)[PARENT]
     return process, process_state(process)[BORN]
+
+
+def end_with_dvc() -> None:
+    """Kill this process when the `dvc` that runs it dies, as forks of the warm process are.
+
+    The kernel would do so for a parent, but that may be a shell: dash, unlike bash, stays.
+    """
+    try:
+        dvc = os.pidfd_open(running_dvc()[0])
+    except OSError:  # none runs us, or this is not Linux
+        return
+
+    def end() -> None:
+        select.select([dvc], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def pipeline_run() -> str | None:

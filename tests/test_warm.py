@@ -327,9 +327,13 @@ __main__.main()
 """
 
 
-def test_a_dvc_killed_by_force_takes_a_stage_along_that_no_warm_process_runs(toy: Toy) -> None:
+@pytest.mark.parametrize("then", ["", "; true"])
+def test_a_dvc_killed_by_force_takes_a_stage_along_that_no_warm_process_runs(
+    toy: Toy, then: str
+) -> None:
+    """With a command to follow, every shell stays between the two, as dash always does."""
     toy.path("alone.py").write_text(ALONE)
-    command = shlex.join([sys.executable, "alone.py", ENDLESS])
+    command = shlex.join([sys.executable, "alone.py", ENDLESS]) + then
     toy.write({"train": {"cmd": command, "outs": ["train.txt"]}})
     running = repro(toy, KD_WARM="0", PYTHONPATH=str(SOURCES))
     pid = pid_in(toy.path("PID"))
