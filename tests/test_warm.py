@@ -114,7 +114,7 @@ def test_a_client_killed_by_force_leaves_no_child(tmp_path: Path, socket_path: s
     pid = pid_in(tmp_path / "PID")
     training.kill()
     training.communicate()
-    wait_until(lambda: not lives(pid), patience=10)
+    wait_until(lambda: not lives(pid))
     again = client(tmp_path, "print('still there')", socket_path)
     assert again.communicate()[0] == "still there\n"
 
@@ -151,7 +151,7 @@ def test_a_client_that_dies_while_it_asks_harms_no_other(
         ask(tmp_path, socket_path, "__import__('time').sleep(600)", share).close()
     quick = client(tmp_path, "print('quick')", socket_path)
     assert quick.communicate()[0] == "quick\n"
-    wait_until(lambda: children.read_text().split() == [str(pid)], patience=10)
+    wait_until(lambda: children.read_text().split() == [str(pid)])
     training.kill()
     training.communicate()
 
@@ -208,7 +208,7 @@ def test_a_server_killed_by_force_takes_its_children_along_and_the_stage_fails(
     said = training.communicate()[1]
     assert training.returncode == 1
     assert "the warm process that ran this stage was killed" in said
-    wait_until(lambda: not lives(pid), patience=10)
+    wait_until(lambda: not lives(pid))
     later = client(tmp_path, "", socket_path)
     later.communicate()
     assert later.returncode == DECLINED
@@ -304,7 +304,7 @@ def test_all_stages_of_one_dvc_repro_are_forked_from_one_process_that_ends_with_
     assert pid != other_pid
     began = datetime.strptime(name, "dvc %Y-%m-%d %H:%M:%S")
     assert abs((datetime.now() - began).total_seconds()) < 60
-    wait_until(lambda: not lives(int(server)), patience=10)
+    wait_until(lambda: not lives(int(server)))
     assert not list(toy.path(".kd").glob("warm-*"))
 
 
@@ -314,8 +314,8 @@ def test_a_dvc_killed_by_force_leaves_neither_the_stage_nor_the_warm_process(toy
     running = repro(toy)
     pid = pid_in(toy.path("PID"))
     running.kill()
-    wait_until(lambda: not lives(pid), patience=10)
-    wait_until(lambda: not lives(pid_in(toy.path("SERVER"))), patience=10)
+    wait_until(lambda: not lives(pid))
+    wait_until(lambda: not lives(pid_in(toy.path("SERVER"))))
     running.communicate()
 
 
@@ -338,7 +338,7 @@ def test_a_dvc_killed_by_force_takes_a_stage_along_that_no_warm_process_runs(
     running = repro(toy, KD_WARM="0", PYTHONPATH=str(SOURCES))
     pid = pid_in(toy.path("PID"))
     running.kill()
-    wait_until(lambda: not lives(pid), patience=10)
+    wait_until(lambda: not lives(pid))
     running.communicate()
 
 

@@ -37,7 +37,7 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(lambda: server.answers(f"{self.url}{self.health}"), patience=180)
+        wait_until(lambda: server.answers(f"{self.url}{self.health}"))
 
     def close(self) -> None:
         """At the end of a test."""

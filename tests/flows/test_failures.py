@@ -95,7 +95,7 @@ def test_prefects_server_killed_and_started_again_amid_a_training(
     assert process.returncode == 0, said
     assert toy.status() == {}
     done = {"": "COMPLETED", "train": "COMPLETED", "next": "COMPLETED"}
-    wait_until(lambda: states(prefect_server, run_in(toy)) == done, patience=30)
+    wait_until(lambda: states(prefect_server, run_in(toy)) == done)
 
 
 def test_prefects_server_gone_for_good_costs_its_record_and_no_training(
@@ -216,7 +216,7 @@ def test_a_stage_or_a_part_of_it_killed_by_force_fails_alone_and_leaves_nothing(
     assert process.returncode == 1
     for each in names:
         assert re.search(rf"{each} ended with exit code \d+", said), said
-        wait_until(lambda each=each: not lives(trainers[each].pid), patience=15)
+        wait_until(lambda each=each: not lives(trainers[each].pid))
     assert set(toy.status()) == set(names)
     toy.write(
         {
@@ -304,7 +304,7 @@ def test_a_worker_killed_by_force_takes_its_run_along_and_the_next_one_completes
     toy.write({"train": endless("train")})
     worker = work()
     prefect("deployment", "run", "pipeline/killed")
-    wait_until(toy.path("PID").exists, patience=120)
+    wait_until(toy.path("PID").exists)
     trainer = pid_in(toy.path("PID"))
     run = run_in(toy)
     worker.kill()

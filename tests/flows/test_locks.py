@@ -202,7 +202,7 @@ def test_threads_are_shared_out_and_a_wish_beyond_the_machine_gets_all(tmp_path:
 def test_a_slot_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> None:
     holder = hold(tmp_path)
     holder.kill()
-    assert seconds_until_free(locks.Slots(tmp_path, (), 1)) < 5
+    assert seconds_until_free(locks.Slots(tmp_path, (), 1)) < 30
     holder.communicate()
 
 
@@ -214,7 +214,7 @@ def test_a_stage_keeps_its_slot_when_only_the_flow_is_killed(tmp_path: Path) -> 
     with pytest.raises(Stopped), slots.take(threads=1, gpu=False, stop=OneAttempt()):
         pass
     os.kill(pid_in(tmp_path / "PID"), signal.SIGKILL)
-    assert seconds_until_free(slots) < 5
+    assert seconds_until_free(slots) < 30
     holder.communicate()
 
 

@@ -287,10 +287,10 @@ def test_workers_in_clones_end_as_one_machine_does_though_one_is_killed(
         wait_until(lambda: at_work("large") and at_work("medium"), patience=600)
         (killed,) = at_work("large")
         assert at_work("medium") != [killed]
-        wait_until(lambda: saved(tmp_path / "remote", "large"), patience=120)
+        wait_until(lambda: saved(tmp_path / "remote", "large"))
         assert at_work("large") == [killed], "it ended too soon to be killed"
         left = killed.kill()
-        wait_until(lambda: not any(map(lives, left)), patience=20)
+        wait_until(lambda: not any(map(lives, left)))
         said, _ = flow.communicate(timeout=600)
         assert flow.returncode == 0, said
         runs = workers.mlflow_runs(mlflow.url)

@@ -199,7 +199,7 @@ def test_a_clone_retrains_by_itself_when_something_changed_and_is_kept_in_order(
     stage: Stage,
 ) -> None:
     stage.start("prefect", "server", "start", "--port", str(stage.port))
-    wait_until(lambda: server.answers(f"{stage.api}/health"), patience=180)
+    wait_until(lambda: server.answers(f"{stage.api}/health"))
     stage.run("prefect", "work-pool", "create", "--type", "process", "kd")
     said = stage.run(
         "prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--all"

@@ -32,7 +32,7 @@ def test_a_schedule_makes_runs(prefect: str) -> None:
     schedule = {"active": True, "schedule": {"interval": 3600}}
     made = ask("deployments/", name="hourly", flow_id=flow["id"], schedules=[schedule])
     planned = {"deployments": {"id": {"any_": [made["id"]]}}}
-    run = wait_until(lambda: ask("flow_runs/filter", **planned), patience=30)[0]
+    run = wait_until(lambda: ask("flow_runs/filter", **planned))[0]
     assert (run["state_type"], run["auto_scheduled"]) == ("SCHEDULED", True)
 
 

@@ -242,7 +242,7 @@ def test_the_stack_is_started_used_killed_secured_and_ended(toy: Toy, stack: Sta
             each["type"]: datetime.fromisoformat(each["timestamp"]).timestamp() for each in found
         }
 
-    wait_until(lambda: "CRASHED" in states(), patience=120)
+    wait_until(lambda: "CRASHED" in states())
     assert states().keys() == {"COMPLETED", "CRASHED"}
     print("marked as dead after", states()["CRASHED"] - died, "s")
     assert states()["CRASHED"] < died + 120
@@ -252,7 +252,7 @@ def test_the_stack_is_started_used_killed_secured_and_ended(toy: Toy, stack: Sta
     for each in psutil.Process(prefect.pid).children(recursive=True):
         each.kill()
     stack("status", status=1)
-    wait_until(lambda: server.answers(f"{api}/health"), patience=120)
+    wait_until(lambda: server.answers(f"{api}/health"))
 
     # Supervisord falls: it takes them all along, and a new start finds the ports free.
     processes = stack.processes()

@@ -102,7 +102,7 @@ def workers(project: Path, clones: dict[str, str], **env: str) -> Iterator[list[
             found.append(Worker(clone, pool, **env))
             running.callback(found[-1].end)
         for each in found:
-            wait_until(partial(_started, each), patience=120)
+            wait_until(partial(_started, each))
         yield found
 
 
