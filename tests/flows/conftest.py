@@ -1,5 +1,6 @@
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def toy(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> toys
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One server for all tests, on a fresh database: this is the cold start."""
+    # It reads its settings then; later tests would start servers of their own, in $HOME.
+    assert "prefect" not in sys.modules, "a test imported Prefect before its settings were made"
     before = os.environ.copy()
     root = tmp_path_factory.mktemp("prefect")
     server.configure(root)

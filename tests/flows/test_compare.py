@@ -32,6 +32,7 @@ def test_the_flow_does_what_is_left_and_returns_the_table(
         ]
 
 
+@pytest.mark.usefixtures("prefect")
 def test_a_file_that_is_no_comparison_is_refused(tmp_path: Path) -> None:
     from flows.compare_flow import left
 

@@ -77,6 +77,7 @@ def test_a_repository_that_dvc_cannot_read_is_an_error(tmp_path: Path) -> None:
         garbage.unused_in_dvc(tmp_path, "commits")
 
 
+@pytest.mark.usefixtures("prefect")
 def test_checkpoints_that_were_used_lately_stay(tmp_path: Path) -> None:
     inside = tmp_path / ".kd/compare/digits/seed-0/.kd"
     for name in ("checkpoints/a/old", "checkpoints/a/new", "targets/old.npy", "machine/old"):
@@ -102,6 +103,7 @@ def test_checkpoints_that_were_used_lately_stay(tmp_path: Path) -> None:
     assert files - set(tmp_path.rglob("*")) == {tmp_path / name for name in found}
 
 
+@pytest.mark.usefixtures("prefect")
 def test_the_largest_are_listed_and_the_others_summed_up() -> None:
     from flows.housekeeping_flow import SHOWN, table
 

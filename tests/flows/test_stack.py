@@ -24,7 +24,7 @@ import psutil
 import pytest
 import sqlalchemy
 
-from flows import last_run, server
+from flows import server
 from tests.flows.toys import SOURCES, Toy, endless, pid_in, timed, wait_until
 
 psycopg = pytest.importorskip("psycopg", reason="of the extra stack")
@@ -221,7 +221,7 @@ def test_the_stack_is_started_used_killed_secured_and_ended(toy: Toy, stack: Sta
     dying.kill()
     died = time.time()
     dying.communicate()
-    (toy.root / last_run.NOTE).unlink()  # or the next run here would mark it
+    (toy.root / ".kd" / "flow.run").unlink()  # or the next run here would mark it
 
     toy.path("tracked.py").write_text(TRACKED)
     command = f"{sys.executable} tracked.py"

@@ -9,11 +9,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import UUID
 
 import psutil
 import pytest
-from prefect.client.orchestration import SyncPrefectClient
 
 from tests.flows.toys import SOURCES
 
@@ -24,6 +22,12 @@ ports = sys.argv[1:]
 sys.argv[1:] = []
 ui.PAGES = {"Prefect": f"http://127.0.0.1:{ports[0]}", "MLflow": f"http://127.0.0.1:{ports[1]}"}
 ui.main()
+"""
+ORDINARY = """
+import sys
+from prefect.client.orchestration import SyncPrefectClient
+with SyncPrefectClient(sys.argv[1]) as client:
+    client.create_flow_from_name("ours")
 """
 
 
@@ -70,8 +74,7 @@ def test_its_servers_keep_passwords_to_themselves_and_heed_no_other_web_page(
     blind.add_header("Origin", "http://evil.example")
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(blind, timeout=30)
-    with SyncPrefectClient(api) as client:
-        assert isinstance(client.create_flow_from_name("ours"), UUID)
+    subprocess.run([sys.executable, "-c", ORDINARY, api], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("name", ["Prefect", "MLflow"])
