@@ -265,9 +265,9 @@ def test_a_clone_takes_the_commit_and_inputs_of_each_order_and_keeps_its_own_ser
         one = {"cmd": f"echo {number} > one.txt", "outs": ["one.txt"]}
         two = {"cmd": f"(cat one.txt; echo {said}) > two.txt", "deps": ["one.txt"]}
         project.write({"one": one, "two": two | {"outs": ["two.txt"]}}, tracking=False)
+        workers.commit(project)  # with dvc.lock as the last run left it
         project.dvc("repro", "one")
         project.dvc("push")
-        workers.commit(project)  # dvc.lock too
         clone.path("one.txt").write_text("half of it, of a stage that was killed")
         stage(ordered(project, "two", KD_PIPELINE_RUN="run", MLFLOW_EXPERIMENT_NAME="the flow's"))
         assert "is cached - skipping run" in project.dvc("repro", "--pull", "two")
