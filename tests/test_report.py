@@ -76,7 +76,12 @@ def artifacts(tmp_path):
                 },
             },
             "gain": {
-                "over_uniform": {"nll": 0.02, "nll_se": 0.005, "accuracy": 0.0, "accuracy_se": 0.0}
+                "over_uniform": {
+                    "nll": 0.02,
+                    "nll_se": 0.005,
+                    "accuracy": 0.01,
+                    "accuracy_se": 0.0,
+                }
             },
             "searched": {"large": 0.9, "small": 0.1},
             "shrinkage": 0.5,
@@ -231,7 +236,7 @@ def test_findings_call_a_difference_one_only_beyond_chance(artifacts, measured):
     )
     assert "labels +5.00 +- 1.20 points" in baselines
     assert "is worse than the teacher (-3.00 +- 0.99 points)" in ensemble
-    assert "by -0.0200 +- 0.0050" in gain
+    assert "by -0.0200 +- 0.0050 and its accuracy by +1.00 +- 0.00 points" in gain
     assert gain.endswith("in NLL, a gain.")
 
 
