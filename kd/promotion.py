@@ -245,8 +245,7 @@ def fits(student: Manifest, holder: Manifest) -> None:
 
 def seen() -> NDArray[np.uint64]:
     """A hash of each image of train and pool, sorted."""
-    parts = [hashes(Images.load(artifacts.DATA, split)) for split in ("train", "pool")]
-    return np.unique(np.concatenate(parts))
+    return np.unique(hashes(Images.load(artifacts.DATA, ("train", "pool"))))
 
 
 def unseen(val: Images, path: Path) -> Tensor:

@@ -4,10 +4,12 @@ import contextlib
 import csv
 import json
 import os
+import sqlite3
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +66,8 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(PROJECT))
         written(folder)
-        assert main(["params.compare.yaml", "--processes", "1"]) == 0
+        # Of two processes, one has to wait for what the other does.
+        assert main(["params.compare.yaml", "--processes", "2"]) == 0
     return folder
 
 
@@ -142,13 +145,16 @@ def test_work_that_was_lost_is_done_again_to_the_same_bits(here):
     work.do(here, unit)
     assert here.is_done(unit)
     assert manifest.read(of_cell(here, 1, "kd")).sha256 == before
+    done = here.record(unit).stat().st_mtime_ns
+    work.do(here, unit)
+    assert here.record(unit).stat().st_mtime_ns == done
 
 
 def test_a_changed_cell_concerns_itself_alone_and_a_changed_teacher_all_below(here, tmp_path):
     def stale(**changes):
         comparison = Comparison(written(tmp_path, **changes))
-        units = comparison.units
-        return {id for id, unit in units.items() if unit.digest != here.units[id].digest}
+        assert comparison.folder == here.folder
+        return {id for id, unit in comparison.units.items() if not comparison.is_done(unit)}
 
     cells = RAW["cells"] | {"kd": {"teachers": "teacher", "method": {"kind": "dkd"}}}
     assert stale(cells=cells) == {"seed-0/baselines/kd", "seed-1/baselines/kd"}
@@ -206,6 +212,10 @@ def test_the_report_is_made_of_the_records(here):
     mean, half = statistics.mean(gaps), float(t.ppf(0.975, 1)) * statistics.stdev(gaps) / 2**0.5
     table = (here.folder / "report.md").read_text()
     assert f"| {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] |" in table
+    assert record["rows"]["baselines/kd"]["test_agreement"] != [1.0, 1.0], "with the teacher"
+    units = [here.units[f"seed-{seed}/baselines/again"] for seed in (0, 1)]  # as no test did anew
+    seconds = [artifacts.read_json(here.record(unit))["cpu_seconds"] for unit in units]
+    assert record["rows"]["baselines/again"]["cpu_seconds"] == seconds
     assert f"| labels | {report.spread(labels, 'test_accuracy')}" in table
     assert {"teacher", "ensemble", "assistants/large"} <= record["rows"].keys()
     with (here.folder / "results.csv").open(newline="") as file:
@@ -264,6 +274,7 @@ def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatc
     unit = here.units["seed-1/baselines/labels"]
     path = here.record(unit)
     whole, table = path.read_text(), report.write(here, here.folder)
+    taught = here.record(here.units["seed-1/teacher"]).read_text()
 
     def diverge(params, name, run):
         raise NonFiniteLoss("at step 3")
@@ -280,8 +291,14 @@ def test_a_cell_that_diverges_is_a_result_and_stops_nobody_else(here, monkeypatc
         against.about = replace(against.about, reference="labels")
         with pytest.raises(Refused, match="the reference labels diverged"):
             report.build(against)
+        teacher = here.units["seed-1/teacher"]
+        monkeypatch.setitem(stages.STAGES, "teacher", diverge)
+        with pytest.raises(NonFiniteLoss):  # all others need it
+            work.carry_out(here, teacher)
+        assert not here.is_done(teacher)
     finally:
         path.write_text(whole)
+        here.record(here.units["seed-1/teacher"]).write_text(taught)
         report.write(here, here.folder)
 
 
@@ -304,9 +321,29 @@ def test_a_unit_that_was_begun_before_says_that_its_seconds_are_not_all(here, mo
         assert not here.is_done(unit)
         work.do(here, unit)
         assert f"{said} in 1 seeds." in report.write(here, here.folder)
+        path.write_text(json.dumps({"begun": "by other settings"}))
+        work.do(here, unit)
+        assert json.loads(path.read_text())["resumed"] is False
     finally:
         path.write_text(whole)
         assert said not in report.write(here, here.folder)
+
+
+def test_a_tracked_unit_is_found_by_its_comparison_seed_and_cell(here, tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("KD_RECORDER_IDLE", "0.5")
+    here.params = [replace(each, tracking=True) for each in here.params]
+    for name in ("data", "baselines/labels"):
+        here.record(here.units[f"seed-1/{name}"]).unlink()
+        work.do(here, here.units[f"seed-1/{name}"])
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        runs = "SELECT name, key, value FROM runs JOIN tags USING (run_uuid)"
+        tags = {(name, key): value for name, key, value in store.execute(runs)}
+    for name, cell in {"data": "", "baselines/labels": "labels"}.items():
+        assert tags[name, "kd.comparison"] == "tiny"
+        assert tags[name, "kd.seed"] == "1"
+        assert tags[name, "kd.cell"] == cell
 
 
 def test_making_tables_counts_for_nobody(tmp_path, monkeypatch):
@@ -359,6 +396,7 @@ def test_the_table_says_of_each_row_what_its_seeds_show():
     assert lines[0] == (
         "3 seeds, 4 epochs for every cell (1.5 times that for worse); mean ± deviation."
     )
+    assert lines[2].startswith("| | test accuracy, % | worst class, % | NLL | ECE, % | agreement ")
     others = "60.00 ± 10.00 | 2.000 ± 1.000 | 1.00 ± 0.00 | 80.00 ± 10.00 | 101.0 ± 1.0"
     base = accuracies["baselines/base"]
     p = {
@@ -452,6 +490,8 @@ def test_edited_code_and_pictures_of_the_users_own_make_their_units_stale(tmp_pa
     assert stale == {"seed-0/baselines/mine", "seed-1/baselines/mine"}
     for folder in ("mine/cat", "mine/dog"):
         before = digests()
+        (tmp_path / "mine/code.pyc").touch()  # which Python writes by itself
+        assert digests() == before
         next((tmp_path / folder).iterdir()).touch()
         assert set(before.values()).isdisjoint(digests().values())
 
@@ -537,6 +577,11 @@ def test_a_process_that_the_system_kills_is_told_of_in_a_line(tmp_path, monkeypa
         "error: a process was killed while these ran: seed-0/data; if memory ran out, "
         "give fewer --processes (now 1); the next run resumes\n"
     )
+
+
+def test_what_needs_a_failed_unit_needs_it_by_others_too(here):
+    failed = set(work.needing(here.units, "seed-0/teacher"))
+    assert failed == {id for id in here.units if id[:6] == "seed-0"} - {"seed-0/data"}
 
 
 def test_what_needs_a_failed_unit_is_left_undone(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import torch
 from kd import promotion, publish, tracking
 from kd.bundle import checksums
 from kd.component import ConfigError
+from kd.data import Images
 from kd.evaluate import predict
 from kd.exporters import Onnx
 from tests.bundle import toys
@@ -72,7 +74,8 @@ class Workspace:
         """Write the data; labels are what the network `right` predicts."""
         mean, std = [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]
         folder = self.root / "artifacts/data"
-        for name, chosen in (("train", train), ("pool", range(0)), ("val", val)):
+        half = len(train) // 2
+        for name, chosen in (("train", train[:half]), ("pool", train[half:]), ("val", val)):
             (folder / name).mkdir(parents=True, exist_ok=True)
             np.save(folder / name / "images.npy", self.pixels[chosen.start : chosen.stop])
             np.save(folder / name / "labels.npy", np.zeros(len(chosen), np.int64))
@@ -83,8 +86,6 @@ class Workspace:
         np.save(folder / "val/labels.npy", labels_N)
 
     def images(self):
-        from kd.data import Images
-
         return Images.load(self.root / "artifacts/data", "val")
 
     def student(self, seed: int, **others) -> str:
@@ -234,6 +235,16 @@ def test_a_champion_that_was_taken_back_by_hand_returns_only_when_told(place):
     assert place.aliases() == {"challenger": "3", "champion": "1"}
 
 
+def test_images_are_known_by_their_pixels_in_every_part_of_a_split():
+    pixels_NHWC = torch.arange(4 * 12, dtype=torch.uint8).reshape(4, 2, 2, 3)
+    given = {"labels_N": torch.zeros(4).long(), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    whole = promotion.hashes(Images(pixels_NHWC=pixels_NHWC, **given))
+    first, *others = pixels_NHWC.split([1, 2, 1])
+    parts = Images(pixels_NHWC=first, beyond_NHWC=tuple(others), **given)
+    assert promotion.hashes(parts).tolist() == whole.tolist()
+    assert len(set(whole.tolist())) == 4
+
+
 def test_on_other_images_the_champion_is_tried_on_those_that_it_has_not_learned_from(place):
     place.workspace.student(1)
     promote()
@@ -255,6 +266,50 @@ def test_a_champion_is_shown_the_images_as_normalised_as_those_it_has_learned(pl
     predicted = champion(shown.float().permute(0, 3, 1, 2)).argmax(1)
     right = (predicted == place.workspace.images().labels_N).double().mean()
     assert f"accuracy 1.0000 against {right:.4f} of version 1" in found.decision
+
+
+@pytest.mark.parametrize(
+    ("what", "value"), [("class_names", ("x", "y", "z")), ("channels", 1), ("image_size", 16)]
+)
+def test_a_champion_must_have_the_same_classes_and_images(tmp_path, what, value):
+    _, student = toys.network(tmp_path)
+    promotion.fits(student, student)
+    with pytest.raises(ValueError, match=f"its {what} is"):
+        promotion.fits(student, replace(student, **{what: value}))
+
+
+def test_a_champion_that_cannot_be_fetched_decides_nothing(place):
+    place.workspace.student(1)
+
+    def fetch(version):
+        raise tracking.TrackingError("the registry", "it does not answer")
+
+    with pytest.raises(tracking.TrackingError, match="it does not answer"):
+        promotion.tried(SimpleNamespace(number="1"), fetch)
+
+
+def test_who_becomes_champion_meanwhile_is_competed_with_too(home, place, monkeypatch):
+    for seed in (1, 2):
+        place.workspace.student(seed)
+        promote(compare=False)
+    client = home.mlflow.MlflowClient(tracking.tracking_uri())
+    judge, met = promotion.judge, []
+
+    def meanwhile(challenger, champion, *rest, **how):
+        met.append(champion.number)
+        if len(met) < 4:
+            other = {"1": "2", "2": "1"}[champion.number]
+            client.set_registered_model_alias(place.name, "champion", other)
+        return judge(challenger, champion, *rest, **how)
+
+    monkeypatch.setattr(promotion, "judge", meanwhile)
+    monkeypatch.setattr(promotion, "TRIES", 2)
+    place.workspace.student(3)
+    with pytest.raises(tracking.TrackingError, match="the champion changed 2 times meanwhile"):
+        promote()
+    assert place.aliases() == {"challenger": "2", "champion": "2"}
+    assert "of version 1 on 60" in promote()
+    assert met == ["2", "1", "2", "1"]
 
 
 def test_a_champion_that_answers_another_question_stays_and_the_remedy_is_named(place):
@@ -322,6 +377,33 @@ def test_exports_that_were_lost_are_logged_by_the_next_promotion_and_published(p
     with tracking.run("student", **GIVEN, resume=True) as run:
         assert publish.champion(run, place.name, url) == said
     assert checksums.check(bundle) == checksums.check(one.folder)
+
+
+def test_a_bundle_is_there_once_it_is_complete_and_a_damaged_one_never(tmp_path, monkeypatch):
+    made = toys.bundled(tmp_path / "artifacts", Onnx()).folder
+    place = publish.Place(f"{tmp_path}/public/")
+    whole, copied = place.files.put_file, []
+
+    def cut_short(source, target):
+        if copied:
+            raise OSError("the disk is full")
+        copied.append(target)
+        whole(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.files, "put_file", cut_short)
+        with pytest.raises(OSError, match="the disk is full"):
+            place.add(made)
+    name = Path(copied[0]).parent.name
+    assert not place.holds({"exports": {"onnx": name}})
+    assert place.add(made) == name
+    assert place.holds({"exports": {"onnx": name}})
+    assert not place.holds({"exports": {"onnx": name, "executorch": "away"}})
+    before = set(tmp_path.glob("public/*"))
+    (made / "labels.txt").write_text("altered")
+    with pytest.raises(ConfigError, match=r"labels\.txt does not match"):
+        place.add(made)
+    assert set(tmp_path.glob("public/*")) == before
 
 
 def test_without_a_student_the_stage_to_run_is_named(place):

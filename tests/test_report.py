@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd import report
+from kd import figures, report
 from kd.component import ConfigError
 from kd.evaluate import Bin
 from kd.examine import paired
@@ -68,10 +68,20 @@ def artifacts(tmp_path):
                     **held_out,
                     "evaluations": 600,
                 },
-                "uniform": {"weights": {"large": 0.5, "small": 0.5}, **held_out, "evaluations": 0},
+                "uniform": {
+                    "weights": {"large": 0.5, "small": 0.5},
+                    **held_out,
+                    "held_out_nll": 0.27,
+                    "evaluations": 0,
+                },
             },
             "gain": {
-                "over_uniform": {"nll": 0.02, "nll_se": 0.005, "accuracy": 0.0, "accuracy_se": 0.0}
+                "over_uniform": {
+                    "nll": 0.02,
+                    "nll_se": 0.005,
+                    "accuracy": 0.01,
+                    "accuracy_se": 0.0,
+                }
             },
             "searched": {"large": 0.9, "small": 0.1},
             "shrinkage": 0.5,
@@ -79,8 +89,9 @@ def artifacts(tmp_path):
     )
     write(
         root / "exports/onnx/parity.json",
-        {"max_abs": 2.5e-6, "top1_agreement": 1.0, "val_accuracy": 0.9, "eager_val_accuracy": 0.9,
-         "size_bytes": 1_250_000, "num_images": 40, "file": "model.onnx"},
+        {"max_abs": 2.5e-6, "top1_agreement": 1.0, "val_accuracy": 0.875,
+         "eager_val_accuracy": 0.9, "size_bytes": 1_250_000, "num_images": 40,
+         "file": "model.onnx"},
     )  # fmt: skip
     return root
 
@@ -123,6 +134,8 @@ def measured():
 def test_the_table_has_a_row_for_every_network_in_the_experiments_order(artifacts, measured):
     rows = report.build(artifacts, NAMES, measured)["rows"]
     assert [row["name"] for row in rows] == ROWS
+    roles = ["teacher", *["assistant"] * 2, *["ensemble"] * 2, "student", *["baseline"] * 2]
+    assert [row["role"] for row in rows] == roles
     assert len({tuple(row) for row in rows}) == 1, "every row has the same columns"
     assert [row["test_agreement"] for row in rows] == [1.0, *[0.8] * 7]
 
@@ -133,6 +146,8 @@ def test_an_ensemble_is_as_large_as_its_members_and_scored_held_out(artifacts, m
     assert weighted["parameters"] == 400 + 200
     assert weighted["size_bytes"] == 4 * (400 + 200)
     assert weighted["val_accuracy"] == 0.925, "0.99 was measured on the rows it was found on"
+    nll = {row["name"]: row["val_nll"] for row in built["rows"] if row["role"] == "ensemble"}
+    assert nll == {report.UNIFORM: 0.27, report.WEIGHTED: 0.25}
 
 
 def test_the_same_records_give_the_same_files_but_for_the_times(artifacts, measured, tmp_path):
@@ -155,7 +170,7 @@ def test_the_same_records_give_the_same_files_but_for_the_times(artifacts, measu
     }  # fmt: skip
 
 
-def test_the_csv_files_are_what_dvc_plots_reads(artifacts, measured, tmp_path):
+def test_the_files_hold_what_was_measured(artifacts, measured, tmp_path):
     built = report.build(artifacts, NAMES, measured)
     report.write(tmp_path / "report", artifacts, built, NAMES, measured, {})
 
@@ -167,6 +182,14 @@ def test_the_csv_files_are_what_dvc_plots_reads(artifacts, measured, tmp_path):
     assert [row["name"] for row in rows("results.csv")] == ROWS
     bins = [{key: float(cell) for key, cell in row.items()} for row in rows("reliability.csv")]
     assert [Bin(**row) for row in bins] == measured.bins, "those that test_ece is made of"
+    drawn = {
+        "confusion": figures.confusion(measured.confusion_CC, NAMES.class_names),
+        "weights": figures.weights(built["weights"]),
+    }
+    for name, figure in drawn.items():
+        figures.save(figure, tmp_path / "own.png")
+        picture = (tmp_path / f"report/figures/{name}.png").read_bytes()
+        assert picture == (tmp_path / "own.png").read_bytes()
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert metrics["student"]["test_accuracy"] == 0.75
     assert list(metrics) == ROWS
@@ -184,9 +207,10 @@ def test_markdown_shows_the_numbers_of_the_records(artifacts, measured):
     assert [cell.strip() for cell in lines["student"].split("|")[2:-1]] == [
         "90.00 %", "75.00 %", "100", "0.4 kB", "0.12 ms",
     ]  # fmt: skip
+    assert "4.0 kB" in lines["teacher"]
     assert "0.700" in lines["chosen"]
     assert "600" in lines["chosen"]
-    for shown in ("1.25 MB", "2.5e-06", "100.00 %", "0.46 ms"):
+    for shown in ("1.25 MB", "2.5e-06", "100.00 %", "87.50 % (90.00 %)", "0.46 ms"):
         assert shown in lines["artifacts/exports/onnx/model.onnx"]
     assert "of any output: logits, or probabilities if the file takes raw images" in text
     assert "nan" not in text
@@ -212,7 +236,7 @@ def test_findings_call_a_difference_one_only_beyond_chance(artifacts, measured):
     )
     assert "labels +5.00 +- 1.20 points" in baselines
     assert "is worse than the teacher (-3.00 +- 0.99 points)" in ensemble
-    assert "by -0.0200 +- 0.0050" in gain
+    assert "by -0.0200 +- 0.0050 and its accuracy by +1.00 +- 0.00 points" in gain
     assert gain.endswith("in NLL, a gain.")
 
 

@@ -67,6 +67,8 @@ def _is_picture(path: Path) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     """The files of one class, and links, in a fixed order, without hidden and system files."""
+    if folder.is_symlink():  # which is refused: what it leads to may take minutes to list
+        return []
     return sorted(
         path
         for path in folder.rglob("*")
@@ -83,7 +85,7 @@ def _faults(
     lost = [path for path in entries if _is_picture(path)]
     links = [path for path in (*entries, *files) if path.is_symlink() and not path.is_file()]
     unknown = [path for path in files if path not in links and not _is_picture(path)]
-    empty = [folder for folder, found in by_folder.items() if not found]
+    empty = [folder for folder, found in by_folder.items() if not found and folder not in links]
     types = " ".join(_SUFFIXES)
     return [
         *(f"{path} is outside of the class folders; move it into one" for path in lost),

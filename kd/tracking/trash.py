@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow.entities import ViewType
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking._tracking_service.utils import _get_store
 
 from kd.component import ConfigError
@@ -48,7 +49,7 @@ class Trash:
             if (each.last_update_time or 0) < threshold
         }
         for version in client.search_model_versions():
-            self._spare(version.name, str(version.version), version.run_id or "", version.tags)
+            self._spare(version)
 
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Each item to be removed, and its size in bytes on this machine."""
@@ -72,17 +73,19 @@ class Trash:
             raise ConfigError(f"`mlflow gc` failed: {done.stderr.strip()[-1000:]}")
         return done.stdout.strip()
 
-    def _spare(self, name: str, version: str, run_id: str, tags: dict[str, str]) -> None:
+    def _spare(self, version: ModelVersion) -> None:
         """Raise a ConfigError if a registered version refers to an item to be removed."""
-        needed = {run_id, *(uri.removeprefix("models:/") for uri in tags.values())}
+        run_id, uris = version.run_id or "", (version.source or "", *version.tags.values())
+        needed = {run_id, *(uri.removeprefix("models:/") for uri in uris)}
+        named = f"version {version.version} of {version.name}"
         if lost := needed & {*self.runs, *self.models}:
             raise ConfigError(
-                f"{lost.pop()} was deleted in MLflow, but version {version} of {name} needs it: "
+                f"{lost.pop()} was deleted in MLflow, but {named} needs it: "
                 "restore it, or delete the version too"
             )
         if run_id and _get_store(self.uri).get_run(run_id).info.experiment_id in self.experiments:
             raise ConfigError(
-                f"version {version} of {name} is in an experiment that was deleted in MLflow: "
+                f"{named} is in an experiment that was deleted in MLflow: "
                 "restore it, or delete the version too"
             )
 

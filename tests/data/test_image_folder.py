@@ -54,7 +54,8 @@ def test_a_link_that_would_drop_images_or_hide_changes_from_dvc_is_named(root: P
     (root / "bee" / "hive").symlink_to(root / "Ant", target_is_directory=True)
     (root / "bee" / "gone.jpg").symlink_to(root / "nowhere.jpg")
     (root / "unmounted").symlink_to(root / "nowhere", target_is_directory=True)
-    (root / "wasp").symlink_to(root / "Ant", target_is_directory=True)
+    (root / "wasp").symlink_to(root.parent, target_is_directory=True)  # which is not listed
+    (root.parent / "notes.txt").touch()
     with pytest.raises(ConfigError) as refused:
         ImageFolder(root=str(root)).read()
     named = [line.partition(" is a link to nothing")[0] for line in str(refused.value).split("\n")]

@@ -204,3 +204,11 @@ def test_mlflows_trash_is_listed_and_emptied_but_not_what_a_version_needs(
     assert not list(tmp_path.glob(f".kd/mlruns/**/{dropped}/**/file"))
     assert list(Trash(uri, 0).sizes()) == []
     assert {run.info.run_id for run in client.search_runs(["1"])} == {kept, needed}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # where MLflow looks for a version's model
+    model = client.create_logged_model("1", "student", needed).model_id
+    client.create_model_version("student", f"models:/{model}", needed)
+    client.delete_logged_model(model)
+    with pytest.raises(ConfigError, match=f"{model} was deleted .* version 2 of student needs it"):
+        Trash(uri, 0)
+    client.delete_model_version("student", "2")
+    assert [name for name, _ in Trash(uri, 0).sizes()] == [f"model {model}"]

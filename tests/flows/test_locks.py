@@ -12,7 +12,7 @@ import pytest
 
 from flows import locks
 from flows.child import Stopped
-from tests.flows.toys import SOURCES, Toy, pid_in, timed, wait_until
+from tests.flows.toys import SOURCES, Toy, lives, pid_in, timed, wait_until
 
 NEVER = threading.Event()
 HOLDER = """
@@ -216,6 +216,38 @@ def test_a_stage_keeps_its_slot_when_only_the_flow_is_killed(tmp_path: Path) -> 
     os.kill(pid_in(tmp_path / "PID"), signal.SIGKILL)
     assert seconds_until_free(slots) < 30
     holder.communicate()
+
+
+PROMOTING = """
+import pathlib, sys, threading
+from flows import locks
+from flows.promote import promote
+with locks.workspace(root := pathlib.Path.cwd()) as workspace:
+    env = {"PYTHONPATH": sys.argv[1]}
+    promote(root, None, env=env, hear=print, stop=threading.Event(), workspace=workspace)
+"""
+SLOW_TO_END = """
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), os._exit(0)))
+pathlib.Path("PID").write_text(str(os.getpid()))
+time.sleep(600)
+"""
+"""What Python runs as it starts; it stands for `kd promote` amid its work."""
+
+
+def test_a_killed_flows_promotion_keeps_the_workspace_until_it_has_ended(toy: Toy) -> None:
+    toy.write({})
+    toy.path("sitecustomize.py").write_text(SLOW_TO_END)
+    flow = subprocess.Popen(
+        [sys.executable, "-c", PROMOTING, str(toy.root)],
+        cwd=toy.root,
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+    )
+    pid = pid_in(toy.path("PID"))
+    flow.kill()
+    flow.wait()
+    with locks.workspace(toy.root):
+        assert not lives(pid)
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [("", ()), ("-1", ()), ("2,5", ("2", "5"))])

@@ -208,16 +208,24 @@ def test_a_flow_cancelled_in_prefect_ends_like_one_told_to_end_here(
     assert said.splitlines()[-1].endswith("the next run continues from them")
 
 
+SAVING = (
+    "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), exit())); "
+    "open('PID', 'w').write(str(os.getpid())); time.sleep(600)"
+)
+
+
 def test_a_flow_killed_by_force_leaves_no_training_and_the_next_one_runs(
     toy: Toy, prefect: str
 ) -> None:
-    toy.write({"one": timed("one", 0), "train": endless("train", deps=["one.txt"])})
+    train = {"cmd": f'python -c "{SAVING}"', "deps": ["one.txt"], "outs": ["train.txt"]}
+    toy.write({"one": timed("one", 0), "train": train})
     process = toy.start(PREFECT_API_URL=prefect)
     pid = pid_in(toy.path("PID"))
     first = toy.path("one.txt").read_text()
     process.kill()
     process.communicate()
-    wait_until(lambda: not lives(pid))
+    with locks.workspace(toy.root):
+        assert not lives(pid)  # who works here next waits for it
     with locks.slots().take(threads=8, gpu=False, stop=threading.Event()):
         pass  # every slot is free again
     killed = toy.path(".kd/flow.run").read_text()

@@ -14,12 +14,20 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import graph, needs
+from flows import graph, locks, needs
 from flows.checkpoints import OLD, Checkpoints
 from flows.child import Stopped
 from flows.stage import StageFailedError
 from tests.flows import servers, workers
-from tests.flows.toys import FOREIGN_WARNINGS, SOURCES, Toy, lives, timed, wait_until
+from tests.flows.toys import (
+    FOREIGN_WARNINGS,
+    SOURCES,
+    Toy,
+    lives,
+    pid_in,
+    timed,
+    wait_until,
+)
 
 pytestmark = FOREIGN_WARNINGS
 
@@ -228,6 +236,75 @@ def test_a_stage_whose_workers_die_is_handed_out_anew_but_not_for_ever(
     assert said == once * remote.LIVES
 
 
+@pytest.fixture
+def clone(project: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A clone that a worker serves from this process: a stage is called here as it is there."""
+    workers.git(project.root.parent, "clone", "-q", str(project.root), "clone")
+    clone = Toy(project.root.parent / "clone")
+    monkeypatch.setenv("KD_CLONE", str(clone.root))
+    return clone
+
+
+def ordered(project: Toy, name: str, **env: str) -> Any:
+    """The order that a flow hands out for a stage."""
+    from flows.remote_stage import Order
+
+    stage = next(each for each in graph.read(project.root).stages if each.name == name)
+    commit = workers.git(project.root, "rev-parse", "HEAD").strip()
+    return Order(stage, commit, *graph.tracked_inputs(project.root, [name]), env)
+
+
+def test_a_clone_takes_the_commit_and_inputs_of_each_order_and_keeps_its_own_servers(
+    project: Toy, clone: Toy, prefect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.remote_stage import stage  # after `prefect` has set its environment
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "the worker's")
+    said = "$MLFLOW_EXPERIMENT_NAME $KD_PIPELINE_RUN"
+    for number in range(2):  # the second time over what the first one left
+        one = {"cmd": f"echo {number} > one.txt", "outs": ["one.txt"]}
+        two = {"cmd": f"(cat one.txt; echo {said}) > two.txt", "deps": ["one.txt"]}
+        project.write({"one": one, "two": two | {"outs": ["two.txt"]}}, tracking=False)
+        workers.commit(project)  # with dvc.lock as the last run left it
+        project.dvc("repro", "one")
+        project.dvc("push")
+        clone.path("one.txt").write_text("half of it, of a stage that was killed")
+        stage(ordered(project, "two", KD_PIPELINE_RUN="run", MLFLOW_EXPERIMENT_NAME="the flow's"))
+        assert "is cached - skipping run" in project.dvc("repro", "--pull", "two")
+        assert project.path("two.txt").read_text() == f"{number}\nthe worker's run\n"
+
+
+def test_a_stage_that_is_cancelled_ends_in_its_clone_which_is_one_flows_alone(
+    project: Toy, clone: Toy, prefect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling
+
+    from flows import remote_stage
+
+    monkeypatch.setattr(remote_stage, "BEAT_SECONDS", 0.1)
+    train = {"cmd": "echo $$ > PID; sleep 60; echo > one.txt", "outs": ["one.txt"]}
+    project.write({"one": train}, tracking=False)
+    workers.commit(project)
+    order = ordered(project, "one")
+    with locks.workspace(clone.root):
+        busy = remote_stage.stage(order, return_state=True)
+    assert "WorkspaceBusyError" in str(busy.message)
+
+    def cancel() -> None:
+        wait_until(clone.path("PID").exists)
+        with get_client(sync_client=True) as client:
+            run = max(client.read_flow_runs(), key=lambda each: each.created or 0)
+            client.set_flow_run_state(run.id, Cancelling())
+
+    other = threading.Thread(target=cancel)
+    other.start()
+    remote_stage.stage(order, return_state=True)
+    other.join()
+    assert not lives(pid_in(clone.path("PID")))
+    assert not clone.path("one.txt").exists()
+
+
 def test_a_worker_refuses_a_folder_that_somebody_works_in(project: Toy, prefect: str) -> None:
     project.path("notes").write_text("")
     worker = workers.Worker(project.root, "cpu", PREFECT_API_URL=prefect)
@@ -424,7 +501,7 @@ def test_what_others_left_on_the_remote_long_ago_goes(project: Toy, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_worker_that_cannot_push_its_result_leaves_the_checkpoints(
+def test_a_worker_is_alone_in_its_clone_and_leaves_the_checkpoints_if_it_cannot_push(
     project: Toy, prefect: str, tmp_path: Path
 ) -> None:
     remote, saved = tmp_path / "remote", ".kd/checkpoints/one/a.safetensors"
@@ -441,8 +518,12 @@ def test_a_worker_that_cannot_push_its_result_leaves_the_checkpoints(
     project.dvc("push")
     workers.commit(project)
     env = {"PREFECT_API_URL": prefect}
-    with workers.workers(project.root, {"a": "cpu"}, **env), workers.flow(project, **env) as flow:
-        said, _ = flow.communicate(timeout=300)
+    with workers.workers(project.root, {"a": "cpu"}, **env) as (worker,):
+        second = workers.Worker(worker.clone, "cpu", **env)
+        assert second.process.wait(60) == 1
+        assert "another worker is running in this clone" in second.log.read_text()
+        with workers.flow(project, **env) as flow:
+            said, _ = flow.communicate(timeout=300)
     assert flow.returncode == 1, said
     assert "`dvc push" in said
     assert [path.read_text() for path in remote.glob("checkpoints/one/*/*")] == ["state\n"]

@@ -156,6 +156,8 @@ def test_a_push_that_failed_is_made_up_by_a_run_in_which_nothing_changed(
     (tmp_path / "store").unlink()
     done = retrain(str(toy.root), follow=False, return_state=True)
     assert done.message == "nothing changed"
+    noted = toy.path(".kd/retrain.run").read_text()  # by which a killed one would be closed
+    assert noted == str(done.state_details.flow_run_id)
     assert "are in sync" in toy.dvc("status", "--cloud")
 
     git(tmp_path, "clone", "-q", str(toy.root), "clone")  # without dvc.lock, which no flow commits
