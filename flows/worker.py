@@ -46,7 +46,10 @@ def _refusal(root: Path) -> str | None:
     if not api or not server.answers(f"{api}/health"):
         return f"PREFECT_API_URL is {api or 'not set'}: set it to a Prefect server that answers"
     if not (root / "dvc.yaml").exists() or git.state(root) is None:
-        return "a worker runs in a clone of the project, in the folder that holds dvc.yaml"
+        return (
+            "a worker runs in a clone of the project that `git status` accepts, in the folder "
+            "that holds dvc.yaml"
+        )
     if changed := "\n".join(git.changed(root)):
         return (
             "a worker checks out other commits, which would overwrite uncommitted changes here; "
