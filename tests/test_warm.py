@@ -187,6 +187,12 @@ def test_a_source_that_is_gone_has_the_stage_declined(tmp_path: Path, socket_pat
     training.communicate()
 
 
+def catches(process: int, number: int) -> bool:
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    assert caught
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.usefixtures("server")
 def test_sigterm_reaches_the_stage_which_may_end_its_records(
     tmp_path: Path, socket_path: str
@@ -194,6 +200,7 @@ def test_sigterm_reaches_the_stage_which_may_end_its_records(
     handler = "import signal, sys; signal.signal(15, lambda *_: (print('closed'), sys.exit(5)));"
     training = client(tmp_path, handler + ENDLESS, socket_path)
     pid = pid_in(tmp_path / "PID")
+    wait_until(lambda: catches(training.pid, signal.SIGTERM))  # it learns the PID after the fork
     training.terminate()
     assert (training.communicate()[0], training.returncode) == ("closed\n", 5)
     assert not lives(pid)
