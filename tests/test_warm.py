@@ -221,6 +221,22 @@ def test_a_server_killed_by_force_takes_its_children_along_and_the_stage_fails(
     assert later.returncode == DECLINED
 
 
+def test_a_stage_does_not_go_on_while_the_server_of_a_dead_dvc_ends(
+    tmp_path: Path, socket_path: str
+) -> None:
+    owner = start(tmp_path, "-c", "input()")
+    slow = "import atexit, time; atexit.register(time.sleep, 600)\n"  # as Python's end with torch
+    code = slow + SERVER.replace("(sys.argv[1])", "(*sys.argv[1:2], int(sys.argv[2]))")
+    server = start(tmp_path, "-c", code, socket_path, str(owner.pid))
+    wait_until(lambda: os.path.exists(socket_path))
+    training = client(tmp_path, ENDLESS, socket_path)
+    pid = pid_in(tmp_path / "PID")
+    owner.kill()
+    for each in (owner, training, server):
+        each.communicate(timeout=60)
+    wait_until(lambda: not lives(pid))
+
+
 @pytest.mark.usefixtures("server")
 def test_what_could_tell_a_fork_from_a_fresh_process_is_declined(
     tmp_path: Path, socket_path: str
