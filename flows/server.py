@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 from flows import child
 
@@ -56,7 +56,7 @@ def configure(root: Path) -> None:
 def bypass_proxy() -> None:
     """Have this process and its children reach servers on this machine without a proxy."""
     environ = os.environ
-    if getproxies_environment() and not proxy_bypass_environment("127.0.0.1"):
+    if getproxies_environment() and not proxy_bypass("127.0.0.1"):
         own = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
         environ["no_proxy"] = ",".join(filter(None, [own, "127.0.0.1", "localhost"]))
         environ["NO_PROXY"] = environ["no_proxy"]  # which one counts depends on the program
