@@ -23,11 +23,11 @@ def main() -> int:
     parser.add_argument("pool", help="gpu, or cpu for stages that do not need a GPU")
     given = parser.parse_args()
     root = Path.cwd()
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
+    server.configure(root)
     if refusal := _refusal(root):
         print(f"error: {refusal}", file=sys.stderr)
         return 1
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
-    server.configure(root)
     os.environ["KD_CLONE"] = str(root)
     # A stage's process starts in one of Prefect's folders, but must import the code in use here.
     sources = str(Path(__file__).parents[1])
