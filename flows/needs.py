@@ -34,7 +34,9 @@ def check(root: Path) -> str:
 def _commit(root: Path) -> str:
     found = git.state(root)
     if found is None:
-        raise WorkersCannotError("workers check out a commit, and there is none yet: commit first")
+        raise WorkersCannotError(
+            "workers check out a commit, and git names none: commit first, or see `git status`"
+        )
     commit, dirty = found
     if dirty:
         names = [line.split(maxsplit=1)[-1] for line in git.changed(root)]

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.request import getproxies_environment, proxy_bypass
 
 from flows import child
 
@@ -35,8 +36,10 @@ class NoServerError(Exception):
 def configure(root: Path) -> None:
     """Set Prefect's environment variables before it is imported, unless the user has set them.
 
-    They keep its data in the project, and send its logs to the server, not to the terminal.
+    They keep its data in the project, and send its logs to the server, not to the terminal.  And
+    no proxy is asked for servers on this machine.
     """
+    bypass_proxy()
     for key, value in {
         "PREFECT_HOME": str(root / ".kd" / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -48,6 +51,15 @@ def configure(root: Path) -> None:
         "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
     }.items():
         os.environ.setdefault(key, value)
+
+
+def bypass_proxy() -> None:
+    """Have this process and its children reach servers on this machine without a proxy."""
+    environ = os.environ
+    if getproxies_environment() and not proxy_bypass("127.0.0.1"):
+        own = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+        environ["no_proxy"] = ",".join(filter(None, [own, "127.0.0.1", "localhost"]))
+        environ["NO_PROXY"] = environ["no_proxy"]  # which one counts depends on the program
 
 
 def answers(address: str) -> bool:
@@ -90,7 +102,11 @@ class Server:
             self.process = child.start(
                 command,
                 cwd=root,
-                env={**os.environ, "PREFECT_UI_ENABLED": "0"},
+                env={
+                    **os.environ,
+                    "PREFECT_UI_ENABLED": "0",
+                    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",  # why it did not start
+                },
                 output=log,
             )
         os.environ["PREFECT_API_URL"] = self.api

@@ -25,10 +25,12 @@ def follow(root: Path) -> str:
 
     Raises:
         UpdateFailedError: the upstream is unreachable, or the merge is not a fast-forward or would
-            overwrite other changes here.
+            overwrite other changes here; or git refuses the clone, as it does another user's.
     """
     upstream = git.ask(root, "rev-parse", "--abbrev-ref", "@{upstream}")
     if not upstream:
+        if (root / ".git").exists():
+            _git(root, "rev-parse", "--git-dir")
         return "code: unchanged; its branch has no upstream"
     _git(root, "fetch", "--quiet")
     before, after = (git.ask(root, "rev-parse", each) for each in ("HEAD", upstream))

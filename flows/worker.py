@@ -23,11 +23,11 @@ def main() -> int:
     parser.add_argument("pool", help="gpu, or cpu for stages that do not need a GPU")
     given = parser.parse_args()
     root = Path.cwd()
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
+    server.configure(root)
     if refusal := _refusal(root):
         print(f"error: {refusal}", file=sys.stderr)
         return 1
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
-    server.configure(root)
     os.environ["KD_CLONE"] = str(root)
     # A stage's process starts in one of Prefect's folders, but must import the code in use here.
     sources = str(Path(__file__).parents[1])
@@ -46,7 +46,10 @@ def _refusal(root: Path) -> str | None:
     if not api or not server.answers(f"{api}/health"):
         return f"PREFECT_API_URL is {api or 'not set'}: set it to a Prefect server that answers"
     if not (root / "dvc.yaml").exists() or git.state(root) is None:
-        return "a worker runs in a clone of the project, in the folder that holds dvc.yaml"
+        return (
+            "a worker runs in a clone of the project that `git status` accepts, in the folder "
+            "that holds dvc.yaml"
+        )
     if changed := "\n".join(git.changed(root)):
         return (
             "a worker checks out other commits, which would overwrite uncommitted changes here; "

@@ -679,6 +679,15 @@ def test_a_recorder_that_ends_at_once_is_told_with_its_last_words(tmp_path, monk
         tracking.start()
 
 
+def test_a_temporary_folder_whose_path_is_too_long_for_a_socket_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(TrackingError, match="set TMPDIR to a shorter"):
+        tracking.start()
+
+
 @pytest.mark.slow
 def test_eight_processes_that_make_one_stores_tables_all_succeed(tmp_path):
     code = (

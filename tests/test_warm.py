@@ -187,6 +187,12 @@ def test_a_source_that_is_gone_has_the_stage_declined(tmp_path: Path, socket_pat
     training.communicate()
 
 
+def catches(process: int, number: int) -> bool:
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    assert caught
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.usefixtures("server")
 def test_sigterm_reaches_the_stage_which_may_end_its_records(
     tmp_path: Path, socket_path: str
@@ -194,6 +200,7 @@ def test_sigterm_reaches_the_stage_which_may_end_its_records(
     handler = "import signal, sys; signal.signal(15, lambda *_: (print('closed'), sys.exit(5)));"
     training = client(tmp_path, handler + ENDLESS, socket_path)
     pid = pid_in(tmp_path / "PID")
+    wait_until(lambda: catches(training.pid, signal.SIGTERM))  # it learns the PID after the fork
     training.terminate()
     assert (training.communicate()[0], training.returncode) == ("closed\n", 5)
     assert not lives(pid)
@@ -212,6 +219,22 @@ def test_a_server_killed_by_force_takes_its_children_along_and_the_stage_fails(
     later = client(tmp_path, "", socket_path)
     later.communicate()
     assert later.returncode == DECLINED
+
+
+def test_a_stage_does_not_go_on_while_the_server_of_a_dead_dvc_ends(
+    tmp_path: Path, socket_path: str
+) -> None:
+    owner = start(tmp_path, "-c", "input()")
+    slow = "import atexit, time; atexit.register(time.sleep, 600)\n"  # as Python's end with torch
+    code = slow + SERVER.replace("(sys.argv[1])", "(*sys.argv[1:2], int(sys.argv[2]))")
+    server = start(tmp_path, "-c", code, socket_path, str(owner.pid))
+    wait_until(lambda: os.path.exists(socket_path))
+    training = client(tmp_path, ENDLESS, socket_path)
+    pid = pid_in(tmp_path / "PID")
+    owner.kill()
+    for each in (owner, training, server):
+        each.communicate(timeout=60)
+    wait_until(lambda: not lives(pid))
 
 
 @pytest.mark.usefixtures("server")

@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("command", choices=commands)
     command: Callable[[Settings, Console], int] = commands[parser.parse_args().command]
     console = Console(highlight=False, soft_wrap=True)
+    server.bypass_proxy()
     try:
         return command(settings.read(Path.cwd()), console)
     except StackError as error:

@@ -57,8 +57,10 @@ def _connected(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(str(path))
-    except OSError:
+    except OSError as error:
         connection.close()
+        if error.errno is None:  # Python's own "AF_UNIX path too long"
+            raise OSError(f"{error}; set TMPDIR to a shorter folder than {path.parent}") from None
         raise
     return connection
 

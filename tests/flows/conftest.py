@@ -14,6 +14,8 @@ from tests.flows import toys
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("template")
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    for each in ("user.name", "user.email"):  # `dvc exp save` commits; a bare machine has neither
+        subprocess.run(["git", "config", each, "t@example.invalid"], cwd=root, check=True)
     subprocess.run([*toys.DVC, "init", "-q"], cwd=root, check=True)
     (root / ".gitignore").write_text(".kd\n")
     return root

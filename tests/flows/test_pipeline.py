@@ -267,8 +267,9 @@ def test_without_a_server_and_in_a_cold_home_one_command_does_it_all(
     for key in [each for each in os.environ if each.startswith("PREFECT_")]:
         monkeypatch.delenv(key)
     toy.write(TWO)
-    # A locale that is not UTF-8, which Python would otherwise replace.
-    process = toy.start(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    # A locale that is not UTF-8, which Python would otherwise replace; a proxy that is not there.
+    odd = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = toy.start(**odd, http_proxy="http://127.0.0.1:9", NO_PROXY="host.example")
     said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
     assert not {"Traceback", "CancelledError", "WARNING"} & set(said.split())

@@ -1,14 +1,16 @@
 """Prefect's server: what it needs of the libraries under it, and whom it listens to."""
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows import server
+from flows import child, server
 from tests.flows.toys import wait_until
 
 
@@ -48,3 +50,30 @@ def test_no_other_web_page_reads_its_answers(prefect: str, page: str, allowed: s
     request = urllib.request.Request(f"{prefect}/admin/version", headers={"Origin": page})
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.headers["Access-Control-Allow-Origin"] == allowed
+
+
+@pytest.mark.parametrize("own", [{}, {"NO_PROXY": "host.example"}, {"no_proxy": "*"}])
+def test_no_proxy_is_asked_for_it(
+    prefect: str, monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    server.bypass_proxy()
+    assert server.answers(f"{prefect}/health")
+    assert all(value in os.environ[name] for name, value in own.items())
+
+
+def test_why_it_did_not_start_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_URL", "PREFECT_UI_URL"):
+        monkeypatch.setenv(name, "")  # which the server's start replaces
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    server.configure(tmp_path)
+    (tmp_path / "prefect.db").write_bytes(b"no database" * 1000)
+    own = server.Server(tmp_path)
+    with pytest.raises(server.NoServerError, match="file is not a database"):
+        own.wait()
+    child.end(own.process)

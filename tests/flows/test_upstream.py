@@ -75,6 +75,14 @@ def test_a_branch_that_follows_none_stays_as_it_is(toy: Toy) -> None:
     assert "has no upstream" in upstream.follow(toy.root)
 
 
+def test_a_clone_that_git_refuses_is_no_branch_without_an_upstream(
+    cloned: tuple[Toy, Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(upstream.UpdateFailedError, match="dubious ownership"):
+        upstream.follow(cloned[1].root)
+
+
 @pytest.mark.slow
 def test_data_in_dvcs_care_are_pulled_and_imports_updated(toy: Toy, tmp_path: Path) -> None:
     heard: list[str] = []
