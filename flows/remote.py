@@ -177,8 +177,8 @@ class HandedOut:
         """
         while not self.stop.wait(POLL):
             try:
-                self._hear()
                 state = self._look()
+                self._hear()  # after it, so that the last lines of a stage that ended are heard
                 if state.is_scheduled():
                     self._count_workers()
             except httpx.HTTPError:
