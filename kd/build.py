@@ -28,11 +28,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raw = yaml.load(path.read_text("utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: run from the project's root") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or month 13 of a date
+        raise ConfigError(f"{path} is not valid YAML: {said_in_a_line(error)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} does not map stages to settings")
     return raw
+
+
+def said_in_a_line(error: Exception) -> str:
+    """What a YAML error says in several lines, without the quoted text."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    begun = error.context_mark and error.context_mark.line + 1
+    context = f" ({error.context}, line {begun})" if begun else ""
+    return f"line {error.problem_mark.line + 1}: {error.problem}{context}"
 
 
 def overlay(below: Any, above: Any) -> Any:
@@ -58,7 +69,7 @@ def build(wanted: Any, raw: Any, path: str) -> Any:
             raise ConfigError(f"{path} is {raw!r}; it must map names to settings")
         return {str(name): build(entry, value, join(path, name)) for name, value in raw.items()}
     try:
-        adapter = pydantic.TypeAdapter(wanted)
+        adapter = pydantic.TypeAdapter(wanted, config={"allow_inf_nan": False})
         return adapter.validate_python(tuples(raw), strict=True)
     except pydantic.ValidationError as error:
         reason = error.errors()[0]["msg"]
@@ -97,11 +108,11 @@ def build_component(members: list[Any], raw: Any, path: str) -> Any:
 
 def choose(members: list[Any], raw: Mapping[str, Any], path: str) -> Any:
     """The component class that `raw` asks for."""
-    if len(members) == 1 and "kind" not in raw:
+    if len(members) == 1 and ("kind" not in raw or not hasattr(members[0], "kind")):
         return members[0]
     kinds = {get_args(get_type_hints(member)["kind"])[0]: member for member in members}
     kind = raw.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         said = f"is {kind!r}" if "kind" in raw else "is missing"
         raise ConfigError(f"{join(path, 'kind')} {said}{nearest(kind, kinds)}")
     return kinds[kind]
@@ -129,15 +140,15 @@ def tuples(raw: Any) -> Any:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, of which it would silently take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                mark = key_node.start_mark
-                raise ConfigError(f"line {mark.line + 1}: the key {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                twice = f"the key {name!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+            seen.add(name)
+        return node
 
 
 _Loader.add_implicit_resolver(  # 1e-3 is a string in YAML 1.1, a number in YAML 1.2 and to users

@@ -210,8 +210,22 @@ class Params:
                 fits = named <= known and len(named) == len(baseline.teachers)
                 wanted = f"names among {sorted(known)}, each of them once"
                 require(fits, f"baselines.{name}.teachers", baseline.teachers, wanted)
+        self.check_shifts()
         self.check_fixed()
         self.check_teachers()
+
+    def check_shifts(self) -> None:
+        """Refuse views that show nothing of an image."""
+        sections: dict[str, TeacherParams | LearnerParams] = {
+            "teacher": self.teacher,
+            "student": self.student,
+            **{f"assistants.{name}": each for name, each in self.assistants.items()},
+        }
+        for path, section in sections.items():
+            shift = section.recipe.augment.shift
+            wanted = f"below data.image_size, which is {self.data.image_size}"
+            fits = shift < self.data.image_size
+            require(fits, f"{path}.recipe.augment.shift", shift, wanted)
 
     def check_fixed(self) -> None:
         """Refuse fixed weights that are not given for exactly the members."""
@@ -247,6 +261,11 @@ class Params:
         """Refuse a section, at `path`, whose method or recipe does not suit its teachers."""
         method = section.method or self.student.method
         recipe = section.recipe if isinstance(section, LearnerParams) else self.student.recipe
+        where = path if isinstance(section, LearnerParams) else "student"
+        taught = bool(teachers) or section.generations > 1 or method.needs != "teachers"
+        if recipe.devices > 1 and taught and method.kind != "custom":
+            wanted = f"1 with {path}.method, which compares the images of a batch"
+            require(method.by_image, f"{where}.recipe.devices", recipe.devices, wanted)
         if not teachers or method.needs != "teachers":
             return
         if isinstance(section, BaselineParams):
@@ -262,7 +281,6 @@ class Params:
         alike = all(models[each] == models[teachers[0]] for each in teachers)
         wanted = f"online or cached: {', '.join(teachers)} differ in architecture"
         fits = alike or recipe.targets != "stacked"
-        where = path if isinstance(section, LearnerParams) else "student"
         require(fits, f"{where}.recipe.targets", recipe.targets, wanted)
 
     def learners(self) -> dict[str, tuple[Model, Method | None, Mapping[str, Model]]]:

@@ -274,7 +274,7 @@ def check_that_the_network_is_left_as_it_was(made: Exported) -> None:
 def check_that_damaged_and_foreign_files_are_named(made: Exported) -> None:
     broken = made.folder / f"broken{made.exporter.suffix}"
     data = made.path.read_bytes() if made.path.is_file() else b""
-    for content in (b"", b"not a model " * 1000, data[: len(data) // 2]):
+    for content in (b"", b"not a model " * 1000, b"\xff" * 1000, data[: len(data) // 2]):
         broken.write_bytes(content)
         for read in (made.exporter.load, made.exporter.inspect):
             with pytest.raises(ConfigError, match=broken.name):

@@ -63,6 +63,7 @@ def test_a_file_whose_checksum_does_not_match_is_not_measured(tmp_path, capsys):
     [
         ("model.onnx", b"no model", "is damaged or not an ONNX model"),
         ("model.onnx", b"", "is damaged or not an ONNX model"),
+        ("model.pte", b"\xff" * 99, "is damaged or not an ExecuTorch program"),
         ("model.mlpackage", b"x", "runs only on Apple devices"),
         ("photo.jpg", b"x", r"photo\.jpg is not an exported file \(known: \.pte, \.onnx"),
         ("gone.onnx", None, r"gone\.onnx does not exist"),

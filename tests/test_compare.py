@@ -179,7 +179,7 @@ def test_the_users_own_code_is_found_before_any_work_and_an_edit_concerns_who_us
         file = written(tmp_path, code="own", cells=cells)
         return {id: unit.digest for id, unit in Comparison(file).units.items()}
 
-    with pytest.raises(ConfigError, match=r"yaml: baselines\.mine\.method: .* has no 'KDD'"):
+    with pytest.raises(ConfigError, match=r"yaml: cells\.mine\.method: .* has no 'KDD'"):
         digests("KDD")
     before = digests("KD")
     (own / "helper.py").write_text("")
@@ -503,6 +503,9 @@ def test_edited_code_and_pictures_of_the_users_own_make_their_units_stale(tmp_pa
         ({"compare": RAW["compare"] | {"name": "../up"}}, r"name is '\.\./up'; it must be a name"),
         ({"compare": RAW["compare"] | {"seeds": 1}}, "compare.seeds is 1; it must be at least 2"),
         ({"cells": {"kd": {"teachers": "teacher", "method": {"kind": "kdd"}}}}, "did you mean"),
+        ({"cells": {"kd": {"teachers": "nobody"}}}, r"yaml: cells\.kd\.teachers is 'nobody'"),
+        ({"cells": None}, "yaml: cells is None; it must be a mapping of names"),
+        ({"cells": {1: {"teachers": "none"}}}, "compare.reference is '.*'; it must be one of"),
         ({"studen": {}}, "studen is not a known key"),
     ],
 )

@@ -1,6 +1,5 @@
 import dataclasses
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -191,8 +190,11 @@ def test_where_networks_are_trained_the_data_set_may_be_out_of_reach(mine, raw):
         ),
         ("exports.onnx.kind", "tflite", "exports.onnx.kind is 'tflite'"),
         ("seed", -1, "seed is -1"),
-        ("recipe.optimizer.lr", float("inf"), "recipe.optimizer.lr is inf; it must be above 0"),
         ("recipe.mixup", float("inf"), "recipe.mixup is inf"),
+        ("student.method.scale", float("inf"), "student.method.scale is inf: input should"),
+        ("student.model.kind", ["plain_cnn"], "student.model.kind is ['plain_cnn']"),
+        ("recipe.kind", "sgd", "recipe.kind is not a known key"),
+        ("recipe.augment.shift", 16, "teacher.recipe.augment.shift is 16; it must be below"),
         (
             "student.method.trust",
             {"kind": "unbiased", "biased": "larg"},
@@ -241,25 +243,64 @@ def test_a_biased_teacher_is_not_the_only_one(raw):
         params.parse(raw)
 
 
+def test_a_method_that_compares_images_has_one_device(raw):
+    """Else the student's stage would refuse it, once teacher and assistants are trained."""
+    raw["recipe"]["devices"] = 2
+    params.parse(raw)
+    said = r"student\.recipe\.devices is 2; it must be 1 with %s\.method, which compares"
+    dist = {"teachers": "none", "method": {"kind": "dist"}}
+    raw["baselines"]["other"] = dist
+    params.parse(raw)  # no teacher, and so labels alone
+    for entry in ({**dist, "generations": 2}, {**dist, "teachers": "teacher"}):
+        raw["baselines"]["other"] = entry
+        with pytest.raises(ConfigError, match=said % r"baselines\.other"):
+            params.parse(raw)
+    del raw["baselines"]["other"]
+    raw["student"]["method"] = {"kind": "kd", "trust": {"kind": "drop"}}
+    with pytest.raises(ConfigError, match=said % "student"):
+        params.parse(raw)
+
+
 def test_a_missing_section_is_named(raw):
     del raw["weights"]
     with pytest.raises(ConfigError, match=r"^weights is missing"):
         params.parse(raw)
 
 
-def test_a_key_given_twice_is_refused(tmp_path):
-    path = tmp_path / "params.yaml"
-    path.write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(ConfigError, match="line 2: the key 'seed' is given twice"):
-        params.load(path)
-
-
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", ""])
-def test_a_file_that_is_no_experiment_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2: the key 'seed' is given twice"),
+        ("a:\n  1: x\n  '1': y\n", "line 3: the key '1' is given twice"),
+        ("a: [1,\nb: 2}", "line 2: expected ',' or ']', but got '}' (while parsing a flow se"),
+        ("\tseed: 1\n", "line 1: found character '\\t' that cannot start any token"),
+        ("seed: {{ seed }}\n", "line 1: found unhashable key (while constructing a mapping, "),
+        ("seed: 2020-13-01\n", "month must be in 1..12"),
+        ("seed: 0 # \a\n", "unacceptable character #x0007: special characters are not allowed"),
+        ("- 1\n- 2\n", ""),
+        ("", ""),
+    ],
+)
+def test_what_is_no_experiment_is_named_with_its_line(tmp_path, text, said):
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(str(path))):
+    with pytest.raises(ConfigError, match=re.escape(str(path))) as error:
         params.load(path)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+        (lambda path: path.write_bytes(b"seed: 0 # \xfc"), "'utf-8' codec can't decode"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, make, said):
+    make(tmp_path / "params.yaml")
+    with pytest.raises(ConfigError, match=f"params.yaml .*{said}"):
+        params.load(tmp_path / "params.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -274,13 +315,22 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     assert params.load(path).teacher.recipe.optimizer.weight_decay == 5e-4
 
 
-def test_dvc_reads_the_experiment_as_we_do(tmp_path):
+MERGED = """
+a: &a {x: 1, z: 5}
+b: {c: &c {<<: *a, x: 2}}
+d: {<<: *c, y: 3}
+"""
+
+
+@pytest.mark.parametrize("text", [(PROJECT / "params.yaml").read_text(), MERGED])
+def test_dvc_reads_the_experiment_as_we_do(tmp_path, text):
     """DVC's YAML is 1.2 and ours 1.1; both must see the same settings."""
     from dvc.utils.serialize import load_yaml
 
-    shutil.copy(PROJECT / "params.yaml", tmp_path)
-    theirs = load_yaml(str(tmp_path / "params.yaml"))
-    assert theirs == yaml.load((tmp_path / "params.yaml").read_text(), build._Loader)
+    (tmp_path / "params.yaml").write_text(text)
+    ours = build.read_yaml(tmp_path / "params.yaml")
+    assert load_yaml(str(tmp_path / "params.yaml")) == ours
+    assert ours.get("d") in (None, {"x": 2, "z": 5, "y": 3})
 
 
 def test_the_package_knows_every_top_level_key():

@@ -84,13 +84,16 @@ class Comparison:
             cells = raw.pop("cells", {})
             self.raw: dict[str, Any] = {**raw, "baselines": cells}
             reference = self.about.reference
-            wanted = f"one of the cells ({', '.join(cells)})"
-            require(reference in cells, "compare.reference", reference, wanted)
+            require(isinstance(cells, dict), "cells", cells, "a mapping of names to settings")
+            names = [str(name) for name in cells]
+            wanted = f"one of the cells ({', '.join(names)})"
+            require(reference in names, "compare.reference", reference, wanted)
             self.params = [parse({**self.raw, "seed": seed}) for seed in range(self.about.seeds)]
             check_own(self.params[0], "data")
             self.own = sources(Path(self.params[0].code))
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            said = str(error).replace("baselines", "cells")  # as the file calls them
+            raise ConfigError(f"{path}: {said}") from None
         self.folder: Path = FOLDER.resolve() / self.about.name
 
     @property

@@ -20,7 +20,8 @@ class Augment:
     """All shifts by up to `shift` pixels in both directions, each plain or mirrored."""
 
     shift: int = 0
-    """Largest shift in pixels; pixels from outside are black (0 before normalisation)."""
+    """Largest shift in pixels, below the image size; pixels from outside are black (0 before
+    normalisation)."""
 
     flip: bool = False
     """Whether images are also mirrored left to right."""

@@ -98,7 +98,7 @@ class Images:
             record = json.loads((folder / "data.json").read_text("utf-8"))
             pixels = [_open(folder / name / "images.npy") for name in names]
             labels = [_open(folder / name / "labels.npy") for name in names]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:  # EOFError: an empty .npy file
             raise ConfigError(
                 f"{folder} holds no prepared data ({error}); run stage data"
             ) from error

@@ -143,6 +143,8 @@ class _Program:
     _pool = 0  # how often this process has replaced its pool
 
     def __init__(self, data: bytes, threads: int) -> None:
+        if data[4:8] != b"ET12":  # the runtime aborts if it cannot show what is there instead
+            raise ValueError("it lacks the identifier ET12")
         self._data, self._threads = data, threads
         self._load()
 

@@ -163,7 +163,9 @@ def readable(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each runtime raises its own types, even struct.error
-        raise ConfigError(f"{path} is damaged or not {what} ({error}); export it again") from error
+        raise ConfigError(
+            f"{path} is damaged or not {what} ({reason(error)}); export it again"
+        ) from error
 
 
 @contextmanager

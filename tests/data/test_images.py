@@ -175,9 +175,10 @@ def test_data_that_is_not_there_or_damaged_is_refused(prepared: Path) -> None:
     with pytest.raises(ConfigError, match="run stage data"):
         Images.load(prepared / "nowhere", "train")
     path = prepared / "val" / "images.npy"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ConfigError, match="holds no prepared data"):
-        Images.load(prepared, "val")
+    for damaged in (path.read_bytes()[:200], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="holds no prepared data"):
+            Images.load(prepared, "val")
 
 
 def test_splits_too_large_to_be_held_are_read_as_they_are_needed(prepared: Path) -> None:
