@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +93,7 @@ class Comparison:
             check_own(self.params[0], "data")
             self.own = sources(Path(self.params[0].code))
         except ConfigError as error:
-            said = str(error).replace("baselines", "cells")  # as the file calls them
+            said = re.sub(r"\bbaselines\.", "cells.", str(error))  # as the file calls them
             raise ConfigError(f"{path}: {said}") from None
         self.folder: Path = FOLDER.resolve() / self.about.name
 
